@@ -1,0 +1,119 @@
+"""What a config would train, without allocating it: parameters, FLOPs, memory, shardings."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from experiments import loop, progress
+from seqmix.core import param, sharding
+
+
+def show(cfg):
+    """Prints the tables of a dry run; the last line of stdout is `params=<int>`."""
+    model, tree = cfg.model, cfg.model.params()
+    sizes, mesh = _mesh(cfg.mesh)
+    rows = [(name, f"{count:,}") for name, count in model.parts().items()]
+    total = param.count(tree)
+    progress.table(f"{cfg.name}: parameters", ("part", "count"), [*rows, ("total", f"{total:,}")])
+    seq = cfg.data.seq_len
+    forward = model.flops(1, seq) / seq
+    progress.table(
+        f"FLOPs per token at {seq} tokens",
+        ("pass", "FLOPs"),
+        [
+            ("forward", f"{forward:.4g}"),
+            ("forward and backward", f"{3 * forward:.4g}"),
+            (f"whole run, {cfg.steps} steps", f"{3 * forward * seq * cfg.data.batch_size * cfg.steps:.4g}"),
+        ],
+    )
+    _memory(cfg, tree, sizes, mesh)
+    laid = f"mesh {', '.join(f'{name}={size}' for name, size in sizes.items())}"
+    progress.table(f"Shardings on {laid}", ("weight", "shape", "axes", "partition"), _shardings(tree, mesh))
+    print(f"params={total}", flush=True)
+
+
+def _mesh(cfg):
+    """(sizes, a mesh without devices); a mesh larger than this machine is fine in a dry run."""
+    fixed = math.prod(size for size in (cfg.data, cfg.fsdp, cfg.context, cfg.model) if size != -1)
+    sizes = loop.mesh_sizes(cfg, max(jax.device_count(), fixed))
+    return sizes, jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
+
+
+def _entries(tree):
+    is_param = lambda leaf: isinstance(leaf, param.Param)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param):
+        yield "/".join(str(getattr(entry, "key", entry)) for entry in path), leaf
+
+
+def _shardings(tree, mesh):
+    for name, leaf in _entries(tree):
+        axes = " ".join("-" if axis is None else str(axis) for axis in leaf.axes)
+        yield name, "x".join(map(str, leaf.shape)) or "scalar", axes, _spec(leaf, mesh)
+
+
+def _spec(leaf, mesh):
+    spec = sharding.spec(leaf.axes, leaf.shape, mesh)
+    parts = ["-" if part is None else "+".join(part) if isinstance(part, tuple) else part for part in spec]
+    return " ".join(parts) if any(part != "-" for part in parts) else "replicated"
+
+
+def _memory(cfg, tree, sizes, mesh):
+    """Bytes in all and on one device: weights, gradients, moments exactly; activations from the traced
+    residuals.
+    """
+    weights = grads = adam = here = here_moments = 0
+    for _, leaf in _entries(tree):
+        size = math.prod(leaf.shape)
+        width = jnp.dtype(leaf.dtype).itemsize
+        parts = math.prod(sizes[axis] for axis in _axes(sharding.spec(leaf.axes, leaf.shape, mesh)))
+        weights, here = weights + size * width, here + size * width / parts
+        if leaf.trainable:
+            grads, adam = grads + size * width, adam + 8 * size
+            here_moments += size * (width + 8) / parts
+    activations, rows = _residual_bytes(cfg, weights, sizes)
+    table = [
+        ("weights", weights, None),
+        ("gradients", grads, None),
+        ("Adam moments", adam, None),
+        ("weights, gradients, moments", weights + grads + adam, here + here_moments),
+        (f"activations kept for the backward pass (estimate, {rows} rows a device)", None, activations),
+        ("sum (estimate)", None, here + here_moments + activations),
+    ]
+    progress.table(
+        "Memory", ("what", "all devices", "one device"), [(a, _size(b), _size(c)) for a, b, c in table]
+    )
+
+
+def _size(count):
+    if count is None:
+        return ""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"
+
+
+def _axes(spec):
+    for part in spec:
+        yield from () if part is None else part if isinstance(part, tuple) else (part,)
+
+
+def _residual_bytes(cfg, weights, sizes):
+    """(bytes, rows): what one device's microbatch keeps between the passes, by tracing the gradient
+    abstractly.
+    """
+    rows = max(cfg.data.batch_size // cfg.optim.accumulate // (sizes["data"] * sizes["fsdp"]), 1)
+    shape = jax.ShapeDtypeStruct((rows, cfg.data.seq_len), jnp.int32)
+    params = param.abstract(cfg.model.params())
+
+    def residuals(params, tokens):
+        def loss(p):
+            mask = jnp.ones(tokens.shape, jnp.float32)
+            ids = jnp.ones(tokens.shape, jnp.int32)
+            return cfg.model.loss(p, tokens, tokens, mask, segment_ids=ids, positions=None, rng=None)[0]
+
+        return jax.vjp(loss, params)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(residuals, params, shape))
+    total = sum(
+        math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves if hasattr(leaf, "dtype")
+    )
+    return max(total - weights, 0) / sizes["context"], rows

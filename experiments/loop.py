@@ -1,0 +1,185 @@
+"""What the loop of `experiments.train` is made of: the mesh, the state's layout, the jitted train and eval
+steps.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments import optim
+from seqmix.core import flops, param, sharding
+
+
+def mesh_sizes(cfg, devices):
+    """Sizes of the mesh axes for so many devices; an axis of -1 takes what the others leave."""
+    sizes = {"data": cfg.data, "fsdp": cfg.fsdp, "context": cfg.context, "model": cfg.model}
+    free = [name for name, size in sizes.items() if size == -1]
+    bad = [f"{name}={size}" for name, size in sizes.items() if size < 1 and size != -1]
+    if len(free) > 1 or bad:
+        raise ValueError(f"mesh: expected positive sizes and at most one -1, got {bad or free}")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        if devices % fixed:
+            raise ValueError(
+                f"mesh.{free[0]}: {devices} devices cannot be divided by the other axes' product {fixed}"
+            )
+        sizes[free[0]] = devices // fixed
+    elif fixed > devices:
+        raise ValueError(f"mesh: expected at most {devices} devices, got {sizes}")
+    return sizes
+
+
+def make_mesh(cfg, batch):
+    """The device mesh of a config; `batch` rows go through it at a time."""
+    sizes = mesh_sizes(cfg, jax.device_count())
+    rows = sizes["data"] * sizes["fsdp"]
+    if batch % rows:
+        raise ValueError(
+            f"data.batch_size: expected a multiple of data*fsdp = {rows} per microbatch, got {batch}"
+        )
+    devices = jax.devices()[: math.prod(sizes.values())]
+    return sharding.make_mesh(**sizes, devices=devices)
+
+
+class Trainer:
+    """The state's abstract form and shardings, and the compiled functions over it.
+
+    State: {"params", "opt_state", "step" int32, "rng" key data}. The randomness of a step is fold_in(rng,
+    step).
+    """
+
+    def __init__(self, cfg, mesh):
+        _check(cfg)
+        self.cfg, self.mesh, self.model = cfg, mesh, cfg.model
+        self.tree = self.model.params()
+        self.mask = param.trainable_mask(self.tree)
+        self.transform = optim.optimizer(cfg.optim, cfg.steps, self.tree)
+        self.lr = optim.schedule(cfg.optim, cfg.steps)
+        self.shardings = self._shardings()
+        abstract = jax.tree.map(_with_sharding, jax.eval_shape(self._init), self.shardings)
+        self.params = abstract["params"]
+        self.rest = {key: value for key, value in abstract.items() if key != "params"}
+        batch, seq = cfg.data.batch_size, cfg.data.seq_len
+        self.flops_per_step = 3 * self.model.flops(batch, seq)
+        peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
+        self.peak = peak * mesh.devices.size if peak else None
+        self._eval = None
+
+    def init(self):
+        """The state before step 0, made in place on the mesh."""
+        with sharding.use_mesh(self.mesh):
+            return jax.jit(self._init, out_shardings=self.shardings)()
+
+    def put(self, batch):
+        """A host batch on the mesh: rows over the data axes, time over the context axis."""
+
+        def place(x):
+            spec = sharding.spec(("batch", "time"), x.shape, self.mesh)
+            return jax.device_put(x, NamedSharding(self.mesh, spec))
+
+        return {key: place(value) for key, value in batch.items()}
+
+    def compile_step(self, state, batch):
+        """(state, batch) -> (state, metrics), compiled; the state is donated."""
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, replicated))
+        with sharding.use_mesh(self.mesh):
+            return step.lower(state, batch).compile()
+
+    def evaluate(self, params, dataset):
+        """Means over cfg.eval.batches validation batches: {"loss", "bits_per_byte", "tokens"}."""
+        if self._eval is None:
+            self._eval = jax.jit(self._nll)
+        nll = tokens = 0.0
+        for batch in dataset.val_batches(self.cfg.eval.batches):
+            with sharding.use_mesh(self.mesh):
+                sums = self._eval(params, self.put(batch))
+            nll, tokens = nll + float(sums[0]), tokens + float(sums[1])
+        if not tokens:
+            raise ValueError(
+                "data.val_fraction: expected validation text, got none; raise it or eval.batches"
+            )
+        loss = nll / tokens
+        return {"loss": loss, "bits_per_byte": loss / math.log(2) / dataset.bytes_per_token, "tokens": tokens}
+
+    def _init(self):
+        key = jax.random.key(self.cfg.seed)
+        params = param.materialise(self.tree, key)
+        trainable, _ = optim.split(params, self.mask)
+        return {
+            "params": params,
+            "opt_state": self.transform.init(trainable),
+            "step": jnp.zeros((), jnp.int32),
+            "rng": jax.random.key_data(jax.random.fold_in(key, 1)),
+        }
+
+    def _shardings(self):
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        params = param.shardings(self.tree, self.mesh)
+        trainable, _ = optim.split(param.abstract(self.tree), self.mask)
+        laid, _ = optim.split(params, self.mask)
+        moments = optim.state_shardings(self.transform, trainable, laid, replicated)
+        return {"params": params, "opt_state": moments, "step": replicated, "rng": replicated}
+
+    def _step(self, state, batch):
+        trainable, frozen = optim.split(state["params"], self.mask)
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
+
+        def loss_fn(trainable, batch, rng):
+            return self._loss(optim.join(trainable, frozen), batch, rng)
+
+        loss, metrics, grads = optim.accumulated(loss_fn, trainable, batch, rng, self.cfg.optim.accumulate)
+        norm = optax.global_norm(grads)
+        updates, moments = self.transform.update(grads, state["opt_state"], trainable)
+        params = _write(optim.join(optax.apply_updates(trainable, updates), frozen), metrics)
+        new = {"params": params, "opt_state": moments}
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, {key: state[key] for key in new})
+        new |= {"step": state["step"] + 1, "rng": state["rng"]}
+        scalars = {k: v for k, v in metrics.items() if jnp.ndim(v) == 0 and not k.startswith("update/")}
+        return new, {**scalars, "loss": loss, "grad_norm": norm, "lr": self.lr(state["step"])}
+
+    def _loss(self, params, batch, rng=None):
+        return self.model.loss(
+            params,
+            batch["tokens"],
+            batch["targets"],
+            batch["mask"],
+            segment_ids=batch["segment_ids"],
+            positions=batch["positions"],
+            rng=rng,
+        )
+
+    def _nll(self, params, batch):
+        _, metrics = self._loss(params, batch)
+        return metrics["nll_sum"], metrics["tokens"]
+
+
+def _check(cfg):
+    if cfg.steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {cfg.steps}")
+    count = cfg.optim.accumulate
+    if count < 1 or cfg.data.batch_size % count:
+        raise ValueError(
+            f"optim.accumulate: expected a divisor of data.batch_size {cfg.data.batch_size}, got {count}"
+        )
+
+
+def _with_sharding(leaf, where):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def _write(params, metrics):
+    """Writes `update/a/b/c` metrics over the weights at params[a][b][c], not trained by gradient."""
+    updates = {
+        key.removeprefix("update/"): value for key, value in metrics.items() if key.startswith("update/")
+    }
+
+    def place(path, leaf):
+        name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
+        return updates[name].astype(leaf.dtype) if name in updates else leaf
+
+    return jax.tree_util.tree_map_with_path(place, params) if updates else params

@@ -1,0 +1,154 @@
+"""What a run shows and keeps: a live line, metrics.jsonl, TensorBoard curves, the final table.
+
+metrics.jsonl has one record per step ({"kind": "train", "step", "loss", ...}), one per evaluation ("val") and
+one at the end ("final"); "step" counts finished updates. A resumed run first cuts the records past the
+restored step.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+
+class Curves:
+    """Appends records to metrics.jsonl and TensorBoard."""
+
+    def __init__(self, workdir, start):
+        from tensorboardX import SummaryWriter
+
+        self.path = Path(workdir) / "metrics.jsonl"
+        truncate(self.path, start)
+        self.file = open(self.path, "a")
+        self.board = SummaryWriter(
+            str(Path(workdir) / "tensorboard"), purge_step=start + 1 if start else None
+        )
+
+    def write(self, record):
+        """One record; its numbers also become TensorBoard scalars named kind/key."""
+        self.file.write(json.dumps(record) + "\n")
+        for key, value in record.items():
+            if key not in ("kind", "step") and isinstance(value, (int, float)):
+                self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+
+    def flush(self):
+        """Makes what was written durable (called before a checkpoint is)."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.board.flush()
+
+    def close(self):
+        """Flushes and closes both."""
+        self.flush()
+        self.file.close()
+        self.board.close()
+
+
+def truncate(path, step):
+    """Keeps the whole records of metrics.jsonl up to `step`, without a final one; written atomically."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            if record["step"] <= step and record["kind"] != "final":
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.writelines(line + "\n" for line in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Progress:
+    """A live line on a terminal, plain lines elsewhere; both on stderr, so that stdout stays for results."""
+
+    def __init__(self, steps, start, flops_per_step=None, peak=None):
+        self.steps, self.flops, self.peak = steps, flops_per_step, peak
+        self.console = Console(stderr=True)
+        self.live = sys.stderr.isatty()
+        self.time, self.step = time.monotonic(), start
+        self.bar = None
+        if self.live:
+            self.bar = Bar(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=self.console,
+                transient=True,
+            )
+            self.task = self.bar.add_task("train", total=steps, completed=start, text="")
+            self.bar.start()
+
+    def restart_clock(self, step):
+        """Leaves out of the speed what happened since the last line (compilation, evaluation, saving)."""
+        self.time, self.step = time.monotonic(), step
+
+    def update(self, step, loss, tokens):
+        """Shows the state after `step` updates; `tokens` were read since the last call. Returns tokens/s."""
+        seconds = max(time.monotonic() - self.time, 1e-9)
+        done = max(step - self.step, 1)
+        rate = tokens / seconds
+        text = f"loss {loss:.4f}  {_short(rate)} tokens/s"
+        if self.peak and self.flops:
+            text += f"  MFU {100 * self.flops * done / seconds / self.peak:.1f}%"
+        text += f"  ETA {_clock((self.steps - step) * seconds / done)}"
+        if self.bar:
+            self.bar.update(self.task, completed=step, text=text)
+        else:
+            print(f"step {step}/{self.steps}  {text}", file=sys.stderr, flush=True)
+        self.restart_clock(step)
+        return rate
+
+    def say(self, text):
+        """A line that stays."""
+        if self.bar:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self):
+        """Ends the live line; may be called twice."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+
+def say(text):
+    """A line on stderr, for phases outside the loop."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(title, columns, rows):
+    """Prints a rich table on stdout: the first column to the left, the others to the right."""
+    made = Table()
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    print(title)
+    Console(width=None if sys.stdout.isatty() else 120, markup=False).print(made)
+    sys.stdout.flush()
+
+
+def _short(number):
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def _clock(seconds):
+    seconds = int(seconds)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"

@@ -1,0 +1,54 @@
+"""The end of a run: evaluation, a table beside what simple compressors reach, a sample, the closing line."""
+
+import sys
+from pathlib import Path
+
+from experiments import generate, progress
+from experiments import tokenizer as tokenizers
+
+
+def finish(cfg, workdir, trainer, dataset, params, curves):
+    """Evaluates, prints the report on stdout and closes the curves; the last line is
+    `val_bits_per_byte=x.xx`.
+    """
+    progress.say("evaluating ...")
+    result = trainer.evaluate(params, dataset)
+    curves.write({"kind": "final", "step": cfg.steps, **result})
+    curves.close()
+    progress.say("measuring the data (unigram entropy, gzip, xz) ...")
+    stats = dataset.stats()
+    bits = result["bits_per_byte"]
+    rows = [(f"{cfg.name}, {cfg.model.count():,} parameters, {cfg.steps} steps", f"{bits:.2f}")]
+    names = (("unigram_entropy", "unigram entropy"), ("gzip_bits", "gzip -9"), ("xz_bits", "xz -9"))
+    rows += [(label, f"{stats[key]:.2f}") for key, label in names if key in stats]
+    progress.table("Validation, bits per byte", ("model", "bits/byte"), rows)
+    if cfg.sample_tokens > 0:
+        _sample(cfg, params)
+    print(f"curves: {Path(workdir) / 'metrics.jsonl'}, tensorboard --logdir {Path(workdir) / 'tensorboard'}")
+    print(f"val_bits_per_byte={bits:.2f}", flush=True)
+
+
+def _sample(cfg, params):
+    if not all(mixer.causal and mixer.decodes for mixer in cfg.model.mixers):
+        print("sample: none, a mixer of this model does not decode")
+        return
+    tokenizer = tokenizers.load(cfg.data.tokenizer)
+    prompt = generate.prompt_ids(tokenizer, cfg.sample_prompt)
+    print(f"sample after {cfg.sample_prompt!r}:", flush=True)
+    stream = generate.TextStream(tokenizer, sys.stdout.buffer)
+    sys.stdout.buffer.write(cfg.sample_prompt.encode())
+    generate.sample(
+        cfg.model,
+        params,
+        prompt,
+        max_tokens=cfg.sample_tokens,
+        seed=cfg.seed,
+        vocab=tokenizer.vocab,
+        stop=tokenizer.eos,
+        on_token=stream,
+        temperature=0.8,
+        top_p=0.95,
+    )
+    stream.close()
+    sys.stdout.buffer.write(b"\n")
+    sys.stdout.buffer.flush()

@@ -1,0 +1,1 @@
+"""What mixers are made of: the protocol, declared weights, sharding rules, named shapes, packing, FLOPs."""

@@ -1,0 +1,129 @@
+"""The protocol of a sequence mixer: a frozen dataclass of hyperparameters with pure methods over dicts of arrays.
+
+Shapes: B batch, T time, D = d_model. The table in WORKSPACE.md gives the whole contract.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from seqmix.core import packing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer:
+    """Base of all mixers. A subclass declares its traits as class attributes, or as properties of its fields."""
+
+    d_model: int = 0  # width of the residual stream; 0: filled in by the model that owns it
+
+    takes: ClassVar[tuple[str, ...]] = ()  # names of the inputs that forward accepts beside x
+    causal: ClassVar[bool] = True  # y[t] depends on x[<= t] alone
+    packable: ClassVar[bool] = True  # accepts segment_ids
+    decodes: ClassVar[bool] = True  # has init_state, prefill and step
+    linear_in_v: ClassVar[bool] = False  # has project, mixing_matrix and merge
+    stochastic: ClassVar[bool] = False  # uses rng in training
+    selects_over_time: ClassVar[bool] = False  # the published selection sees the future
+    align: ClassVar[int] = 1  # packing and splits are exact at multiples of it
+    context_form: ClassVar[str] = "none"  # over a context axis: state, ring, heads, gather or none
+    fft: ClassVar[bool] = False  # causal up to rounding only: mixes by an FFT
+
+    # Weights and training
+
+    def params(self) -> dict:
+        """Tree of `Param`: the only place where the weights are described."""
+        raise NotImplementedError(f"{type(self).__name__}.params")
+
+    def forward(self, params, x, *, segment_ids=None, positions=None, rng=None, **inputs):
+        """(y [B, T, D] in the dtype of x, aux). aux: "loss/..." joins the objective, "update/..." is written
+        into weights that are not trainable, "shared" into the dict that travels along the stack, the rest is
+        logged. rng None means deterministic.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    # Decoding
+
+    def init_state(self, params, batch: int, max_len: int, dtype=jnp.float32, **inputs) -> Any:
+        """The state before the first token, for `max_len` tokens a row; buffers of tokens are in `dtype`."""
+        raise ValueError(self.denial("decode"))
+
+    def prefill(self, params, x, state, *, segment_ids=None, positions=None, **inputs):
+        """(y [B, T, D], state) of T more tokens a row. Any split of a sequence over calls equals `forward`."""
+        raise ValueError(self.denial("decode"))
+
+    def step(self, params, x, state, **inputs):
+        """(y [B, 1, D], state) of one more token a row."""
+        return self.prefill(params, x, state, **inputs)
+
+    def state_axes(self) -> Any:
+        """A tree like the state's, with a tuple of logical axis names for each array."""
+        raise ValueError(self.denial("decode"))
+
+    def state_size(self, context: int) -> int:
+        """Elements of the state per sequence with room for `context` tokens."""
+        raise ValueError(self.denial("decode"))
+
+    # Costs
+
+    def flops(self, batch: int, seq: int) -> float:
+        """FLOPs of `forward`, a multiply-add being two."""
+        raise NotImplementedError(f"{type(self).__name__}.flops")
+
+    # The mixing matrix: mixed[b, t, g] = sum_s M[b, g, t, s] values[b, s, g]
+
+    def project(self, params, x, *, segment_ids=None, positions=None, **inputs):
+        """(values [B, S, G, V], context): what is mixed, and what `merge` needs beside it."""
+        raise ValueError(self.denial("mix linearly in its values"))
+
+    def merge(self, params, context, mixed):
+        """y [B, T, D] from mixed values [B, T, G, V]."""
+        raise ValueError(self.denial("mix linearly in its values"))
+
+    def mixing_matrix(self, params, x, *, segment_ids=None, positions=None, **inputs):
+        """M [B, G, T, S] from its closed form, never through the op: an independent oracle."""
+        raise ValueError(self.denial("mix linearly in its values"))
+
+    # At the door
+
+    def denial(self, what: str) -> str:
+        """The message for a call that the traits deny."""
+        return f"{type(self).__name__} does not {what}"
+
+    def check(self, x, *, segment_ids=None, positions=None, inputs=None, need=()):
+        """Raises ValueError in one line for what this mixer cannot take; every public method calls it first.
+
+        `inputs` are the call's extra keyword arguments, of which those named in `need` must be there.
+        """
+        name = type(self).__name__
+        if self.d_model < 1:
+            raise ValueError(f"{name}.d_model: expected a positive width, got {self.d_model}")
+        if x.ndim != 3 or x.shape[-1] != self.d_model:
+            raise ValueError(f"x: expected shape (B, T, D={self.d_model}) for {name}, got {tuple(x.shape)}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x: expected a floating dtype for {name}, got {x.dtype}")
+        given = {k for k, v in (inputs or {}).items() if v is not None}
+        for key in sorted(given - set(self.takes)):
+            allowed = ", ".join(self.takes) or "none"
+            raise ValueError(f"{key}: {name} does not take this input (it takes: {allowed})")
+        for key in need:
+            if key not in given:
+                raise ValueError(f"{key}: {name} needs this input, got none")
+        if segment_ids is not None:
+            if not self.packable:
+                raise ValueError(f"segment_ids: {self.denial('pack')}; give it whole windows")
+            packing.check(segment_ids, *x.shape[:2])
+        if positions is not None and positions.shape != x.shape[:2]:
+            expected = f"(B={x.shape[0]}, T={x.shape[1]})"
+            raise ValueError(f"positions: expected shape {expected}, got {tuple(positions.shape)}")
+
+    def positive(self, **fields):
+        """Raises ValueError naming the first of these fields that is not a positive integer."""
+        for key, value in fields.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{type(self).__name__}.{key}: expected a positive integer, got {value!r}")
+
+
+def state_shapes(mixer: Mixer, params, batch: int, max_len: int, dtype=jnp.float32, **inputs):
+    """The shapes and dtypes of a state, without allocating it."""
+    return jax.eval_shape(lambda p: mixer.init_state(p, batch, max_len, dtype, **inputs), params)

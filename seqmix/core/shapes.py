@@ -1,0 +1,35 @@
+"""Shape errors that name the argument, what was expected and what came."""
+
+from types import SimpleNamespace
+
+
+def dims(spec, **arrays) -> SimpleNamespace:
+    """Sizes of named dimensions, after checking that every array agrees on them.
+
+    `spec` is "B T D", for all arrays, or {argument: "B T H K"}. A letter (or word) is bound by its first
+    appearance; an integer must match itself. Arrays that are None are passed over.
+
+        d = dims({"q": "B T H K", "v": "B T H V"}, q=q, v=v);  d.B, d.V
+
+    Raises ValueError: `v: expected shape (B=2, T=8, H=4, V), got (2, 9, 4, 16)`.
+    """
+    bound = {}
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        letters = (spec if isinstance(spec, str) else spec[name]).split()
+        shape = tuple(array.shape)
+        sizes = [int(letter) if letter.isdigit() else bound.get(letter) for letter in letters]
+        if len(shape) != len(letters) or any(
+            want is not None and want != got for want, got in zip(sizes, shape, strict=False)
+        ):
+            shown = [
+                letter if size is None or letter.isdigit() else f"{letter}={size}"
+                for letter, size in zip(letters, sizes, strict=True)
+            ]
+            raise ValueError(f"{name}: expected shape ({', '.join(shown)}), got {shape}")
+        for letter, size in zip(letters, shape, strict=True):
+            if not letter.isdigit():
+                if bound.setdefault(letter, size) != size:
+                    raise ValueError(f"{name}: expected one size for {letter}, got {shape}")
+    return SimpleNamespace(**bound)

@@ -1,0 +1,106 @@
+"""Logical names of dimensions, and where a mesh puts them. Rules are data: {logical name: mesh axis or axes}.
+
+Mesh axes are Auto: XLA propagates shardings from the annotated weights and activations. Rules are read while
+tracing, so one jitted function must not be used under two sets of rules.
+"""
+
+import contextlib
+import contextvars
+import math
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "context", "model")
+
+RULES = {
+    "batch": ("data", "fsdp"),
+    "time": "context",
+    "embed": "fsdp",
+    "heads": "model",
+    "kv_heads": "model",
+    "mlp": "model",
+    "vocab": "model",
+    "table": "fsdp",
+    "head_dim": None,
+    "state": None,
+    "layers": None,
+}
+
+# Replicated where they cannot be divided: a few key heads serve all shares of the queries; a byte vocabulary
+# need not be a multiple of anything.
+OPTIONAL = ("kv_heads", "vocab")
+
+_active = contextvars.ContextVar("seqmix_sharding", default=None)
+
+
+def make_mesh(*, data=1, fsdp=1, context=1, model=1, devices=None):
+    """A mesh with axes data, fsdp, context, model (Auto) over `devices` (default: all of them)."""
+    shape = (data, fsdp, context, model)
+    devices = jax.devices() if devices is None else list(devices)
+    if math.prod(shape) != len(devices):
+        laid = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, shape, strict=True))
+        raise ValueError(f"mesh: expected a product of {len(devices)} devices, got {laid}")
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh, rules=None):
+    """Within it, `constrain` and ops place their arrays on `mesh` by `rules` (default: RULES).
+
+    A host with its own mesh passes rules that name its own axes: {"batch": "dp", "heads": "tp"}.
+    """
+    token = _active.set((mesh, RULES if rules is None else dict(rules)))
+    try:
+        with jax.set_mesh(mesh):
+            yield mesh
+    finally:
+        _active.reset(token)
+
+
+def active():
+    """(mesh, rules) in force, or None."""
+    return _active.get()
+
+
+def _mesh_axes(entry) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def spec(axes, shape, mesh, rules=None, *, strict=True) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes and shape.
+
+    Axes of size one are left out; a name without a rule is replicated. A dimension that the mesh axes do not
+    divide is replicated when its name is in OPTIONAL or `strict` is False, else ValueError, with the numbers.
+    Raises ValueError too when two dimensions want the same mesh axis.
+    """
+    rules = RULES if rules is None else rules
+    used, parts = set(), []
+    for name, size in zip(axes, shape, strict=True):
+        wanted = tuple(a for a in _mesh_axes(rules.get(name)) if a in mesh.shape and mesh.shape[a] > 1)
+        ways = math.prod(mesh.shape[a] for a in wanted)
+        if size % ways:
+            if strict and name not in OPTIONAL:
+                over = ", ".join(f"{a}={mesh.shape[a]}" for a in wanted)
+                raise ValueError(f"{name}: expected a multiple of {ways} (mesh {over}), got {size}")
+            wanted = ()
+        if used & set(wanted):
+            raise ValueError(
+                f"axes {tuple(axes)}: two of them lie on mesh axis {sorted(used & set(wanted))[0]}"
+            )
+        used |= set(wanted)
+        parts.append(wanted if len(wanted) > 1 else wanted[0] if wanted else None)
+    return PartitionSpec(*parts)
+
+
+def constrain(x, *axes):
+    """Hints where an activation lies, by the logical names of its dimensions; nothing happens without rules."""
+    held = _active.get()
+    if held is None:
+        return x
+    mesh, rules = held
+    if len(axes) != x.ndim:
+        raise ValueError(f"axes: expected {x.ndim} names for shape {x.shape}, got {axes}")
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, spec(axes, x.shape, mesh, rules, strict=False))
+    )

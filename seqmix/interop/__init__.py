@@ -1,0 +1,1 @@
+"""Adapters: mixers as Flax NNX or Linen modules."""

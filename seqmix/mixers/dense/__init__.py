@@ -1,0 +1,1 @@
+"""All pairs: what a score is, how rows are normalised."""

@@ -1,0 +1,1 @@
+"""A fixed-size state with decay or correction."""

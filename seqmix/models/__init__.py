@@ -1,0 +1,5 @@
+"""Stacks of mixers."""
+
+from seqmix.models.lm import LM
+
+__all__ = ["LM"]

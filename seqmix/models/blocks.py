@@ -1,0 +1,49 @@
+"""What stacks put around mixers: RMSNorm, the gated MLP, the depth scaling of output projections."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from seqmix.core import param
+from seqmix.core.param import Param
+
+
+def norm_params(width: int) -> dict:
+    """A scale per channel, starting at one, without weight decay."""
+    return {"scale": Param((width,), ("embed",), param.ones, decay=False)}
+
+
+def rms_norm(p, x, eps: float):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 at least; returns the dtype of x."""
+    h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
+    return (h * p["scale"]).astype(x.dtype)
+
+
+def mlp_params(width: int, hidden: int) -> dict:
+    """gate and up [width, hidden], out [hidden, width]."""
+    return {
+        "gate": Param((width, hidden), ("embed", "mlp")),
+        "up": Param((width, hidden), ("embed", "mlp")),
+        "out": Param((hidden, width), ("mlp", "embed")),
+    }
+
+
+def gated_mlp(p, x):
+    """(silu(x W_gate) * x W_up) W_out, computed in the dtype of x (SwiGLU, arXiv 2002.05202)."""
+    gate, up, out = (p[name].astype(x.dtype) for name in ("gate", "up", "out"))
+    return (jax.nn.silu(x @ gate) * (x @ up)) @ out
+
+
+def scale_out(tree: dict, factor: float) -> dict:
+    """The tree with the init of its projection "out", if it has one, multiplied by factor."""
+    out = tree.get("out")
+    if not isinstance(out, Param) or factor == 1.0:
+        return tree
+    base = out.init or param.normal((out.fan_in or out.shape[0]) ** -0.5)
+
+    def scaled(key, shape, dtype):
+        return base(key, shape, dtype) * jnp.asarray(factor, dtype)
+
+    return tree | {"out": dataclasses.replace(out, init=scaled)}

@@ -1,0 +1,288 @@
+"""A causal language model: a pre-norm residual stack over a period of mixers, scanned over the periods.
+
+    x_0     = table[tokens]
+    x'_l    = x_l  + mixer_l(rmsnorm(x_l))
+    x_{l+1} = x'_l + W_out (silu(W_gate n) * W_up n),  n = rmsnorm(x'_l)      (where the period has an MLP)
+    hidden  = rmsnorm(x_L),  logits = hidden @ table^T
+
+Parameters: {"embedding": {"table"}, "layers": {"0": {...}, "1": {...}, ...}, "final_norm": {"scale"}},
+and "head": {"table"} where the embedding is not tied; layers/i holds position i of the period, each weight
+stacked over the n_layers / period repeats.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from seqmix.core import param
+from seqmix.core.mixer import Mixer
+from seqmix.core.param import Param
+from seqmix.core.shapes import dims
+from seqmix.core.sharding import constrain
+from seqmix.models.blocks import gated_mlp, mlp_params, norm_params, rms_norm, scale_out
+from seqmix.models.loss import chunked_cross_entropy, unembed
+
+CAPTURES = ("block_outputs", "mixer_outputs")
+REMAT = ("none", "full", "dots")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LM:
+    """Language model over tokens [B, T]. Raises ValueError when built from what is no causal stack."""
+
+    vocab: int  # token ids are in [0, vocab)
+    d_model: int  # width of the residual stream
+    n_layers: int  # number of mixers, a multiple of len(mixers)
+    mixers: tuple[Mixer, ...]  # the period, repeated; their d_model is filled in
+    mlp_hidden: tuple[int, ...] | int = 0  # hidden width of the gated MLP after each mixer; 0: none
+    tie_embeddings: bool = True  # read out with the embedding table
+    norm_eps: float = 1e-5  # added to the mean square in every norm
+    remat: str = "none"  # what the backward pass recomputes: none, full, dots (all but matmul outputs)
+    compute_dtype: str = "bfloat16"  # of the residual stream and matmuls; weights are stored in float32
+    z_loss: float = 1e-4  # weight of the mean squared log-normaliser
+    loss_chunk: int = 512  # tokens of each row whose logits exist at once
+    vocab_pad_to: int = 1  # the table's rows are padded to a multiple of it
+    scale_residual_init: bool = True  # divide the init of projections named "out" by sqrt(residual branches)
+
+    def __post_init__(self):
+        for name in ("vocab", "d_model", "n_layers", "loss_chunk", "vocab_pad_to"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
+        if not self.mixers:
+            raise ValueError("mixers: expected at least one mixer, got none")
+        period = len(self.mixers)
+        if self.n_layers % period:
+            raise ValueError(f"n_layers: expected a multiple of the period, {period}, got {self.n_layers}")
+        if not isinstance(self.mlp_hidden, int) and len(self.mlp_hidden) != period:
+            raise ValueError(f"mlp_hidden: expected {period} widths, got {len(self.mlp_hidden)}")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat: expected one of {', '.join(REMAT)}, got {self.remat!r}")
+        if not jnp.issubdtype(jnp.dtype(self.compute_dtype), jnp.floating):
+            raise ValueError(f"compute_dtype: expected a floating dtype, got {self.compute_dtype!r}")
+        for m in self.mixers:
+            self._check_mixer(m)
+
+    def _check_mixer(self, m: Mixer):
+        name = type(m).__name__
+        if not m.causal:
+            raise ValueError(f"mixers: expected causal mixers, got {name}, which sees later tokens")
+        if m.selects_over_time:
+            raise ValueError(f"mixers: expected causal selection, got {name}, which selects over time")
+        if m.d_model not in (0, self.d_model):
+            raise ValueError(f"mixers: expected {name} with d_model 0 or {self.d_model}, got {m.d_model}")
+
+    # Shape of the stack
+
+    @property
+    def period(self) -> tuple[Mixer, ...]:
+        """The mixers with their width filled in."""
+        return tuple(dataclasses.replace(m, d_model=self.d_model) for m in self.mixers)
+
+    @property
+    def n_periods(self) -> int:
+        return self.n_layers // len(self.mixers)
+
+    @property
+    def mlp_widths(self) -> tuple[int, ...]:
+        """Hidden width of the MLP at each position of the period."""
+        hidden = self.mlp_hidden
+        return (hidden,) * len(self.mixers) if isinstance(hidden, int) else tuple(hidden)
+
+    @property
+    def table_rows(self) -> int:
+        return -(-self.vocab // self.vocab_pad_to) * self.vocab_pad_to
+
+    def params(self) -> dict:
+        """Tree of `Param`. Embedding normal(0, 0.02); output projections scaled as in GPT-2 (section 2.3)."""
+        table = Param((self.table_rows, self.d_model), ("table", "embed"), param.normal(0.02))
+        layers = {str(i): param.stack(self._layer_params(i), self.n_periods) for i in range(len(self.mixers))}
+        tree = {"embedding": {"table": table}, "layers": layers, "final_norm": norm_params(self.d_model)}
+        return tree if self.tie_embeddings else tree | {"head": {"table": table}}
+
+    def _layer_params(self, i: int) -> dict:
+        branches = self.n_periods * (len(self.mixers) + sum(h > 0 for h in self.mlp_widths))
+        factor = branches**-0.5 if self.scale_residual_init else 1.0
+        width, hidden = self.d_model, self.mlp_widths[i]
+        tree = {"mixer_norm": norm_params(width), "mixer": scale_out(self.period[i].params(), factor)}
+        if hidden:
+            mlp = mlp_params(width, hidden)
+            tree |= {"mlp_norm": norm_params(width), "mlp": scale_out(mlp, factor)}
+        return tree
+
+    # Training and scoring
+
+    def forward(self, params, tokens, *, segment_ids=None, positions=None, rng=None, capture=()):
+        """Final normed hidden states [B, T, D] in compute_dtype, and aux, a dict.
+
+        aux holds the mixers' own entries: "loss/..." and logged scalars averaged over the layers giving them,
+        "update/layers/<position>/mixer/..." stacked over periods, and "capture/NAME" [n_layers, B, T, D] for
+        each NAME in `capture` (block_outputs: the residual stream after a layer; mixer_outputs: what its
+        mixer added).
+        Raises ValueError for shapes that disagree and unknown names.
+        """
+        _check_tokens(tokens, segment_ids, positions)
+        for name in capture:
+            if name not in CAPTURES:
+                raise ValueError(f"capture: expected names among {', '.join(CAPTURES)}, got {name!r}")
+        x = self._embed(params, tokens)
+        keys = None if rng is None else jax.random.split(rng, self.n_periods)
+
+        def body(carry, xs):
+            return self._period_forward(carry, xs, segment_ids, positions, tuple(capture))
+
+        shared = self._initial_shared(body, x, params["layers"], keys)
+        (x, _), (aux, captured) = jax.lax.scan(self._rematted(body), (x, shared), (params["layers"], keys))
+        aux = self._merge_aux(aux)
+        for name, value in captured.items():
+            aux[f"capture/{name}"] = value.reshape(self.n_layers, *x.shape)
+        return rms_norm(params["final_norm"], x, self.norm_eps), aux
+
+    def _period_forward(self, carry, xs, segment_ids, positions, capture):
+        (x, shared), (layers, key) = carry, xs
+        auxes, seen = [], {name: [] for name in capture}
+        for i, mixer in enumerate(self.period):
+            p = layers[str(i)]
+            rng = None if key is None else jax.random.fold_in(key, i)
+            inputs = {"shared": shared} if "shared" in mixer.takes else {}
+            h = rms_norm(p["mixer_norm"], x, self.norm_eps)
+            y, aux = mixer.forward(
+                p["mixer"], h, segment_ids=segment_ids, positions=positions, rng=rng, **inputs
+            )
+            aux = dict(aux)
+            shared = shared | aux.pop("shared", {})
+            x = self._add_mlp(p, x + y.astype(x.dtype))
+            auxes.append(aux)
+            values = {"block_outputs": x, "mixer_outputs": y.astype(x.dtype)}
+            for name in capture:
+                seen[name].append(values[name])
+        return (x, shared), (tuple(auxes), {name: jnp.stack(v) for name, v in seen.items()})
+
+    def _add_mlp(self, p, x):
+        if "mlp" in p:
+            x = x + gated_mlp(p["mlp"], rms_norm(p["mlp_norm"], x, self.norm_eps))
+        return constrain(x, "batch", "time", None)
+
+    def _initial_shared(self, body, x, layers, keys):
+        """Zeros of the shapes that one period writes: within a period, writers come before readers."""
+        if not any("shared" in m.takes for m in self.mixers):
+            return {}
+        first = jax.tree.map(lambda a: a[0], (layers, keys))
+        (_, shared), _ = jax.eval_shape(body, (x, {}), first)
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shared)
+
+    def _rematted(self, body):
+        if self.remat == "none":
+            return body
+        policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+        return jax.checkpoint(body, policy=policies[self.remat], prevent_cse=False)
+
+    def _merge_aux(self, auxes) -> dict:
+        out, values = {}, {}
+        for i, aux in enumerate(auxes):
+            for key, value in aux.items():
+                if key.startswith("update/"):
+                    out[f"update/layers/{i}/mixer/{key.removeprefix('update/')}"] = value
+                else:
+                    values.setdefault(key, []).append(value)
+        means = {key: [jnp.mean(v, axis=0) for v in vs] for key, vs in values.items()}
+        return out | {key: jnp.stack(vs).mean(axis=0) for key, vs in means.items()}
+
+    def logits(self, params, hidden):
+        """Float32 logits [..., table rows] of hidden [..., D]; those of padding rows are -1e30."""
+        return unembed(hidden, self._readout(params), self.vocab)
+
+    def loss(self, params, tokens, targets, mask, *, segment_ids=None, positions=None, rng=None):
+        """Mean over tokens (weights mask [B, T]) of nll + z_loss * lse^2, plus the mixers' "loss/..." terms.
+
+        Returns the scalar and metrics: loss, nll_sum, tokens, z_loss (the weighted term), and aux.
+        """
+        hidden, aux = self.forward(params, tokens, segment_ids=segment_ids, positions=positions, rng=rng)
+        nll_sum, z_sum = chunked_cross_entropy(
+            hidden, self._readout(params), targets, mask, vocab=self.vocab, chunk=self.loss_chunk
+        )
+        count = jnp.sum(mask.astype(nll_sum.dtype))
+        mean = 1 / jnp.maximum(count, 1)
+        z = self.z_loss * z_sum * mean
+        loss = nll_sum * mean + z + sum(v for key, v in aux.items() if key.startswith("loss/"))
+        return loss, aux | {"loss": loss, "nll_sum": nll_sum, "tokens": count, "z_loss": z}
+
+    def _embed(self, params, tokens):
+        x = jnp.take(params["embedding"]["table"], tokens, axis=0, mode="clip").astype(self.compute_dtype)
+        return constrain(x, "batch", "time", None)
+
+    def _readout(self, params):
+        return params["embedding" if self.tie_embeddings else "head"]["table"]
+
+    # Decoding
+
+    def init_state(self, params, batch: int, max_len: int, dtype=None) -> dict:
+        """{"layers": a state per period position, stacked over periods}; dtype None: compute_dtype."""
+        dtype = jnp.dtype(self.compute_dtype if dtype is None else dtype)
+        for m in self.mixers:
+            if not m.decodes or "shared" in m.takes:
+                raise ValueError(f"mixers: expected mixers that decode, got {type(m).__name__}")
+        states = []
+        for i, mixer in enumerate(self.period):
+            weights = params["layers"][str(i)]["mixer"]
+            states.append(jax.vmap(lambda p, m=mixer: m.init_state(p, batch, max_len, dtype))(weights))
+        return {"layers": tuple(states)}
+
+    def prefill(self, params, tokens, state, *, segment_ids=None, positions=None):
+        """Hidden [B, T, D] of tokens [B, T] after those in `state`, and the new state; segment id 0 pads."""
+        _check_tokens(tokens, segment_ids, positions)
+        kwargs = {"segment_ids": segment_ids, "positions": positions}
+        return self._decode(params, tokens, state, lambda m, p, h, s: m.prefill(p, h, s, **kwargs))
+
+    def step(self, params, tokens, state):
+        """Hidden [B, 1, D] of one token a row, tokens [B, 1], and the state after it."""
+        dims("B T", tokens=tokens)
+        if tokens.shape[1] != 1:
+            raise ValueError(f"tokens: expected shape (B, 1), got {tokens.shape}")
+        return self._decode(params, tokens, state, lambda m, p, h, s: m.step(p, h, s))
+
+    def _decode(self, params, tokens, state, advance):
+        def body(x, xs):
+            layers, states = xs
+            new = []
+            for i, mixer in enumerate(self.period):
+                p = layers[str(i)]
+                y, s = advance(mixer, p["mixer"], rms_norm(p["mixer_norm"], x, self.norm_eps), states[i])
+                new.append(s)
+                x = self._add_mlp(p, x + y.astype(x.dtype))
+            return x, tuple(new)
+
+        x, states = jax.lax.scan(body, self._embed(params, tokens), (params["layers"], state["layers"]))
+        return rms_norm(params["final_norm"], x, self.norm_eps), {"layers": states}
+
+    # Costs
+
+    def flops(self, batch: int, seq: int) -> float:
+        """Of a forward pass with logits: mixers, 6 B T D hidden for an MLP, 2 B T D rows for logits."""
+        layers = sum(m.flops(batch, seq) for m in self.period) * self.n_periods
+        mlps = 6 * batch * seq * self.d_model * sum(self.mlp_widths) * self.n_periods
+        return layers + mlps + 2 * batch * seq * self.d_model * self.table_rows
+
+    def count(self) -> int:
+        """Number of weights."""
+        return param.count(self.params())
+
+    def parts(self) -> dict[str, int]:
+        """Number of weights of each kind of part; they sum to `count()`."""
+        tree = self.params()
+        out = {"embedding": param.count(tree["embedding"])}
+        for i, mixer in enumerate(self.mixers):
+            name, layer = type(mixer).__name__, tree["layers"][str(i)]
+            out[name] = out.get(name, 0) + param.count(layer["mixer"])
+            if "mlp" in layer:
+                out["mlp"] = out.get("mlp", 0) + param.count(layer["mlp"])
+        if "head" in tree:
+            out["head"] = param.count(tree["head"])
+        return out | {"norms": self.count() - sum(out.values())}
+
+
+def _check_tokens(tokens, segment_ids, positions):
+    given = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
+    given = {name: value for name, value in given.items() if value is not None}
+    dims(dict.fromkeys(given, "B T"), **given)

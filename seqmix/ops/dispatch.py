@@ -1,0 +1,40 @@
+"""Which implementation of an op runs: the best that can, or the named one or an error with the reason."""
+
+import difflib
+import logging
+
+IMPLEMENTATIONS = ("reference", "chunked", "gpu", "tpu", "triton")
+
+_log = logging.getLogger("seqmix.ops")
+_chosen: dict[str, set[str]] = {}
+
+
+def pick(op: str, implementation: str | None, reasons: dict[str, str | None]) -> str:
+    """The implementation of `op` to run.
+
+    `reasons` maps each implementation that exists for the op, best first, to None where it supports this call on
+    this device, else to why not. implementation None takes the first that does. Each choice is logged once.
+    Raises ValueError for a name that does not exist for the op or cannot run, with the reason.
+    """
+    if implementation is None:
+        implementation = next((name for name, reason in reasons.items() if reason is None), None)
+        if implementation is None:
+            raise ValueError(f"implementation: {op} has none for this call: {reasons}")
+    elif implementation not in reasons:
+        near = difflib.get_close_matches(implementation, reasons, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"implementation: expected one of {', '.join(reasons)} for {op}, got {implementation!r}{hint}"
+        )
+    elif reasons[implementation] is not None:
+        raise ValueError(f"implementation: {op} cannot run {implementation!r}: {reasons[implementation]}")
+    seen = _chosen.setdefault(op, set())
+    if implementation not in seen:
+        seen.add(implementation)
+        _log.info("%s runs as %r", op, implementation)
+    return implementation
+
+
+def chosen(op: str) -> tuple[str, ...]:
+    """The implementations that `op` has run as in this process, sorted."""
+    return tuple(sorted(_chosen.get(op, ())))

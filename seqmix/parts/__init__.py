@@ -1,0 +1,1 @@
+"""What many mixers share above the ops."""

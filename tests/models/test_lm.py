@@ -1,0 +1,246 @@
+"""The language model: stack against loop, decoding against forward, packing, remat, refusals, learning."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmix.core import param
+from seqmix.core.mixer import Mixer
+from seqmix.core.param import Param
+from seqmix.models import LM
+from seqmix.models.blocks import gated_mlp, rms_norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decay(Mixer):
+    """S_t = a S_{t-1} + x_t W, y = S W_out: the least mixer that decodes and packs."""
+
+    rate: float = 0.7
+    takes: ClassVar[tuple[str, ...]] = ()
+    causal: ClassVar[bool] = True
+    packable: ClassVar[bool] = True
+    decodes: ClassVar[bool] = True
+
+    def params(self):
+        square = (self.d_model, self.d_model)
+        return {"in": Param(square, ("embed", "mlp")), "out": Param(square, ("mlp", "embed"))}
+
+    def forward(self, params, x, *, segment_ids=None, positions=None, rng=None):
+        state = {"s": jnp.zeros((x.shape[0], self.d_model), jnp.float32)}
+        y, _ = self.prefill(params, x, state, segment_ids=segment_ids)
+        size = jnp.mean(jnp.square(y.astype(jnp.float32)))
+        return y, {"loss/size": 0.01 * size, "size": size, "update/mean": jnp.mean(x, (0, 1))}
+
+    def init_state(self, params, batch, max_len, dtype):
+        return {"s": jnp.zeros((batch, self.d_model), jnp.float32)}
+
+    def prefill(self, params, x, state, *, segment_ids=None, positions=None):
+        u = (x @ params["in"].astype(x.dtype)).astype(jnp.float32)
+        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        keep = jnp.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+
+        def advance(s, xs):
+            s = self.rate * s * xs[1][:, None] + xs[0]
+            return s, s
+
+        s, ys = jax.lax.scan(advance, state["s"], (jnp.moveaxis(u, 1, 0), keep.T))
+        return jnp.moveaxis(ys, 0, 1).astype(x.dtype) @ params["out"].astype(x.dtype), {"s": s}
+
+    def step(self, params, x, state):
+        return self.prefill(params, x, state)
+
+    def flops(self, batch, seq):
+        return 4 * batch * seq * self.d_model**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writer(Decay):
+    """Writes its input for later layers to read."""
+
+    takes: ClassVar[tuple[str, ...]] = ("shared",)
+
+    def forward(self, params, x, *, shared, **kwargs):
+        y, aux = super().forward(params, x, **kwargs)
+        return y, aux | {"shared": {"x": x}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader(Decay):
+    """Adds what the last writer wrote."""
+
+    takes: ClassVar[tuple[str, ...]] = ("shared",)
+
+    def forward(self, params, x, *, shared, **kwargs):
+        y, aux = super().forward(params, x, **kwargs)
+        return y + shared["x"], aux
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoSided(Decay):
+    causal: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chooser(Decay):
+    selects_over_time: ClassVar[bool] = True
+
+
+def small(**kwargs):
+    base = dict(vocab=19, d_model=16, n_layers=4, mixers=(Decay(), Decay(rate=0.3)), mlp_hidden=(24, 0))
+    return LM(**(base | dict(compute_dtype="float32", loss_chunk=5, vocab_pad_to=8) | kwargs))
+
+
+def setup(model, batch=2, time=12):
+    params = param.materialise(model.params(), jax.random.key(0))
+    return params, jax.random.randint(jax.random.key(1), (batch, time), 0, model.vocab)
+
+
+def close(a, b, tol=2e-5):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tol, atol=tol)
+
+
+def test_scan_equals_loop():
+    model = small()
+    params, tokens = setup(model)
+    hidden, aux = model.forward(params, tokens, capture=("block_outputs", "mixer_outputs"))
+    x, sizes, blocks = params["embedding"]["table"][tokens], [], []
+    for n in range(2):
+        for i, mixer in enumerate(model.period):
+            p = jax.tree.map(lambda a, n=n: a[n], params["layers"][str(i)])
+            y, seen = mixer.forward(p["mixer"], rms_norm(p["mixer_norm"], x, 1e-5))
+            x = x + y
+            if i == 0:
+                x = x + gated_mlp(p["mlp"], rms_norm(p["mlp_norm"], x, 1e-5))
+            sizes.append(seen["size"])
+            blocks.append(x)
+    close(hidden, rms_norm(params["final_norm"], x, 1e-5))
+    close(aux["capture/block_outputs"], jnp.stack(blocks))
+    close(aux["size"], np.mean(sizes))
+    close(aux["loss/size"], 0.01 * np.mean(sizes))
+    assert aux["capture/mixer_outputs"].shape == (4, 2, 12, 16)
+    assert aux["update/layers/1/mixer/mean"].shape == (2, 16)
+
+
+def test_prefill_and_steps_equal_forward():
+    model = small()
+    params, tokens = setup(model)
+    want, _ = model.forward(params, tokens)
+    state = model.init_state(params, 2, 12, jnp.float32)
+    got, state = model.prefill(params, tokens[:, :5], state)
+    parts = [got]
+    for t in range(5, 12):
+        hidden, state = model.step(params, tokens[:, t : t + 1], state)
+        parts.append(hidden)
+    close(jnp.concatenate(parts, 1), want)
+
+
+def test_packed_equals_separate():
+    model = small()
+    params, tokens = setup(model, batch=1)
+    ids = jnp.array([[1] * 7 + [2] * 5])
+    packed, _ = model.forward(params, tokens, segment_ids=ids)
+    close(packed[:, :7], model.forward(params, tokens[:, :7])[0])
+    close(packed[:, 7:], model.forward(params, tokens[:, 7:])[0])
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_nothing(remat):
+    model = small()
+    params, tokens = setup(model)
+
+    def grads(m):
+        return jax.grad(lambda p: m.loss(p, tokens, tokens, jnp.ones((2, 12)))[0])(params)
+
+    jax.tree.map(close, grads(model), grads(dataclasses.replace(model, remat=remat)))
+
+
+def test_loss_is_the_mean_nll_and_its_terms():
+    model = small(tie_embeddings=False)
+    params, tokens = setup(model)
+    mask = jnp.ones((2, 12)).at[0, 3:].set(0)
+    loss, metrics = model.loss(params, tokens, tokens, mask)
+    hidden, aux = model.forward(params, tokens)
+    logp = jax.nn.log_softmax(model.logits(params, hidden))
+    assert logp.shape[-1] == 24 and model.logits(params, hidden[:, -1]).shape == (2, 24)
+    nll = -jnp.sum(jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0] * mask)
+    close(metrics["nll_sum"], nll)
+    assert metrics["tokens"] == mask.sum()
+    close(loss, nll / mask.sum() + metrics["z_loss"] + aux["loss/size"])
+
+
+def test_shared_travels_between_layers():
+    model = small(mixers=(Writer(), Reader()))
+    params, tokens = setup(model)
+    assert not np.allclose(model.forward(params, tokens)[0], small().forward(params, tokens)[0])
+    with pytest.raises(ValueError, match="Writer"):
+        model.init_state(params, 1, 4)
+
+
+def test_output_projections_start_small():
+    wide = dict(d_model=64, mlp_hidden=0, n_layers=16, mixers=(Decay(),))
+    scaled, plain = (setup(small(**wide, scale_residual_init=s))[0]["layers"]["0"]["mixer"] for s in (1, 0))
+    close(scaled["out"], plain["out"] / 4)
+    close(scaled["in"], plain["in"])
+
+
+def test_parts_sum_to_the_count():
+    model = small(tie_embeddings=False)
+    parts = model.parts()
+    assert sum(parts.values()) == model.count()
+    assert parts["Decay"] == 4 * 2 * 16 * 16 and parts["mlp"] == 2 * 3 * 16 * 24
+    assert parts["embedding"] == parts["head"] == 24 * 16 and parts["norms"] == 7 * 16
+    assert model.flops(2, 3) == 6 * (4 * 4 * 256 + 2 * 6 * 16 * 24 + 2 * 16 * 24)
+
+
+@pytest.mark.parametrize(
+    "bad, word",
+    [
+        (dict(n_layers=5), "n_layers"),
+        (dict(mixers=()), "mixers"),
+        (dict(mixers=(TwoSided(), Decay())), "TwoSided"),
+        (dict(mixers=(Chooser(), Decay())), "Chooser"),
+        (dict(mixers=(Decay(d_model=8), Decay())), "d_model"),
+        (dict(mlp_hidden=(1, 2, 3)), "mlp_hidden"),
+        (dict(remat="some"), "remat"),
+        (dict(compute_dtype="int32"), "compute_dtype"),
+        (dict(vocab=0), "vocab"),
+    ],
+)
+def test_refusals_name_the_field(bad, word):
+    with pytest.raises(ValueError, match=word):
+        small(**bad)
+
+
+def test_calls_refuse_what_they_cannot_do():
+    model = small()
+    params, tokens = setup(model)
+    with pytest.raises(ValueError, match="capture"):
+        model.forward(params, tokens, capture=("scores",))
+    with pytest.raises(ValueError, match="segment_ids"):
+        model.forward(params, tokens, segment_ids=tokens[:, 1:])
+    with pytest.raises(ValueError, match="tokens"):
+        model.step(params, tokens, model.init_state(params, 2, 12))
+
+
+def test_it_learns():
+    model = small(compute_dtype="bfloat16", remat="full", n_layers=2)
+    params, _ = setup(model)
+    tokens = jnp.tile(jnp.arange(6), 3)[None]
+    mask = jnp.ones((1, 17))
+
+    @jax.jit
+    def train(params):
+        grad = jax.value_and_grad(lambda p: model.loss(p, tokens[:, :-1], tokens[:, 1:], mask)[0])
+        loss, grads = grad(params)
+        return loss, jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
+
+    losses = []
+    for _ in range(60):
+        loss, params = train(params)
+        losses.append(float(loss))
+    assert losses[0] > 2.5 and losses[-1] < 1.0
