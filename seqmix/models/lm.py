@@ -96,7 +96,7 @@ class LM:
 
     def params(self) -> dict:
         """Tree of `Param`. Embedding normal(0, 0.02); output projections scaled as in GPT-2 (section 2.3)."""
-        table = Param((self.table_rows, self.d_model), ("table", "embed"), param.normal(0.02))
+        table = Param((self.table_rows, self.d_model), ("vocab", "table"), param.normal(0.02))
         layers = {str(i): param.stack(self._layer_params(i), self.n_periods) for i in range(len(self.mixers))}
         tree = {"embedding": {"table": table}, "layers": layers, "final_norm": norm_params(self.d_model)}
         return tree if self.tie_embeddings else tree | {"head": {"table": table}}
@@ -209,11 +209,15 @@ class LM:
         return loss, aux | {"loss": loss, "nll_sum": nll_sum, "tokens": count, "z_loss": z}
 
     def _embed(self, params, tokens):
-        x = jnp.take(params["embedding"]["table"], tokens, axis=0, mode="clip").astype(self.compute_dtype)
+        # Gathered over fsdp like any weight before the look-up; sharded columns would move every activation.
+        # In float32, so that the scatter-add of the backward pass accumulates there.
+        table = constrain(params["embedding"]["table"], "vocab", None)
+        x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute_dtype)
         return constrain(x, "batch", "time", None)
 
     def _readout(self, params):
-        return params["embedding" if self.tie_embeddings else "head"]["table"]
+        table = params["embedding" if self.tie_embeddings else "head"]["table"]
+        return constrain(table, "vocab", None)
 
     # Decoding
 

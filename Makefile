@@ -1,0 +1,42 @@
+# make train | make test | make lint: each works on a fresh clone. It makes .venv with the best Python it finds.
+CONFIG ?= quickstart
+ARGS ?=
+VENV ?= .venv
+# PYTHON=/path/to/python picks the interpreter of a new .venv.
+PYTHON ?=
+RUN = $(VENV)/bin/python
+
+.PHONY: train test conformance lint format install clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train [CONFIG=$(CONFIG)] [ARGS=\"--optim.peak-lr=1e-3\"]   install, then train a config"
+	@echo "make test [ARGS=\"tests/ops\"]   install, then lint and run the tests"
+	@echo "make conformance               every catalogue row through every property"
+	@echo "make lint | format | clean"
+
+# The stamp names the metadata that the environment was installed from; a change of either file installs again.
+$(VENV)/installed: setup.cfg pyproject.toml tools/install.sh
+	@sh tools/install.sh "$(VENV)" "$(PYTHON)"
+
+install: $(VENV)/installed
+
+train: $(VENV)/installed
+	@$(RUN) -m experiments.train --config=$(CONFIG) $(ARGS)
+
+test: $(VENV)/installed lint
+	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8 $(if $(ARGS),$(ARGS),tests)
+
+conformance: $(VENV)/installed
+	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8 tests/conformance $(ARGS)
+
+lint: $(VENV)/installed
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/installed
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
