@@ -27,6 +27,10 @@ class Refused(Exception):
     """The user asked for something that cannot be done; the message is one line."""
 
 
+class NotSaved(Exception):
+    """A checkpoint could not be written; the message is one line."""
+
+
 class Damaged(Exception):
     """A checkpoint is not what its manifest says."""
 
@@ -45,8 +49,8 @@ class Checkpoints:
         return sorted(int(p.name) for p in self.root.iterdir() if p.name.isdigit() and p.is_dir())
 
     def save(self, step, params, rest, meta):
-        """Writes a checkpoint atomically and drops the oldest beyond `keep`; raises Refused when the disk is
-        full.
+        """Writes a checkpoint atomically and drops the oldest beyond `keep`; raises NotSaved when the disk is
+        full or fails, and then those before it are still there.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         final, temporary = self.root / f"{step:08d}", self.root / f"tmp.{step:08d}"
@@ -61,9 +65,9 @@ class Checkpoints:
             write_json(temporary / "manifest.json", manifest)
         except (OSError, ValueError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise Refused(
-                f"checkpoint of step {step} ({need} bytes) could not be written: {reason}"
+            reason = "no space left on the disk" if "No space left" in str(error) else _first_line(error)
+            raise NotSaved(
+                f"checkpoint of step {step} ({need} bytes) could not be written to {self.root}: {reason}"
             ) from error
         if final.exists():
             shutil.rmtree(final)
@@ -134,7 +138,7 @@ def lock(workdir):
     """
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
-        file = open(Path(workdir) / "lock", "w")
+        file = open(Path(workdir) / "lock", "a")  # noqa: SIM115
     except OSError as error:
         raise Refused(f"workdir {workdir}: {error.strerror}") from None
     try:
@@ -184,15 +188,17 @@ def _load(path, abstract):
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(
-                path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments)
-            )
+            restored = checkpointer.restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=arguments))
     except (ValueError, KeyError, OSError) as error:
-        raise Damaged(str(error).strip().splitlines()[0][:200] or type(error).__name__) from error
+        raise Damaged(_first_line(error)) from error
     for leaf, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
         if leaf.shape != expected.shape or np.dtype(leaf.dtype) != np.dtype(expected.dtype):
             raise Damaged(f"a leaf is {leaf.dtype}{leaf.shape}, expected {expected.dtype}{expected.shape}")
     return restored
+
+
+def _first_line(error):
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def _digests(root):

@@ -29,7 +29,8 @@ def show(cfg):
     )
     _memory(cfg, tree, sizes, mesh)
     laid = f"mesh {', '.join(f'{name}={size}' for name, size in sizes.items())}"
-    progress.table(f"Shardings on {laid}", ("weight", "shape", "axes", "partition"), _shardings(tree, mesh))
+    columns = ("weight", "shape", "axes", "partition")
+    progress.table(f"Shardings on {laid}", columns, _shardings(tree, mesh), left=4)
     print(f"params={total}", flush=True)
 
 
@@ -40,14 +41,8 @@ def _mesh(cfg):
     return sizes, jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
 
-def _entries(tree):
-    is_param = lambda leaf: isinstance(leaf, param.Param)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param):
-        yield "/".join(str(getattr(entry, "key", entry)) for entry in path), leaf
-
-
 def _shardings(tree, mesh):
-    for name, leaf in _entries(tree):
+    for name, leaf in param.entries(tree):
         axes = " ".join("-" if axis is None else str(axis) for axis in leaf.axes)
         yield name, "x".join(map(str, leaf.shape)) or "scalar", axes, _spec(leaf, mesh)
 
@@ -63,7 +58,7 @@ def _memory(cfg, tree, sizes, mesh):
     residuals.
     """
     weights = grads = adam = here = here_moments = 0
-    for _, leaf in _entries(tree):
+    for _, leaf in param.entries(tree):
         size = math.prod(leaf.shape)
         width = jnp.dtype(leaf.dtype).itemsize
         parts = math.prod(sizes[axis] for axis in _axes(sharding.spec(leaf.axes, leaf.shape, mesh)))
@@ -80,9 +75,7 @@ def _memory(cfg, tree, sizes, mesh):
         (f"activations kept for the backward pass (estimate, {rows} rows a device)", None, activations),
         ("sum (estimate)", None, here + here_moments + activations),
     ]
-    progress.table(
-        "Memory", ("what", "all devices", "one device"), [(a, _size(b), _size(c)) for a, b, c in table]
-    )
+    progress.table("Memory", ("what", "all devices", "one device"), [(a, _size(b), _size(c)) for a, b, c in table])
 
 
 def _size(count):
@@ -113,7 +106,5 @@ def _residual_bytes(cfg, weights, sizes):
         return jax.vjp(loss, params)[1]
 
     leaves = jax.tree.leaves(jax.eval_shape(residuals, params, shape))
-    total = sum(
-        math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves if hasattr(leaf, "dtype")
-    )
+    total = sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves if hasattr(leaf, "dtype"))
     return max(total - weights, 0) / sizes["context"], rows

@@ -7,6 +7,7 @@ comes. The same seed gives the same text. A mistake prints one line `error: ...`
 
 import argparse
 import codecs
+import difflib
 import functools
 import math
 import os
@@ -127,7 +128,7 @@ def token_bytes(tokenizer, token):
 
 
 def prompt_ids(tokenizer, text):
-    """Ids of a prompt; an empty one becomes the end-of-document id, after which a document starts."""
+    """Ids of a prompt, after the end-of-document id, which opens every document."""
     return [tokenizer.eos, *tokenizer.encode(text)]
 
 
@@ -150,13 +151,11 @@ def load(workdir, warn):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(message)
+        raise ValueError(message.removeprefix("argument "))
 
 
 def _arguments(argv):
-    parser = _Parser(
-        prog="python -m experiments.generate", description="Continue a prompt.", allow_abbrev=False
-    )
+    parser = _Parser(prog="python -m experiments.generate", description="Continue a prompt.", allow_abbrev=False)
     parser.add_argument("--workdir", required=True, help="the directory of a run")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=256, help="how many tokens at most")
@@ -165,6 +164,11 @@ def _arguments(argv):
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the most likely that make up p")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     parser.add_argument("--greedy", action="store_true", help="always the most likely token")
+    known = [name for action in parser._actions for name in action.option_strings]
+    for flag in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
+        if flag not in known:
+            nearest = difflib.get_close_matches(flag, known, 1, 0)[0]
+            raise ValueError(f"{flag}: unknown flag, did you mean {nearest}?")
     return parser.parse_args(argv)
 
 
@@ -206,9 +210,9 @@ def main(argv=None):
     """Entry point."""
     from experiments.checkpoint import Refused
 
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.FATAL)
     try:
-        run(_arguments(argv))
+        run(_arguments(sys.argv[1:] if argv is None else argv))
     except (ValueError, Refused) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

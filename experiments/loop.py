@@ -14,31 +14,30 @@ from seqmix.core import flops, param, sharding
 
 
 def mesh_sizes(cfg, devices):
-    """Sizes of the mesh axes for so many devices; an axis of -1 takes what the others leave."""
-    sizes = {"data": cfg.data, "fsdp": cfg.fsdp, "context": cfg.context, "model": cfg.model}
-    free = [name for name, size in sizes.items() if size == -1]
-    bad = [f"{name}={size}" for name, size in sizes.items() if size < 1 and size != -1]
-    if len(free) > 1 or bad:
-        raise ValueError(f"mesh: expected positive sizes and at most one -1, got {bad or free}")
+    """Sizes of a config's mesh axes on so many devices; an axis of -1 takes what the others leave."""
+    sizes = {name: getattr(cfg, name) for name in sharding.MESH_AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free:
-        if devices % fixed:
-            raise ValueError(
-                f"mesh.{free[0]}: {devices} devices cannot be divided by the other axes' product {fixed}"
-            )
-        sizes[free[0]] = devices // fixed
-    elif fixed > devices:
+    for name, size in sizes.items():
+        if size == -1:
+            if devices % fixed:
+                raise ValueError(f"mesh.{name}: {devices} devices cannot be divided by the other axes' {fixed}")
+            return sizes | {name: devices // fixed}
+    if fixed > devices:
         raise ValueError(f"mesh: expected at most {devices} devices, got {sizes}")
     return sizes
 
 
-def make_mesh(cfg, batch):
-    """The device mesh of a config; `batch` rows go through it at a time."""
-    sizes = mesh_sizes(cfg, jax.device_count())
-    rows = sizes["data"] * sizes["fsdp"]
-    if batch % rows:
+def make_mesh(cfg):
+    """The device mesh of a run; raises ValueError when its batches cannot be divided over it."""
+    sizes = mesh_sizes(cfg.mesh, jax.device_count())
+    rows, ways = cfg.data.batch_size // cfg.optim.accumulate, sizes["data"] * sizes["fsdp"]
+    if rows % ways:
         raise ValueError(
-            f"data.batch_size: expected a multiple of data*fsdp = {rows} per microbatch, got {batch}"
+            f"data.batch_size: expected a multiple of mesh data x fsdp = {ways} per microbatch, got {rows}"
+        )
+    if cfg.data.seq_len % sizes["context"]:
+        raise ValueError(
+            f"data.seq_len: expected a multiple of mesh.context {sizes['context']}, got {cfg.data.seq_len}"
         )
     devices = jax.devices()[: math.prod(sizes.values())]
     return sharding.make_mesh(**sizes, devices=devices)
@@ -52,7 +51,6 @@ class Trainer:
     """
 
     def __init__(self, cfg, mesh):
-        _check(cfg)
         self.cfg, self.mesh, self.model = cfg, mesh, cfg.model
         self.tree = self.model.params()
         self.mask = param.trainable_mask(self.tree)
@@ -71,6 +69,8 @@ class Trainer:
     def init(self):
         """The state before step 0, made in place on the mesh."""
         with sharding.use_mesh(self.mesh):
+            if self.mesh.devices.size == 1:  # op by op: one program of all weights takes longer to compile
+                return jax.device_put(self._init(), self.shardings)
             return jax.jit(self._init, out_shardings=self.shardings)()
 
     def put(self, batch):
@@ -89,19 +89,15 @@ class Trainer:
         with sharding.use_mesh(self.mesh):
             return step.lower(state, batch).compile()
 
-    def evaluate(self, params, dataset):
-        """Means over cfg.eval.batches validation batches: {"loss", "bits_per_byte", "tokens"}."""
+    def evaluate(self, params, dataset, batches):
+        """Means over so many validation batches (0: all): {"loss", "bits_per_byte", "tokens"}."""
         if self._eval is None:
             self._eval = jax.jit(self._nll)
         nll = tokens = 0.0
-        for batch in dataset.val_batches(self.cfg.eval.batches):
+        for batch in dataset.val_batches(batches):
             with sharding.use_mesh(self.mesh):
                 sums = self._eval(params, self.put(batch))
             nll, tokens = nll + float(sums[0]), tokens + float(sums[1])
-        if not tokens:
-            raise ValueError(
-                "data.val_fraction: expected validation text, got none; raise it or eval.batches"
-            )
         loss = nll / tokens
         return {"loss": loss, "bits_per_byte": loss / math.log(2) / dataset.bytes_per_token, "tokens": tokens}
 
@@ -158,25 +154,13 @@ class Trainer:
         return metrics["nll_sum"], metrics["tokens"]
 
 
-def _check(cfg):
-    if cfg.steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {cfg.steps}")
-    count = cfg.optim.accumulate
-    if count < 1 or cfg.data.batch_size % count:
-        raise ValueError(
-            f"optim.accumulate: expected a divisor of data.batch_size {cfg.data.batch_size}, got {count}"
-        )
-
-
 def _with_sharding(leaf, where):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def _write(params, metrics):
     """Writes `update/a/b/c` metrics over the weights at params[a][b][c], not trained by gradient."""
-    updates = {
-        key.removeprefix("update/"): value for key, value in metrics.items() if key.startswith("update/")
-    }
+    updates = {key.removeprefix("update/"): value for key, value in metrics.items() if key.startswith("update/")}
 
     def place(path, leaf):
         name = "/".join(str(getattr(entry, "key", entry)) for entry in path)

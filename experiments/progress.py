@@ -5,6 +5,7 @@ one at the end ("final"); "step" counts finished updates. A resumed run first cu
 restored step.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -25,10 +26,8 @@ class Curves:
 
         self.path = Path(workdir) / "metrics.jsonl"
         truncate(self.path, start)
-        self.file = open(self.path, "a")
-        self.board = SummaryWriter(
-            str(Path(workdir) / "tensorboard"), purge_step=start + 1 if start else None
-        )
+        self.file = open(self.path, "a")  # noqa: SIM115
+        self.board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start + 1 if start else None)
 
     def write(self, record):
         """One record; its numbers also become TensorBoard scalars named kind/key."""
@@ -129,11 +128,20 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def table(title, columns, rows):
-    """Prints a rich table on stdout: the first column to the left, the others to the right."""
+@contextlib.contextmanager
+def phase(text):
+    """Says on stderr what a long phase is, and how long it took."""
+    say(f"{text} ...")
+    start = time.monotonic()
+    yield
+    say(f"{text}: {time.monotonic() - start:.1f} s")
+
+
+def table(title, columns, rows, left=1):
+    """Prints a rich table on stdout: the first `left` columns to the left, the others to the right."""
     made = Table()
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        made.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
     print(title)

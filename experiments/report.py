@@ -11,17 +11,21 @@ def finish(cfg, workdir, trainer, dataset, params, curves):
     """Evaluates, prints the report on stdout and closes the curves; the last line is
     `val_bits_per_byte=x.xx`.
     """
-    progress.say("evaluating ...")
-    result = trainer.evaluate(params, dataset)
+    with progress.phase("evaluating"):
+        result = trainer.evaluate(params, dataset, cfg.eval.final_batches)
     curves.write({"kind": "final", "step": cfg.steps, **result})
     curves.close()
-    progress.say("measuring the data (unigram entropy, gzip, xz) ...")
-    stats = dataset.stats()
+    with progress.phase("measuring the text"):
+        stats = dataset.stats()
     bits = result["bits_per_byte"]
-    rows = [(f"{cfg.name}, {cfg.model.count():,} parameters, {cfg.steps} steps", f"{bits:.2f}")]
-    names = (("unigram_entropy", "unigram entropy"), ("gzip_bits", "gzip -9"), ("xz_bits", "xz -9"))
-    rows += [(label, f"{stats[key]:.2f}") for key, label in names if key in stats]
-    progress.table("Validation, bits per byte", ("model", "bits/byte"), rows)
+    rows = [
+        (f"{cfg.name}: {cfg.model.count():,} parameters, {cfg.steps} steps", f"{bits:.2f}"),
+        ("unigram entropy of the whole corpus", f"{stats['unigram_entropy']:.2f}"),
+        ("gzip -9 of the validation text", f"{stats['gzip_bits']:.2f}"),
+        ("xz -9 of the validation text", f"{stats['xz_bits']:.2f}"),
+    ]
+    tokens = f"{result['tokens']:,.0f} validation tokens"
+    progress.table(f"Bits per byte, {tokens}", ("model", "bits/byte"), rows)
     if cfg.sample_tokens > 0:
         _sample(cfg, params)
     print(f"curves: {Path(workdir) / 'metrics.jsonl'}, tensorboard --logdir {Path(workdir) / 'tensorboard'}")

@@ -25,9 +25,7 @@ def to_json(value):
     try:
         return {"__dtype__": np.dtype(value).name}
     except TypeError:
-        raise ValueError(
-            f"config: expected plain values and dataclasses, got {type(value).__name__}"
-        ) from None
+        raise ValueError(f"config: expected plain values and dataclasses, got {type(value).__name__}") from None
 
 
 def from_json(value):
@@ -44,9 +42,7 @@ def from_json(value):
     known = {f.name for f in dataclasses.fields(cls)}
     extra = sorted(set(value) - known - {"__class__"})
     if extra:
-        raise ValueError(
-            f"config: {value['__class__']} has no field {extra[0]!r}; it was saved by another version"
-        )
+        raise ValueError(f"config: {value['__class__']} has no field {extra[0]!r}; it was saved by another version")
     return cls(**{key: from_json(item) for key, item in value.items() if key != "__class__"})
 
 

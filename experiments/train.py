@@ -1,73 +1,76 @@
-"""Trains a language model: `python -m experiments.train --config=NAME [--field=value] [--workdir=DIR]
+"""Trains a language model: `python -m experiments.train --config=NAME [--field=value ...] [--workdir=DIR]
 [--dry-run]`.
 
 The default workdir is runs/NAME. The same command resumes: on the CPU a run that was killed and restarted has
 the losses of an unbroken one to the bit, because batch i and the randomness of step i depend on i alone.
 
-Exit codes: 0 done; 1 the training failed (a loss that is not finite); 2 a mistake in the command or its
-inputs (one line `error: ...`); 75 stopped by SIGTERM or SIGINT after saving: resumable, run the same command.
+Exit codes: 0 done; 1 the training failed (a loss that is not finite, a full disk); 2 a mistake in the command
+or its inputs (one line `error: ...`); 75 stopped by SIGTERM or SIGINT, after saving if a step was made since
+the last checkpoint: resumable, run the same command. A second signal does not wait for the save.
 """
 
 import functools
+import math
+import os
 import signal
 import sys
-import time
+import threading
 from pathlib import Path
 
 from absl import app, logging
 from absl import flags as absl_flags
 
 STOPPED = 75
+RESUMABLE = f"stopped, resumable: run the same command (exit code {STOPPED})"
 
 
-def run(cfg, workdir):
-    """Trains `cfg` in `workdir` from its newest good checkpoint, or from the start; returns the exit code."""
+def prepare(cfg, workdir):
+    """What a run needs before its first step: (trainer, dataset, checkpoints, start, state, config as JSON).
+
+    Everything that can refuse does so before anything in `workdir` is written.
+    """
     import jax
 
     from experiments import checkpoint, data, loop, progress, serialize
 
     config = serialize.to_json(cfg)
     checkpoint.check_config(workdir, config)
-    held = checkpoint.lock(workdir)  # released when the process ends
-    stop = _Stop()
-    mesh = loop.make_mesh(cfg.mesh, cfg.data.batch_size // cfg.optim.accumulate)
+    mesh = loop.make_mesh(cfg)
     progress.say(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind}")
-
-    with _phase("reading the data"):
+    with progress.phase("reading the data"):
         dataset = data.load(cfg.data, cfg.model.vocab)
+    progress.say(dataset.summary)
     checkpoint.check_data(workdir, dataset.fingerprint)
 
     trainer = loop.Trainer(cfg, mesh)
     saved = checkpoint.Checkpoints(workdir, cfg.checkpoint.keep, warn=progress.say)
     restored = saved.restore(trainer.params, trainer.rest)
-    if restored:
-        start, params, rest, manifest = restored
-        if manifest["fingerprint"] != dataset.fingerprint:
-            raise checkpoint.Refused(
-                f"checkpoint {start} in {workdir} was made on other data: fingerprint differs"
-            )
-        state = {"params": params, **rest}
-        progress.say(f"resumed from step {start}")
-    else:
-        start = 0
-        with _phase("initialising the weights"):
-            state = jax.block_until_ready(trainer.init())
+    if restored is None:
+        with progress.phase("initialising the weights"):
+            return trainer, dataset, saved, 0, jax.block_until_ready(trainer.init()), config
+    start, params, rest, manifest = restored
+    if manifest["fingerprint"] != dataset.fingerprint:
+        raise checkpoint.Refused(f"checkpoint {start} in {workdir} was made on other data")
+    progress.say(f"resumed from step {start}")
+    return trainer, dataset, saved, start, {"params": params, **rest}, config
+
+
+def train(cfg, workdir, prepared, stop):
+    """Steps to the end and reports, or saves and stops when asked; returns the exit code."""
+    from experiments import checkpoint, progress, report
+
+    trainer, dataset, saved, start, state, config = prepared
     saved.clean()
     checkpoint.write_json(Path(workdir) / "config.json", config)
     checkpoint.write_json(Path(workdir) / "data.json", {"fingerprint": dataset.fingerprint})
     curves = progress.Curves(workdir, start)
-
-    meta = {"fingerprint": dataset.fingerprint, "config": config}
-    save = functools.partial(_save, saved, meta)
+    save = functools.partial(_save, saved, {"fingerprint": dataset.fingerprint, "config": config})
     state, done = _loop(cfg, trainer, dataset, state, start, curves, save, stop)
     if not done:
         curves.close()
-        progress.say(f"stopped, resumable: run the same command (exit code {STOPPED})")
+        progress.say(RESUMABLE)
         return STOPPED
-    from experiments import report
-
     report.finish(cfg, workdir, trainer, dataset, state["params"], curves)
-    held.close()
     return 0
 
 
@@ -81,34 +84,34 @@ def _loop(cfg, trainer, dataset, state, start, curves, save, stop):
         return state, True
     batches = dataset.train_batches(start)
     batch = trainer.put(next(batches))
-    with _phase("compiling the train step"):
+    with progress.phase("compiling the train step"):
         train_step = trainer.compile_step(state, batch)
     shown = progress.Progress(cfg.steps, start, trainer.flops_per_step, trainer.peak)
     pending = []
     try:
         for step in range(start + 1, cfg.steps + 1):
+            stop.waits = True  # from here to the next save, a signal waits for one
             state, metrics = train_step(state, batch)
             pending.append((step, metrics))
             batch = trainer.put(next(batches)) if step < cfg.steps else None
-            last = step == cfg.steps
+            last, stopping = step == cfg.steps, stop.asked
             evaluates = cfg.eval.every > 0 and step % cfg.eval.every == 0 and not last
-            saves = last or stop.asked or (cfg.checkpoint.every > 0 and step % cfg.checkpoint.every == 0)
-            if step % max(cfg.log_every, 1) == 0 or evaluates or saves:
+            saves = last or stopping or (cfg.checkpoint.every > 0 and step % cfg.checkpoint.every == 0)
+            if step % cfg.log_every == 0 or evaluates or saves:
                 _log(pending, curves, shown)
             if evaluates:
-                record = {"kind": "val", "step": step, **trainer.evaluate(state["params"], dataset)}
-                curves.write(record)
-                shown.say(
-                    f"step {step}  val loss {record['loss']:.4f}  {record['bits_per_byte']:.3f} bits/byte"
-                )
+                record = trainer.evaluate(state["params"], dataset, cfg.eval.batches)
+                curves.write({"kind": "val", "step": step, **record})
+                shown.say(f"step {step}  val loss {record['loss']:.4f}  {record['bits_per_byte']:.3f} bits/byte")
             if saves:
                 curves.flush()
                 save(step, jax.block_until_ready(state))
+                stop.waits = False
             if evaluates or saves:
                 shown.restart_clock(step)
-            if stop.asked and not last:
+            if stopping:
                 return state, False
-        return state, True
+        return state, not stop.asked
     finally:
         shown.close()
 
@@ -117,8 +120,6 @@ def _log(pending, curves, shown):
     """Fetches the metrics of the pending steps, records each, refuses to go on from a loss that is not
     finite.
     """
-    import math
-
     import jax
 
     tokens = 0
@@ -143,34 +144,33 @@ def _save(saved, meta, step, state):
     saved.save(step, state["params"], rest, {**meta, "data_position": step})
 
 
-class _Stop:
-    """Notes SIGTERM and SIGINT; the loop looks at step boundaries. A second one kills at once."""
+class Stop:
+    """What SIGTERM and SIGINT do. While `waits`, the first one sets `asked`, which the loop sees after its
+    step; otherwise, and the second time, the process ends at once.
+
+    A thread acts on them, since Python's own handlers do not run while the main thread compiles.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.waits = False
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+            signal.signal(number, lambda *_: None)  # the byte in the pipe is what counts
+        threading.Thread(target=self._watch, args=(read,), daemon=True).start()
 
-    def _note(self, number, frame):
-        self.asked = True
-        for other in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(other, signal.SIG_DFL)
-        print(f"{signal.Signals(number).name}: saving at the next step", file=sys.stderr, flush=True)
-
-
-class _phase:
-    """Says what a long phase is and how long it took."""
-
-    def __init__(self, text):
-        self.text = text
-
-    def __enter__(self):
-        print(f"{self.text} ...", file=sys.stderr, flush=True)
-        self.start = time.monotonic()
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            print(f"{self.text}: {time.monotonic() - self.start:.1f} s", file=sys.stderr, flush=True)
+    def _watch(self, read):
+        while True:
+            number = os.read(read, 1)[0]
+            if number not in (signal.SIGTERM, signal.SIGINT):
+                continue
+            name = signal.Signals(number).name
+            if self.asked or not self.waits:
+                print(f"{name}: {RESUMABLE}", file=sys.stderr, flush=True)
+                os._exit(STOPPED)
+            self.asked = True
+            print(f"{name}: saving at the next step", file=sys.stderr, flush=True)
 
 
 def fail(message, code=2):
@@ -185,27 +185,34 @@ def main(argv):
 
     try:
         cfg, args = flags.parse(argv[1:])
-    except ValueError as error:
-        fail(error)
-    from experiments.checkpoint import Refused
-
-    try:
         if args.dry_run:
             from experiments import dryrun
 
             dryrun.show(cfg)
             return 0
-        return run(cfg, args.workdir or f"runs/{cfg.name}")
-    except (Refused, ValueError, OSError) as error:
+    except ValueError as error:
         fail(error)
-    except FloatingPointError as error:
+    stop = Stop()
+    from experiments import checkpoint
+
+    workdir = args.workdir or f"runs/{cfg.name}"
+    try:
+        with checkpoint.lock(workdir):
+            try:
+                prepared = prepare(cfg, workdir)
+            except ValueError as error:  # while training, one is a bug and keeps its traceback
+                fail(error)
+            return train(cfg, workdir, prepared, stop)
+    except checkpoint.Refused as error:
+        fail(error)
+    except (checkpoint.NotSaved, FloatingPointError, OSError) as error:
         fail(error, code=1)
 
 
 def only_program(argv):
-    """absl's flags are left at their defaults: every argument is ours."""
+    """absl's flags are left at their defaults: every argument is ours. What Orbax logs, it raises too."""
     absl_flags.FLAGS(argv[:1])
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.FATAL)
     return argv
 
 

@@ -45,11 +45,19 @@ class Mixer:
     # Decoding
 
     def init_state(self, params, batch: int, max_len: int, dtype=jnp.float32, **inputs) -> Any:
-        """The state before the first token, for `max_len` tokens a row; buffers of tokens are in `dtype`."""
+        """The state before the first token, for `max_len` tokens a row; buffers of tokens are in `dtype`.
+
+        It is given the inputs that `forward` takes, and keeps what it needs of those that do not go along with
+        x, such as `memory`: `prefill` and `step` are not given them again.
+        """
         raise ValueError(self.denial("decode"))
 
     def prefill(self, params, x, state, *, segment_ids=None, positions=None, **inputs):
-        """(y [B, T, D], state) of T more tokens a row. Any split of a sequence over calls equals `forward`."""
+        """(y [B, T, D], state) of T more tokens a row. Any split of a sequence over calls equals `forward`.
+
+        There is no aux here: what a mixer that takes `shared` writes for later layers while it decodes, it
+        leaves under "shared" in its state (a dict, with that entry from `init_state` on).
+        """
         raise ValueError(self.denial("decode"))
 
     def step(self, params, x, state, **inputs):
@@ -60,14 +68,17 @@ class Mixer:
         """A tree like the state's, with a tuple of logical axis names for each array."""
         raise ValueError(self.denial("decode"))
 
-    def state_size(self, context: int) -> int:
-        """Elements of the state per sequence with room for `context` tokens."""
+    def state_size(self, context: int, **sizes: int) -> int:
+        """Elements of the state per sequence with room for `context` tokens; `sizes` as for `flops`."""
         raise ValueError(self.denial("decode"))
 
     # Costs
 
-    def flops(self, batch: int, seq: int) -> float:
-        """FLOPs of `forward`, a multiply-add being two."""
+    def flops(self, batch: int, seq: int, **sizes: int) -> float:
+        """FLOPs of `forward`, a multiply-add being two.
+
+        `sizes` are lengths of the inputs in `takes` that have one (memory=S), and passed to such mixers alone.
+        """
         raise NotImplementedError(f"{type(self).__name__}.flops")
 
     # The mixing matrix: mixed[b, t, g] = sum_s M[b, g, t, s] values[b, s, g]
@@ -102,13 +113,7 @@ class Mixer:
             raise ValueError(f"x: expected shape (B, T, D={self.d_model}) for {name}, got {tuple(x.shape)}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x: expected a floating dtype for {name}, got {x.dtype}")
-        given = {k for k, v in (inputs or {}).items() if v is not None}
-        for key in sorted(given - set(self.takes)):
-            allowed = ", ".join(self.takes) or "none"
-            raise ValueError(f"{key}: {name} does not take this input (it takes: {allowed})")
-        for key in need:
-            if key not in given:
-                raise ValueError(f"{key}: {name} needs this input, got none")
+        self.check_inputs(inputs, need)
         if segment_ids is not None:
             if not self.packable:
                 raise ValueError(f"segment_ids: {self.denial('pack')}; give it whole windows")
@@ -116,6 +121,20 @@ class Mixer:
         if positions is not None and positions.shape != x.shape[:2]:
             expected = f"(B={x.shape[0]}, T={x.shape[1]})"
             raise ValueError(f"positions: expected shape {expected}, got {tuple(positions.shape)}")
+
+    def check_inputs(self, inputs, need=()):
+        """Raises ValueError for an input that is not in `takes`, and for one named in `need` that is not there.
+
+        For `init_state`, which has no x to check.
+        """
+        name = type(self).__name__
+        given = {k for k, v in (inputs or {}).items() if v is not None}
+        for key in sorted(given - set(self.takes)):
+            allowed = ", ".join(self.takes) or "none"
+            raise ValueError(f"{key}: {name} does not take this input (it takes: {allowed})")
+        for key in need:
+            if key not in given:
+                raise ValueError(f"{key}: {name} needs this input, got none")
 
     def positive(self, **fields):
         """Raises ValueError naming the first of these fields that is not a positive integer."""

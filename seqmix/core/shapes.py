@@ -29,7 +29,6 @@ def dims(spec, **arrays) -> SimpleNamespace:
             ]
             raise ValueError(f"{name}: expected shape ({', '.join(shown)}), got {shape}")
         for letter, size in zip(letters, shape, strict=True):
-            if not letter.isdigit():
-                if bound.setdefault(letter, size) != size:
-                    raise ValueError(f"{name}: expected one size for {letter}, got {shape}")
+            if not letter.isdigit() and bound.setdefault(letter, size) != size:
+                raise ValueError(f"{name}: expected one size for {letter}, got {shape}")
     return SimpleNamespace(**bound)

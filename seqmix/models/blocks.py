@@ -1,4 +1,4 @@
-"""What stacks put around mixers: RMSNorm, the gated MLP, the depth scaling of output projections."""
+"""What stacks put around mixers: the gated MLP, the depth scaling of output projections."""
 
 import dataclasses
 
@@ -7,18 +7,6 @@ import jax.numpy as jnp
 
 from seqmix.core import param
 from seqmix.core.param import Param
-
-
-def norm_params(width: int) -> dict:
-    """A scale per channel, starting at one, without weight decay."""
-    return {"scale": Param((width,), ("embed",), param.ones, decay=False)}
-
-
-def rms_norm(p, x, eps: float):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32 at least; returns the dtype of x."""
-    h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
-    return (h * p["scale"]).astype(x.dtype)
 
 
 def mlp_params(width: int, hidden: int) -> dict:

@@ -21,8 +21,9 @@ from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.core.shapes import dims
 from seqmix.core.sharding import constrain
-from seqmix.models.blocks import gated_mlp, mlp_params, norm_params, rms_norm, scale_out
+from seqmix.models.blocks import gated_mlp, mlp_params, scale_out
 from seqmix.models.loss import chunked_cross_entropy, unembed
+from seqmix.parts.norms import norm_params, rms_norm
 
 CAPTURES = ("block_outputs", "mixer_outputs")
 REMAT = ("none", "full", "dots")
@@ -98,17 +99,23 @@ class LM:
         """Tree of `Param`. Embedding normal(0, 0.02); output projections scaled as in GPT-2 (section 2.3)."""
         table = Param((self.table_rows, self.d_model), ("vocab", "table"), param.normal(0.02))
         layers = {str(i): param.stack(self._layer_params(i), self.n_periods) for i in range(len(self.mixers))}
-        tree = {"embedding": {"table": table}, "layers": layers, "final_norm": norm_params(self.d_model)}
+        tree = {"embedding": {"table": table}, "layers": layers, "final_norm": self._norm_params()}
         return tree if self.tie_embeddings else tree | {"head": {"table": table}}
+
+    def _norm_params(self) -> dict:
+        return norm_params((self.d_model,), ("embed",))
+
+    def _norm(self, p, x):
+        return rms_norm(x, p["scale"], eps=self.norm_eps)
 
     def _layer_params(self, i: int) -> dict:
         branches = self.n_periods * (len(self.mixers) + sum(h > 0 for h in self.mlp_widths))
         factor = branches**-0.5 if self.scale_residual_init else 1.0
         width, hidden = self.d_model, self.mlp_widths[i]
-        tree = {"mixer_norm": norm_params(width), "mixer": scale_out(self.period[i].params(), factor)}
+        tree = {"mixer_norm": self._norm_params(), "mixer": scale_out(self.period[i].params(), factor)}
         if hidden:
             mlp = mlp_params(width, hidden)
-            tree |= {"mlp_norm": norm_params(width), "mlp": scale_out(mlp, factor)}
+            tree |= {"mlp_norm": self._norm_params(), "mlp": scale_out(mlp, factor)}
         return tree
 
     # Training and scoring
@@ -137,7 +144,7 @@ class LM:
         aux = self._merge_aux(aux)
         for name, value in captured.items():
             aux[f"capture/{name}"] = value.reshape(self.n_layers, *x.shape)
-        return rms_norm(params["final_norm"], x, self.norm_eps), aux
+        return self._norm(params["final_norm"], x), aux
 
     def _period_forward(self, carry, xs, segment_ids, positions, capture):
         (x, shared), (layers, key) = carry, xs
@@ -146,7 +153,7 @@ class LM:
             p = layers[str(i)]
             rng = None if key is None else jax.random.fold_in(key, i)
             inputs = {"shared": shared} if "shared" in mixer.takes else {}
-            h = rms_norm(p["mixer_norm"], x, self.norm_eps)
+            h = self._norm(p["mixer_norm"], x)
             y, aux = mixer.forward(
                 p["mixer"], h, segment_ids=segment_ids, positions=positions, rng=rng, **inputs
             )
@@ -161,7 +168,7 @@ class LM:
 
     def _add_mlp(self, p, x):
         if "mlp" in p:
-            x = x + gated_mlp(p["mlp"], rms_norm(p["mlp_norm"], x, self.norm_eps))
+            x = x + gated_mlp(p["mlp"], self._norm(p["mlp_norm"], x))
         return constrain(x, "batch", "time", None)
 
     def _initial_shared(self, body, x, layers, keys):
@@ -252,13 +259,13 @@ class LM:
             new = []
             for i, mixer in enumerate(self.period):
                 p = layers[str(i)]
-                y, s = advance(mixer, p["mixer"], rms_norm(p["mixer_norm"], x, self.norm_eps), states[i])
+                y, s = advance(mixer, p["mixer"], self._norm(p["mixer_norm"], x), states[i])
                 new.append(s)
                 x = self._add_mlp(p, x + y.astype(x.dtype))
             return x, tuple(new)
 
         x, states = jax.lax.scan(body, self._embed(params, tokens), (params["layers"], state["layers"]))
-        return rms_norm(params["final_norm"], x, self.norm_eps), {"layers": states}
+        return self._norm(params["final_norm"], x), {"layers": states}
 
     # Costs
 

@@ -88,9 +88,7 @@ def test_schedules():
         [cosine(0), cosine(9), cosine(10), cosine(60), cosine(110)], [0.01, 0.1, 0.1, 0.055, 0.01], rtol=1e-5
     )
     wsd = optim.schedule(settings(schedule="wsd", warmup=10), 100)
-    np.testing.assert_allclose(
-        [wsd(0), wsd(50), wsd(80), wsd(90), wsd(100)], [0.01, 0.1, 0.1, 0.055, 0.01], rtol=1e-5
-    )
+    np.testing.assert_allclose([wsd(0), wsd(50), wsd(80), wsd(90), wsd(100)], [0.01, 0.1, 0.1, 0.055, 0.01], rtol=1e-5)
     with pytest.raises(ValueError, match="schedule"):
         optim.schedule(settings(schedule="linear"), 10)
 
@@ -124,9 +122,8 @@ def test_moments_lie_as_weights_do():
 def test_config_round_trip():
     import dataclasses
 
-    from experiments.config import Data, Optim
-
     from experiments import serialize
+    from experiments.config import Data, Optim
 
     data = Data(path="x", seq_len=7)
     held = serialize.to_json(data)
@@ -137,8 +134,5 @@ def test_config_round_trip():
         8,
     )
     assert serialize.difference(held, held) is None
-    assert (
-        serialize.difference(held, serialize.to_json(dataclasses.replace(data, path="y")), ignore=("path",))
-        is None
-    )
+    assert serialize.difference(held, serialize.to_json(dataclasses.replace(data, path="y")), ignore=("path",)) is None
     assert serialize.from_json(serialize.to_json(Optim(peak_lr=0.25))).peak_lr == 0.25

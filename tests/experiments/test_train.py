@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -64,7 +65,24 @@ def records(workdir, kind="train"):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    words = ["the", "state", "of", "a", "mixer", "is", "a", "matrix", "that", "forgets", "and", "remembers", "what", "it", "has", "read"]
+    words = [
+        "the",
+        "state",
+        "of",
+        "a",
+        "mixer",
+        "is",
+        "a",
+        "matrix",
+        "that",
+        "forgets",
+        "and",
+        "remembers",
+        "what",
+        "it",
+        "has",
+        "read",
+    ]
     draw = random.Random(0)
     for index in range(60):
         (folder / f"{index:02d}.txt").write_text(" ".join(draw.choice(words) for _ in range(200)) + "\n")
@@ -173,9 +191,7 @@ def test_generate_is_deterministic_by_seed(unbroken):
     assert first.startswith("the state")
 
 
-@pytest.mark.parametrize(
-    "bad", ["--temperature=0", "--max-tokens=0", "--top-p=1.5", "--top-k=-1", "--tokens=3"]
-)
+@pytest.mark.parametrize("bad", ["--temperature=0", "--max-tokens=0", "--top-p=1.5", "--top-k=-1", "--tokens=3"])
 def test_generate_refuses_in_one_line(unbroken, bad):
     from experiments import generate
 
@@ -225,6 +241,41 @@ def test_two_runs_in_one_directory(tmp_path):
     with pytest.raises(checkpoint.Refused, match="in use"):
         checkpoint.lock(tmp_path)
     held.close()
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_those_before_it(tmp_path):
+    from experiments import checkpoint
+
+    saved = checkpoint.Checkpoints(tmp_path, keep=2)
+    small = {"w": np.arange(4.0)}
+    saved.save(1, small, {"step": np.int32(1)}, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        large = {"w": np.random.default_rng(0).random(100_000)}
+        with pytest.raises(checkpoint.NotSaved, match=r"^checkpoint of step 2 \(800004 bytes\)"):
+            saved.save(2, large, {"step": np.int32(2)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in saved.root.iterdir()] == ["00000001"]
+    checkpoint.verify(saved.root / "00000001")
+
+
+def test_a_signal_before_the_first_step_ends_the_process(tmp_path, flags):
+    process = subprocess.Popen(
+        command("train", *flags, f"--workdir={tmp_path / 'run'}"),
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stderr=subprocess.PIPE,
+    )
+    for line in process.stderr:
+        if line.startswith("initialising the weights ..."):
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75 and "resumable" in errors
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_other_data_is_refused(flags, unbroken):

@@ -13,7 +13,8 @@ from seqmix.core import param
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.models import LM
-from seqmix.models.blocks import gated_mlp, rms_norm
+from seqmix.models.blocks import gated_mlp
+from seqmix.parts.norms import rms_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +113,13 @@ def test_scan_equals_loop():
     for n in range(2):
         for i, mixer in enumerate(model.period):
             p = jax.tree.map(lambda a, n=n: a[n], params["layers"][str(i)])
-            y, seen = mixer.forward(p["mixer"], rms_norm(p["mixer_norm"], x, 1e-5))
+            y, seen = mixer.forward(p["mixer"], rms_norm(x, p["mixer_norm"]["scale"], eps=1e-5))
             x = x + y
             if i == 0:
-                x = x + gated_mlp(p["mlp"], rms_norm(p["mlp_norm"], x, 1e-5))
+                x = x + gated_mlp(p["mlp"], rms_norm(x, p["mlp_norm"]["scale"], eps=1e-5))
             sizes.append(seen["size"])
             blocks.append(x)
-    close(hidden, rms_norm(params["final_norm"], x, 1e-5))
+    close(hidden, rms_norm(x, params["final_norm"]["scale"], eps=1e-5))
     close(aux["capture/block_outputs"], jnp.stack(blocks))
     close(aux["size"], np.mean(sizes))
     close(aux["loss/size"], 0.01 * np.mean(sizes))

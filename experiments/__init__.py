@@ -1,0 +1,1 @@
+"""Entry points (train, generate) and what they share; run from a clone."""

@@ -1,0 +1,234 @@
+"""The command line of `experiments.train`: `--config=NAME`, then any field of that config as a typed flag.
+
+`--model.d-model=64 --model.mixers.0.d-state=64 --optim.peak-lr=1e-3`: dots go down, a number picks from a
+tuple, `-` and `_` are the same. tyro reads the values by their fields' types and prints the help; every
+mistake is a ValueError of one line that names the flag and the nearest right one.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import io
+import operator
+import types
+import typing
+from pathlib import Path
+
+import tyro
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+OWN = ("config", "workdir", "dry-run", "help")  # flags beside the config's fields
+PROGRAM = "python -m experiments.train --config={} [--field=value ...] [--workdir=DIR] [--dry-run]"
+MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+
+
+def parse(argv):
+    """(cfg, args) from the arguments after the program's name; args has config, workdir (or None), dry_run.
+
+    `--help` prints (the configs, or with --config the fields and their defaults) and exits with 0. Raises
+    ValueError in one line.
+    """
+    given = _split(argv)
+    helps = given.pop("help", None) is not None
+    name = _text("config", given.pop("config")) if "config" in given else None
+    if name is None and helps:
+        print(_overview())
+        raise SystemExit(0)
+    cfg = _load(name)
+    if helps:
+        _help(cfg, name)
+    args = types.SimpleNamespace(
+        config=name,
+        workdir=_text("workdir", given.pop("workdir")) if "workdir" in given else None,
+        dry_run=_value("dry-run", given.pop("dry-run", "False"), bool),
+    )
+    known = dict(_leaves(cfg))
+    changes = {}
+    for flag, text in given.items():
+        if flag not in known:
+            raise ValueError(_unknown(flag, known))
+        changes[tuple(flag.replace("-", "_").split("."))] = _value(flag, _text(flag, text), known[flag])
+    return (_replace(cfg, changes) if changes else cfg), args
+
+
+def _split(argv):
+    """{flag: text} of `--flag=text` or `--flag text`, None where there is no text; names with dashes."""
+    given, rest = {}, list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument in ("-h", "--help"):
+            given["help"] = ""
+            continue
+        if not argument.startswith("--") or argument == "--":
+            raise ValueError(f"{argument}: expected --FIELD=VALUE")
+        flag, equals, text = argument.removeprefix("--").partition("=")
+        flag = flag.replace("_", "-")
+        if flag in given:
+            raise ValueError(f"--{flag}: given twice")
+        if not equals:
+            if flag == "dry-run":
+                text = "True"
+            else:
+                text = rest.pop(0) if rest and not rest[0].startswith("--") else None
+        given[flag] = text
+    return given
+
+
+def _text(flag, text):
+    if text is None or (text == "" and flag in OWN):
+        raise ValueError(f"--{flag}: expected a value, as in --{flag}=VALUE")
+    return text
+
+
+# Configs
+
+
+def _names():
+    return sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("_"))
+
+
+def _load(name):
+    names = _names()
+    if name is None:
+        raise ValueError(f"--config: expected one of {', '.join(names)}, got none")
+    if name not in names:
+        nearest = difflib.get_close_matches(name, names, 1, 0)[0]
+        raise ValueError(f"--config: unknown config {name!r}, did you mean {nearest!r}? ({', '.join(names)})")
+    return getattr(importlib.import_module(f"configs.{name}"), name)()
+
+
+def _overview():
+    """What `--help` says without a config; the configs' docstrings are read without importing them."""
+    lines = [f"usage: {PROGRAM.format('NAME')}", "", "Trains a language model; the same command resumes.", ""]
+    for name in _names():
+        functions = ast.parse((CONFIGS / f"{name}.py").read_text()).body
+        made = next(f for f in functions if isinstance(f, ast.FunctionDef) and f.name == name)
+        lines.append(f"  {name:16} {ast.get_docstring(made).splitlines()[0]}")
+    return "\n".join([*lines, "", "--config=NAME --help lists the fields of a config and their values."])
+
+
+def _help(cfg, name):
+    tyro.cli(
+        type(cfg),
+        default=cfg,
+        args=["--help"],
+        prog=PROGRAM.format(name),
+        description="Every field is a flag, --field=value. --workdir: the run's directory (runs/NAME). "
+        "--dry-run: print parameters, FLOPs, memory and shardings, and end.",
+        config=MARKERS,
+    )
+
+
+# Fields
+
+
+def _leaves(value, path=""):
+    """(dotted name, type) of every field of a dataclass, or of one that is yet to be made (a class)."""
+    if isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}.{index}")
+        return
+    kind = value if isinstance(value, type) else type(value)
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        held = None if value is kind else getattr(value, field.name)
+        name = f"{path}.{field.name.replace('_', '-')}".removeprefix(".")
+        inner = held if _nested(held) else _structure(hints[field.name])
+        if inner is None:
+            yield name, hints[field.name]
+            continue
+        yield from _leaves(inner, name)
+        if type(None) in _members(hints[field.name]):
+            yield name, type(None)
+
+
+def _structure(annotation):
+    """The dataclass among the types that a field allows, if there is one."""
+    return next((member for member in _members(annotation) if dataclasses.is_dataclass(member)), None)
+
+
+def _nested(value):
+    return dataclasses.is_dataclass(value) or (
+        isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value)
+    )
+
+
+def _unknown(flag, known):
+    inside = [name for name in known if name.startswith(f"{flag}.")]
+    if inside:
+        return f"--{flag}: expected one of its fields, such as --{inside[0]}"
+    last = lambda name: name.rsplit(".", 1)[-1]
+    alike = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
+    nearest = max([*known, *OWN], key=lambda name: alike(flag, name) + alike(last(flag), last(name)))
+    return f"--{flag}: unknown field, did you mean --{nearest}?"
+
+
+def _value(flag, text, annotation):
+    """The value that tyro reads from `text` for a field of this type."""
+    members = sorted(_members(annotation), key=_is_tuple)  # 5 is an int before it is a tuple of one
+    word = {"true": bool, "false": bool, "none": type(None)}.get(text.lower())
+    words = [text.capitalize() if word in members else text]
+    if any(_is_tuple(member) for member in members):
+        words = text.strip("()[] ").replace(",", " ").split()
+    form = dataclasses.make_dataclass("Flag", [("value", functools.reduce(operator.or_, members))])
+    arguments = [f"--value={words[0]}"] if len(words) == 1 else ["--value", *words]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(form, args=arguments, console_outputs=False, config=MARKERS).value
+    except SystemExit:
+        raise ValueError(f"--{flag}: expected {_describe(annotation)}, got {text!r}") from None
+
+
+def _members(annotation):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _is_tuple(member):
+    return typing.get_origin(member) is tuple
+
+
+def _describe(annotation):
+    return " or ".join(_describe_one(member) for member in sorted(_members(annotation), key=_is_tuple))
+
+
+def _describe_one(member):
+    words = {int: "an integer", float: "a float", str: "text", bool: "True or False", type(None): "None"}
+    if _is_tuple(member):
+        return "integers joined by commas" if int in typing.get_args(member) else "values joined by commas"
+    if typing.get_origin(member) is typing.Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(member))
+    return words.get(member, getattr(member, "__name__", str(member)))
+
+
+def _replace(value, changes, path="", kind=None):
+    """The config with {path: value} written into it, all changes of one object at once; where there is no
+    object, a new one of class `kind`.
+    """
+    groups = {}
+    for (head, *rest), new in changes.items():
+        groups.setdefault(head, {})[tuple(rest)] = new
+    below = lambda head, held, kind=None: (
+        groups[head][()] if () in groups[head] else _replace(held, groups[head], f"{path}{head}.", kind)
+    )
+    if isinstance(value, tuple):
+        items = {str(index): item for index, item in enumerate(value)}
+        return tuple(below(index, item) if index in groups else item for index, item in items.items())
+    hints = typing.get_type_hints(kind or type(value))
+    new = {head: below(head, getattr(value, head, None), _structure(hints[head])) for head in groups}
+    where = path.rstrip(".")
+    if value is None:
+        needed = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory]
+        missing = [name for name in needed if name not in new]
+        if missing:
+            raise ValueError(f"{where}: expected {' and '.join(missing)} too")
+    try:
+        return kind(**new) if value is None else dataclasses.replace(value, **new)
+    except ValueError as error:
+        message = str(error)
+        prefix = "" if message.startswith(where) else f"{where}: "
+        raise ValueError(prefix + message) from None

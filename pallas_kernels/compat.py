@@ -1,0 +1,256 @@
+"""The one place that touches Pallas Mosaic GPU, whose interface changes from one jax to the next.
+
+Written for jax 0.11.1 and later (so Python 3.12). Everything is imported when first used, so that this module loads
+anywhere; `unavailable()` says why the kernels cannot be built here, if so.
+
+A "warpgroup" (128 threads) is what Pallas calls a thread. Tiles in shared memory are bf16, [rows, columns] with
+columns a multiple of 64, stored in the 128-byte swizzle that wgmma and TMA share.
+"""
+
+import contextlib
+import contextvars
+import functools
+import importlib.util
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+MIN_JAX = (0, 11, 1)
+_interpret = contextvars.ContextVar("pallas_kernels_interpret", default=False)
+
+
+def unavailable() -> str | None:
+    """Why Mosaic GPU kernels cannot be built with this Python and jax; None if they can."""
+    if sys.version_info < (3, 12):
+        return f"Mosaic GPU kernels need Python >= 3.12, this is {sys.version_info.major}.{sys.version_info.minor}"
+    version = tuple(int(part) for part in re.findall(r"\d+", jax.__version__)[:3])
+    if version < MIN_JAX:
+        return f"Mosaic GPU kernels need jax >= {'.'.join(map(str, MIN_JAX))}, this is {jax.__version__}"
+    if importlib.util.find_spec("jax.experimental.pallas.mosaic_gpu") is None:
+        return "this jax has no Pallas Mosaic GPU"
+    return None
+
+
+@contextlib.contextmanager
+def interpret():
+    """Kernels traced inside run in the CPU interpreter, with race detection. Slow: for tests of tiny shapes."""
+    token = _interpret.set(True)
+    try:
+        yield
+    finally:
+        _interpret.reset(token)
+
+
+def interpreting() -> bool:
+    return _interpret.get()
+
+
+@functools.cache
+def gpu():
+    """The module jax.experimental.pallas.mosaic_gpu."""
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(reason)
+    import jax.experimental.pallas.mosaic_gpu as module
+
+    return module
+
+
+# Registers. A [64 n, 8 m] accumulator is spread over the warpgroup in wgmma's own layout; a vector over its rows or
+# its columns lives in the same layout with the other axis reduced away.
+
+
+def tile_layout():
+    return gpu().Layout.WGMMA
+
+
+def rows_layout():
+    return gpu().Layout.WGMMA.reduce(1)
+
+
+def columns_layout():
+    return gpu().Layout.WGMMA.reduce(0)
+
+
+def load_tile(ref, shared=True):
+    """[rows, columns] from shared (or global) memory into registers."""
+    return gpu().load(ref, layout=tile_layout(), optimized=shared)
+
+
+def load_rows(ref):
+    """A vector [rows], to scale the rows of a tile with."""
+    return gpu().load(ref, layout=rows_layout())
+
+
+def load_columns(ref):
+    """A vector [columns], to scale the columns of a tile with."""
+    # The unoptimized load keeps layout inference from searching for minutes.
+    return gpu().load(ref, layout=columns_layout(), optimized=False)
+
+
+def zeros(shape):
+    return gpu().layout_cast(jnp.zeros(shape, jnp.float32), tile_layout())
+
+
+def iota(shape, axis):
+    return gpu().broadcasted_iota(jnp.int32, shape, axis, layout=tile_layout())
+
+
+def spread_rows(vector, shape):
+    """vector[i] at [i, j]."""
+    return lax.broadcast_in_dim(vector, shape, [0])
+
+
+def spread_columns(vector, shape):
+    """vector[j] at [i, j]."""
+    return lax.broadcast_in_dim(vector, shape, [1])
+
+
+def transposed(ref):
+    return ref.transpose((1, 0))
+
+
+def matmul(*pairs, start=None):
+    """Sum of a @ b over `pairs` of tiles (+ start), in float32 on the tensor cores.
+
+    a: in registers or shared memory; b: in shared memory.
+    """
+    mgpu = gpu()
+
+    def multiply(acc):
+        for a, b in pairs:
+            mgpu.wgmma(acc, a, b)
+
+    if start is None or interpreting():  # the interpreter cannot start an accumulator from a value
+
+        def product(acc):
+            multiply(acc)
+            return acc[...]
+
+        a, b = pairs[0]
+        result = pl.run_scoped(product, mgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+        return result if start is None else start + result
+    return pl.run_state(multiply)(mgpu.ACC.init(start))
+
+
+def as_operand(value, spare=None):
+    """A float32 tile rounded to bf16, as the left operand of `matmul`.
+
+    The interpreter takes that operand from shared memory only: there it goes through `spare`, a tile of its shape.
+    """
+    value = value.astype(jnp.bfloat16)
+    if not interpreting():
+        return value
+    spare[...] = value
+    gpu().commit_smem()
+    return spare
+
+
+def tiling():
+    mgpu = gpu()
+    return (mgpu.TilingTransform((8, 64)), mgpu.SwizzleTransform(128))
+
+
+def tile(*shape):
+    """Shared memory for bf16 tiles, the last two axes being the tile."""
+    return gpu().SMEM(shape, jnp.bfloat16, transforms=tiling())
+
+
+def vector(*shape, dtype=jnp.float32):
+    """Shared memory for plain vectors."""
+    return gpu().SMEM(shape, dtype)
+
+
+def barrier(arrivals):
+    return gpu().Barrier(num_arrivals=arrivals)
+
+
+def tile_spec(shape, index_map):
+    """How a pipeline cuts tiles out of a global array."""
+    return gpu().BlockSpec(shape, index_map, transforms=tiling())
+
+
+def vector_spec(shape, index_map):
+    return gpu().BlockSpec(shape, index_map)
+
+
+def pipeline(body, *, steps, specs, stages, warpgroups, around):
+    """A loop over `steps` whose inputs one extra warpgroup fetches by TMA, `stages` deep.
+
+    body(indices, *tiles, carry) -> carry runs in every computing warpgroup; around(run) wraps the loop there:
+    run(carry) -> carry.
+    """
+    return gpu().emit_pipeline_warp_specialized(
+        body,
+        grid=(steps,),
+        in_specs=specs,
+        memory_registers=40,
+        max_concurrent_steps=min(stages, steps),
+        wg_axis="warpgroup",
+        num_compute_wgs=warpgroups,
+        compute_context=around,
+    )
+
+
+def kernel(body, *, grid, names, out, scratch, warpgroups, name):
+    """A Mosaic GPU kernel over `grid`, with `warpgroups` computing warpgroups and one that fetches."""
+    mgpu = gpu()
+    extra = {"interpret": mgpu.InterpretGPUParams(detect_races=True)} if interpreting() else {}
+    return mgpu.kernel(
+        body,
+        out_type=out,
+        grid=grid,
+        grid_names=names,
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=mgpu.CompilerParams(approx_math=True),
+        kernel_name=name,
+        **extra,
+    )
+
+
+def warpgroup(count):
+    """This warpgroup's index among the `count` computing ones; the fetching one gets a valid index too."""
+    return jnp.minimum(lax.axis_index("warpgroup"), count - 1)
+
+
+def publish():
+    """Makes this warpgroup's writes to shared memory visible to the tensor cores and to TMA."""
+    gpu().commit_smem()
+
+
+def store(source, target, predicate=None):
+    """Starts the copy of a published shared tile or vector to global memory."""
+    if predicate is None:
+        gpu().copy_smem_to_gmem(source, target)
+    else:
+        pl.when(predicate)(lambda: gpu().copy_smem_to_gmem(source, target))
+
+
+def stores_read():
+    """Waits until the copies that this warpgroup started have read their sources."""
+    gpu().wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def stores_done():
+    gpu().wait_smem_to_gmem(0)
+
+
+def arrive(barrier_ref):
+    gpu().barrier_arrive(barrier_ref)
+
+
+def wait(barrier_ref):
+    gpu().barrier_wait(barrier_ref)
+
+
+def capability() -> tuple[int, int] | None:
+    """(major, minor) compute capability of the default device; None if it is no NVIDIA GPU."""
+    device = jax.devices()[0]
+    text = getattr(device, "compute_capability", None)
+    return tuple(int(part) for part in str(text).split(".")) if device.platform == "gpu" and text else None

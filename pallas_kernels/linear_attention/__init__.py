@@ -1,0 +1,1 @@
+"""Linear attention with one decay per token and head: kernels and their costs."""

@@ -1,0 +1,358 @@
+"""Linear attention with one decay per token and head, forward, on Hopper GPUs.
+
+    S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T ;   y_t = scale q_t^T S_t
+
+A thread block walks one stretch of time for one or two warpgroups of 64 value columns each: two heads that share their
+keys (Mamba-2's groups), or two halves of one head. Per chunk of 64 tokens, with g the decays in log2 cumulated in it:
+
+    y = 2^g (q S) + (q k^T * 2^(g_i - g_j), j <= i) v ;   S = 2^(g_last) S + k^T (2^(g_last - g) v)
+
+The state stays in registers as float32; neither it nor the scores are written to memory. One more warpgroup fetches
+tiles by TMA. Where rows and heads are too few to fill the chip, time is cut in stretches: a first kernel computes each
+stretch's own contribution to the state, the second starts every stretch from the sum of those before it.
+
+The algorithm is the chunked form of Mamba-2 (arXiv 2405.21060) and of GLA (arXiv 2312.06635).
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import compat
+from pallas_kernels.linear_attention import plan as planning
+from pallas_kernels.linear_attention.plan import CHUNK, SEGMENT_LANES, Plan
+
+COLUMNS = 64  # value columns of a warpgroup
+STAGES = 3
+
+
+def supports(q, k, v, log_decay=None, state=None, run_ids=None, *, scale=1.0, capability=None) -> str | None:
+    """Why `forward` and `backward` cannot run this call, in a few words; None if they can.
+
+    Takes arrays or shapes with dtypes. capability: (major, minor) of the GPU that will run it; None asks the default
+    device.
+    """
+    reason = compat.unavailable()
+    if reason is not None:
+        return reason
+    if capability is None and not compat.interpreting():
+        capability = compat.capability()
+    if capability is not None and capability[0] != 9:
+        return f"needs a Hopper GPU (compute capability 9.x), this one has {capability[0]}.{capability[1]}"
+    if capability is None and not compat.interpreting():
+        return "needs a Hopper GPU, the default device is none"
+    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
+        return f"needs bfloat16 q, k and v, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if q.shape != k.shape or q.ndim != 4 or v.ndim != 4 or q.shape[:2] != v.shape[:2]:
+        return f"needs q, k [B, T, Hk, K] and v [B, T, H, V], got {q.shape}, {k.shape}, {v.shape}"
+    batch, time, key_heads, key = q.shape
+    heads, value = v.shape[2:]
+    if key not in (64, 128) or value not in (64, 128, 256):
+        return f"needs K in (64, 128) and V in (64, 128, 256), got K={key}, V={value}"
+    if heads % key_heads:
+        return f"needs a number of heads that the key heads divide, got {heads} and {key_heads}"
+    if 0 in (batch, time):
+        return f"needs at least one row and one token, got B={batch}, T={time}"
+    if log_decay is not None and log_decay.shape not in ((heads,), (batch, time, heads)):
+        return f"needs one decay per token and head or per head, got {log_decay.shape}"
+    if state is not None and (state.shape != (batch, heads, key, value) or state.dtype != jnp.float32):
+        return f"needs a float32 state [B, H, K, V], got {state.dtype} {state.shape}"
+    if run_ids is not None and run_ids.shape != (batch, time):
+        return f"needs run ids [B, T], got {run_ids.shape}"
+    if isinstance(scale, jax.core.Tracer) or not scale > 0:
+        return "needs a scale that is a Python number above 0"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Lanes:
+    """How heads and value columns are dealt to thread blocks, each with one or two units of 64 columns."""
+
+    plan: Plan
+    units: int
+
+    @property
+    def blocks(self) -> int:
+        return self.plan.heads * self.plan.value // (COLUMNS * self.units)
+
+    @property
+    def block_heads(self) -> int:
+        """Heads in one thread block."""
+        return max(1, COLUMNS * self.units // self.plan.value)
+
+    def decay_block(self, block):
+        """Index of the block's heads, in units of `block_heads`."""
+        return block // max(1, self.plan.value // (COLUMNS * self.units))
+
+    def key_head(self, block):
+        return self.decay_block(block) * self.block_heads // self.plan.group
+
+    def head_and_columns(self, block, unit):
+        first = (block * self.units + unit) * COLUMNS
+        return first // self.plan.value, pl.ds(first % self.plan.value, COLUMNS)
+
+
+def units_for(heads: int, key_heads: int, value: int) -> int:
+    """Units of 64 value columns in a thread block: two where they share their keys, else one."""
+    shared = value > COLUMNS or (heads // key_heads) % 2 == 0
+    return 2 if shared else 1
+
+
+def forward(q, k, v, log_decay=None, state=None, run_ids=None, *, scale=1.0, splits=None):
+    """Linear attention, (y [B, T, H, V] bfloat16, final state [B, H, K, V] float32).
+
+    q, k: [B, T, Hk, K]; v: [B, T, H, V], all bfloat16; head h reads key head h // (H // Hk). log_decay: natural
+    logarithms <= 0, [B, T, H], [H] or None for no decay. state: [B, H, K, V] float32 or None for zeros. run_ids:
+    [B, T] int32, numbers 1, 2, ... of a row's segments and 0 for padding, as `seqmix.core.packing.runs` gives
+    them, or None; the state belongs to run 1 and is returned for the last one. scale: a number above 0. splits: into
+    how many stretches to cut time, None to choose. The call must be one that `supports` accepts.
+    """
+    batch, time, key_heads, _ = q.shape
+    heads, value = v.shape[2:]
+    if time % 8:  # TMA cuts time in eights; what it reads past the end is 0, which changes nothing
+        q, k, v, log_decay, run_ids = pad_time(q, k, v, log_decay, run_ids)
+    units = units_for(heads, key_heads, value)
+    plan = planning.make_plan(q, v, batch * heads * value // (COLUMNS * units), splits)
+    decays = planning.chunk_decays(log_decay, run_ids, plan)
+    segments = planning.chunk_segments(run_ids, plan)
+    lanes = Lanes(plan, units)
+    ends = None
+    if plan.splits > 1:
+        ends = split_states(lanes, k, v, decays, segments)
+    y, last = _fused(lanes, q, k, v, decays, segments, state, ends, scale)
+    return y[:, :time], last
+
+
+def pad_time(q, k, v, log_decay, run_ids, *more):
+    """The arrays with time padded on the right to a multiple of 8, by tokens that write nothing and do not decay."""
+    missing = -q.shape[1] % 8
+
+    def pad(x):
+        return x if x is None or x.ndim == 1 else jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+
+    if log_decay is not None and log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (*q.shape[:2], log_decay.shape[0]))
+    return tuple(pad(x) for x in (q, k, v, log_decay, run_ids, *more))
+
+
+def carried_state(given, ends, left, where, row, head, splits):
+    """A tile of the state at one end of a split: what the call was given, carried through the `splits` beyond it.
+
+    given: [B, H, K, V] or None for zeros; ends: what each split adds, [B, splits, H, K, V], and left: what it leaves,
+    [B or 1, H, splits], or None where time is not cut. where: (rows, columns) of the tile. splits: (first, count,
+    step) in the order of the walk.
+    """
+    shape = tuple(index.size for index in where)
+    carry = compat.zeros(shape) if given is None else compat.load_tile(given.at[(row, head, *where)], shared=False)
+    if ends is None:
+        return carry
+    first, count, step = splits
+    decay_row = row if left.shape[0] > 1 else 0
+
+    def through(index, carry):
+        split = first + index * step
+        end = compat.load_tile(ends.at[(row, split, head, *where)], shared=False)
+        return carry * left[decay_row, head, split] + end
+
+    return lax.fori_loop(0, count, through, carry)
+
+
+class Tokens:
+    """Decays and segments of one chunk, as factors for the rows and columns of its tiles."""
+
+    def __init__(self, decays, segments, shift=0.0):
+        self.rows = compat.load_rows(decays)
+        self.columns = compat.load_columns(decays)
+        self.last = decays[CHUNK - 1]
+        self.shift = shift
+        self.segments = segments
+        if segments is not None:
+            self.row_runs = compat.load_rows(segments.at[pl.ds(0, CHUNK)])
+            self.column_runs = compat.load_columns(segments.at[pl.ds(0, CHUNK)])
+            self.before, self.after = segments[CHUNK], segments[CHUNK + 1]
+
+    def carry_in(self):
+        """What a token's output reads of the incoming state, scale included: [64]."""
+        exponent = self.rows + self.shift
+        if self.segments is not None:
+            exponent = jnp.where(self.row_runs == self.before, exponent, -jnp.inf)
+        return jnp.exp2(exponent)
+
+    def carry_out(self):
+        """What is left of a token's write at the chunk's end: [64]."""
+        exponent = self.last - self.rows
+        if self.segments is not None:
+            exponent = jnp.where(self.row_runs == self.after, exponent, -jnp.inf)
+        return jnp.exp2(exponent)
+
+    def kept(self):
+        """What is left of the incoming state at the chunk's end: a scalar."""
+        left = jnp.exp2(self.last)
+        return left if self.segments is None else jnp.where(self.before == self.after, left, 0.0)
+
+    def pairs(self, transposed=False):
+        """What token i's output reads of token j's write, scale included: [i, j], or [j, i] transposed."""
+        shape = (CHUNK, CHUNK)
+        down, across = compat.spread_rows(self.rows, shape), compat.spread_columns(self.columns, shape)
+        row, column = compat.iota(shape, 0), compat.iota(shape, 1)
+        visible = row <= column if transposed else row >= column
+        exponent = (across - down if transposed else down - across) + self.shift
+        if self.segments is not None:
+            row_runs = compat.spread_rows(self.row_runs, shape)
+            column_runs = compat.spread_columns(self.column_runs, shape)
+            visible = visible & (row_runs == column_runs) & (row_runs != 0)
+        return jnp.exp2(jnp.where(visible, exponent, -jnp.inf))
+
+
+def scaled_rows(tile, factors):
+    return tile * compat.spread_rows(factors, tile.shape)
+
+
+def specs_of(lanes, block, row, decays, segments, chunk_at, *arrays):
+    """Pipeline specs of decays (and segments), then of [B, T, heads * width] arrays given as (width, index)."""
+    decay_row = row if decays.shape[0] > 1 else 0
+    specs = [
+        compat.vector_spec(
+            (None, lanes.block_heads, CHUNK),
+            lambda i: (decay_row, lanes.decay_block(block), chunk_at(i)),
+        )
+    ]
+    if segments is not None:
+        specs.append(compat.vector_spec((None, None, SEGMENT_LANES), lambda i: (row, chunk_at(i), 0)))
+    for width, index in arrays:
+        specs.append(compat.tile_spec((None, CHUNK, width), lambda i, index=index: (row, chunk_at(i), index)))
+    return specs
+
+
+def flat(x):
+    """[B, T, heads, width] as [B, T, heads * width]."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False, scale=1.0):
+    """What each split of time adds to the state: keys^T (weights * values), float32 [B, splits, H, K, V].
+
+    Forward the weights are what is left of a token's write at the split's end; the last split is left out, since
+    nothing follows it. reverse: the same for the state's gradient, of queries and output gradients: weights are what
+    a token reads of the split's incoming state, and the first split is left out (its slot is not written).
+    """
+    plan, units = lanes.plan, lanes.units
+    inputs = [x for x in (decays, segments, flat(keys), flat(values)) if x is not None]
+
+    def body(*args):
+        refs, (out_ref, weighted) = args[: len(inputs)], args[len(inputs) :]
+        block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
+        split = split + 1 if reverse else split
+        unit = compat.warpgroup(units)
+        head, columns = lanes.head_and_columns(block, unit)
+
+        def chunk(_, decay_tile, *tiles):
+            *seg, key_tile, value_tile, carry = tiles
+            tokens = Tokens(
+                decay_tile.at[unit if lanes.block_heads > 1 else 0], *(seg or [None]), shift=math.log2(scale)
+            )
+            mine = compat.load_tile(value_tile.at[:, pl.ds(unit * COLUMNS, COLUMNS)]).astype(jnp.float32)
+            weights = tokens.carry_in() if reverse else tokens.carry_out()
+            weighted[unit] = scaled_rows(mine, weights).astype(jnp.bfloat16)
+            compat.publish()
+            return compat.matmul((compat.transposed(key_tile), weighted.at[unit]), start=carry * tokens.kept())
+
+        def around(run):
+            out_ref[row, split, head, :, columns] = run(compat.zeros((plan.key, COLUMNS)))
+
+        last = plan.steps - 1
+        at = lambda i: split * plan.steps + (last - i if reverse else i)
+        tiles = ((plan.key, lanes.key_head(block)), (COLUMNS * units, block))
+        specs = specs_of(lanes, block, row, decays, segments, at, *tiles)
+        compat.pipeline(chunk, steps=plan.steps, specs=specs, stages=STAGES + 1, warpgroups=units, around=around)(*refs)
+
+    shape = (plan.batch, plan.splits, plan.heads, plan.key, plan.value)
+    return compat.kernel(
+        body,
+        grid=(lanes.blocks, plan.splits - 1, plan.batch),
+        names=("block", "split", "row"),
+        out=jax.ShapeDtypeStruct(shape, jnp.float32),
+        scratch=[compat.tile(units, CHUNK, COLUMNS)],
+        warpgroups=units,
+        name="linear_attention_states",
+    )(*inputs)
+
+
+def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
+    """Outputs and final state; every split starts from `state` carried through the `ends` of those before it."""
+    plan, units = lanes.plan, lanes.units
+    left = None if ends is None else planning.split_decays(decays, segments, plan)
+    given = {"decays": decays, "segments": segments, "q": flat(q), "k": flat(k), "v": flat(v)}
+    given |= {"state": state, "ends": ends, "left": left}
+    names = [name for name, x in given.items() if x is not None]
+
+    def body(*args):
+        refs = dict.fromkeys(given) | dict(zip(names, args))
+        y_ref, last_ref, states, weighted, outputs, *spare = args[len(names) :]
+        block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
+        unit = compat.warpgroup(units)
+        head, columns = lanes.head_and_columns(block, unit)
+        mine = pl.ds(unit * COLUMNS, COLUMNS)
+        at = lambda i: split * plan.steps + i
+
+        def chunk(indices, decay_tile, *tiles):
+            *seg, q_tile, k_tile, v_tile, carry = tiles
+            tokens = Tokens(
+                decay_tile.at[unit if lanes.block_heads > 1 else 0],
+                *(seg or [None]),
+                shift=math.log2(scale),
+            )
+            v_mine = v_tile.at[:, mine]
+            states[unit] = carry.astype(jnp.bfloat16)
+            values = compat.load_tile(v_mine).astype(jnp.float32)
+            weighted[unit] = scaled_rows(values, tokens.carry_out()).astype(jnp.bfloat16)
+            compat.publish()
+            scores = compat.matmul((q_tile, compat.transposed(k_tile))) * tokens.pairs()
+            scores = compat.as_operand(scores, spare[0].at[unit] if spare else None)
+            y = scaled_rows(compat.matmul((q_tile, states.at[unit])), tokens.carry_in())
+            y = compat.matmul((scores, v_mine), start=y)
+            compat.stores_read()
+            outputs[unit] = y.astype(jnp.bfloat16)
+            compat.publish()
+            where = (
+                row,
+                pl.ds(at(indices[0]) * CHUNK, CHUNK),
+                pl.ds(head * plan.value + columns.start, COLUMNS),
+            )
+            compat.store(outputs.at[unit], y_ref.at[where])
+            return compat.matmul((compat.transposed(k_tile), weighted.at[unit]), start=carry * tokens.kept())
+
+        def around(run):
+            where = (pl.ds(0, plan.key), columns)
+            given = [refs[name] for name in ("state", "ends", "left")]
+            carry = run(carried_state(*given, where, row, head, (0, split, 1)))
+
+            @pl.when(split == plan.splits - 1)
+            def _():
+                last_ref[row, head, :, columns] = carry
+
+            compat.stores_done()
+
+        tiles = [(plan.key, lanes.key_head(block))] * 2 + [(COLUMNS * units, block)]
+        specs = specs_of(lanes, block, row, decays, segments, at, *tiles)
+        run = compat.pipeline(chunk, steps=plan.steps, specs=specs, stages=STAGES, warpgroups=units, around=around)
+        run(*[refs[name] for name in ("decays", "segments", "q", "k", "v") if refs[name] is not None])
+
+    tile = compat.tile(units, CHUNK, COLUMNS)
+    y, last = compat.kernel(
+        body,
+        grid=(lanes.blocks, plan.splits, plan.batch),
+        names=("block", "split", "row"),
+        out=(
+            jax.ShapeDtypeStruct(given["v"].shape, jnp.bfloat16),
+            jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.key, plan.value), jnp.float32),
+        ),
+        scratch=[compat.tile(units, plan.key, COLUMNS), tile, tile] + [tile] * compat.interpreting(),
+        warpgroups=units,
+        name="linear_attention_forward",
+    )(*[given[name] for name in names])
+    return y.reshape(v.shape), last

@@ -1,0 +1,432 @@
+"""Gradients of linear attention with one decay per token and head, on Hopper GPUs.
+
+Two kernels walk time and recompute what they need; neither states nor scores are written, but for bf16 states every
+`ANCHOR` chunks that the decays' gradient needs. Per chunk, with S the state before it, D its gradient after it, g the
+cumulated decays, P_ij = scale 2^(g_i - g_j) for j <= i and a_i, w_j the factors of carry in and out:
+
+    forward walk:   dq = a (dy S^T) + (P * dy v^T) k ;                       S <- 2^(g_last) S + k^T (w v)
+    backward walk:  dk = (w v) D^T + (P * dy v^T)^T q ;  dv = w (k D) + (P * q k^T)^T dy ;  D <- 2^(g_last) D + q^T (a dy)
+
+In the forward walk two warpgroups own 64 rows of the state each and so 64 columns of dq; in the backward walk one
+computes dv and the other dk. Heads that share keys, and slices of a wide value, add to the same dq and dk: each block
+writes its part in bf16 and XLA adds the parts, always in one order.
+
+The gradient of log_decay_t is the sum of everything that crosses t: pairs i >= t > j within the chunk, reads of S by
+tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through it. No two large sums are subtracted
+except for the last, which is walked from anchors, ANCHOR chunks at a time.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import compat
+from pallas_kernels.linear_attention import plan as planning
+from pallas_kernels.linear_attention.gpu import (
+    COLUMNS,
+    Lanes,
+    Tokens,
+    carried_state,
+    flat,
+    pad_time,
+    scaled_rows,
+    specs_of,
+    split_states,
+    units_for,
+)
+from pallas_kernels.linear_attention.plan import CHUNK
+
+ANCHOR = 8  # chunks between states that are kept
+STAGES = 2
+
+
+def backward(q, k, v, log_decay, state, run_ids, dy, dstate=None, *, scale=1.0, need_decay=True, splits=None):
+    """Gradients (dq, dk, dv, dlog_decay, dstate) of `gpu.forward`, from its arguments alone.
+
+    Arguments as in `forward`; dy [B, T, H, V] bfloat16 and dstate [B, H, K, V] float32 (or None for zeros) are the
+    cotangents of its results. Results: dq, dk, dv bfloat16 in their arguments' shapes; dlog_decay float32 in
+    log_decay's shape, None if log_decay is None or need_decay is false; the initial state's gradient [B, H, K, V]
+    float32, also where state is None. Every result is the same in every run.
+    """
+    time, given_decay = q.shape[1], log_decay
+    if time % 8:
+        q, k, v, log_decay, run_ids, dy = pad_time(q, k, v, log_decay, run_ids, dy)
+    batch, padded, key_heads, _ = q.shape
+    heads, value = v.shape[2:]
+    units = units_for(heads, key_heads, value)
+    need_decay = need_decay and log_decay is not None
+    anchor = min(ANCHOR, -(-padded // CHUNK))
+    blocks = batch * heads * value // (COLUMNS * units)
+    plan = planning.make_plan(q, v, blocks, splits, multiple=anchor)
+    lanes = Lanes(plan, units)
+    decays = planning.chunk_decays(log_decay, run_ids, plan)
+    segments = planning.chunk_segments(run_ids, plan)
+    ends = back_ends = left = None
+    if plan.splits > 1:
+        ends = split_states(lanes, k, v, decays, segments)
+        back_ends = split_states(lanes, q, dy, decays, segments, reverse=True, scale=scale)
+        left = planning.split_decays(decays, segments, plan)
+    given = {"decays": decays, "segments": segments, "q": flat(q), "k": flat(k), "v": flat(v), "dy": flat(dy)}
+    keep = anchor if need_decay else None
+    walk = _walk_forward(lanes, given | {"state": state, "ends": ends, "left": left}, scale, keep)
+    back = _walk_backward(lanes, given | {"state": dstate, "ends": back_ends, "left": left}, scale, keep)
+    dq, dk = (_add_parts(parts, q.shape)[:, :time] for parts in (walk[0], back[1]))
+    dv, first = back[0].reshape(v.shape)[:, :time], back[2]
+    dlog = None
+    if need_decay:
+        start = None if state is None else jnp.sum(state * first, axis=(2, 3))
+        dlog = _decay_gradient(plan, anchor, segments, start, walk[1:], back[3:])[:, :time]
+        if run_ids is not None:
+            dlog = jnp.where(run_ids[:, :time, None] != 0, dlog, 0.0)
+        dlog = jnp.sum(dlog, axis=(0, 1)) if given_decay.ndim == 1 else dlog
+    return dq, dk, dv, dlog, first
+
+
+def _add_parts(parts, shape):
+    total = parts[0] if parts.shape[0] == 1 else jnp.sum(parts, axis=0, dtype=jnp.float32)
+    return total.astype(parts.dtype).reshape(shape)
+
+
+def _decay_gradient(plan, anchor, segments, start, walk, back):
+    """Gradient of the log decays, [B, T padded, H] float32, from the sums that the kernels wrote."""
+    pairs, reads, states = walk
+    writes, gradients = back
+    shape = (plan.batch, plan.heads, plan.chunks, CHUNK)
+    pairs, reads = (jnp.sum(x, axis=0).reshape(shape) for x in (pairs, reads))
+    writes = writes.reshape(shape)
+    # <S, D> at the start of every anchored block; the first one has no state of its own in the arrays.
+    anchors = jnp.sum(states.astype(jnp.float32) * gradients.astype(jnp.float32), axis=(3, 4))
+    start = jnp.zeros_like(anchors[:, 0]) if start is None else start
+    anchors = jnp.where(jnp.arange(anchors.shape[1])[:, None] == 0, start[:, None], anchors).swapaxes(1, 2)
+    by_block = (plan.batch, plan.heads, plan.chunks // anchor, anchor)
+    read, written = (jnp.sum(x, axis=-1).reshape(by_block) for x in (reads, writes))
+    stays = jnp.ones((1, 1, *by_block[2:]), bool)
+    if segments is not None:
+        stays = (segments[:, :, CHUNK] == segments[:, :, CHUNK + 1]).reshape(plan.batch, 1, *by_block[2:])
+    before, kept = anchors, []
+    for chunk in range(anchor):
+        kept.append(jnp.where(stays[..., chunk], before - read[..., chunk], 0.0))
+        before = kept[-1] + written[..., chunk]
+    kept = jnp.stack(kept, axis=-1).reshape(*shape[:3], 1)
+    later = planning.cumulate("bhcs,st->bhct", reads, lambda source, target: source >= target)
+    earlier = planning.cumulate("bhcs,st->bhct", writes, lambda source, target: source < target)
+    total = pairs + later + earlier + kept
+    return total.reshape(plan.batch, plan.heads, -1).swapaxes(1, 2)
+
+
+def _heads_of(lanes, block, decay_tile, segment, shift):
+    """For each head of the block: the factors of its tokens, and its columns within the block's value tile."""
+    width = COLUMNS * lanes.units // lanes.block_heads
+    for index in range(lanes.block_heads):
+        yield index, Tokens(decay_tile.at[index], segment, shift=shift), pl.ds(index * width, width)
+
+
+def _value_columns(lanes, block):
+    """The block's columns within each of its heads' values."""
+    width = COLUMNS * lanes.units // lanes.block_heads
+    return pl.ds(block * COLUMNS * lanes.units % lanes.plan.value, width)
+
+
+def _read(ref):
+    return compat.load_tile(ref).astype(jnp.float32)
+
+
+def _row_sums(left, right):
+    return jnp.sum(left * right, axis=1)
+
+
+def _walk_forward(lanes: Lanes, given, scale, anchor):
+    """Parts of dq [parts, B, T, Hk * K]; with anchor also pairs and reads [K / 64, B, H, T] and states at anchors."""
+    plan, width = lanes.plan, COLUMNS * lanes.units
+    names = [name for name, x in given.items() if x is not None]
+    warpgroups, count = plan.key // COLUMNS, lanes.block_heads
+    parts = plan.group * plan.value // width
+
+    def body(*args):
+        refs, (dq_ref, *rest) = dict.fromkeys(given) | dict(zip(names, args)), args[len(names) :]
+        outs = rest[: 3 if anchor else 0]
+        states, weighted, staged, *rest = rest[len(outs) :]
+        triangle, sums, ready = rest[:3] if anchor else (None, None, None)
+        spare = rest[-1] if compat.interpreting() else None
+        block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
+        warpgroup = compat.warpgroup(warpgroups)
+        mine = pl.ds(warpgroup * COLUMNS, COLUMNS)
+        first_head, columns = lanes.decay_block(block) * count, _value_columns(lanes, block)
+        at = lambda i: split * plan.steps + i
+
+        def chunk(indices, decay_tile, *tiles):
+            *seg, q_tile, k_tile, v_tile, dy_tile, carry = tiles
+            now = at(indices[0])
+            tokens = pl.ds(now * CHUNK, CHUNK)
+            q_mine, k_mine = q_tile.at[:, mine], k_tile.at[:, mine]
+            here = list(_heads_of(lanes, block, decay_tile, *(seg or [None]), math.log2(scale)))
+            compat.stores_read()
+            for index, factors, part in here:
+                states[warpgroup, :, part] = carry[index].astype(jnp.bfloat16)
+                values = scaled_rows(_read(v_tile.at[:, part]), factors.carry_out())
+                weighted[warpgroup, :, part] = values.astype(jnp.bfloat16)
+            compat.publish()
+            total, after = None, []
+            for index, factors, part in here:
+                dy_part, v_part = dy_tile.at[:, part], v_tile.at[:, part]
+                crossed = compat.matmul((dy_part, compat.transposed(v_part))) * factors.pairs()
+                weights = compat.as_operand(crossed, spare.at[warpgroup] if spare is not None else None)
+                if anchor:
+                    score = compat.matmul((q_mine, compat.transposed(k_mine)))
+                    staged[warpgroup] = (score * crossed).astype(jnp.bfloat16)
+                    compat.publish()
+                    over = compat.matmul((triangle, staged.at[warpgroup]))
+                    earlier = compat.iota(over.shape, 1) < compat.iota(over.shape, 0)
+                    sums[warpgroup, index] = jnp.sum(jnp.where(earlier, over, 0.0), axis=1)
+                inter = compat.matmul((dy_part, compat.transposed(states.at[warpgroup, :, part])))
+                inter = scaled_rows(inter, factors.carry_in())
+                if anchor:
+                    sums[warpgroup, count + index] = _row_sums(_read(q_mine), inter)
+                total = inter if total is None else total + inter
+                total = compat.matmul((weights, k_mine), start=total)
+                write = (compat.transposed(k_mine), weighted.at[warpgroup, :, part])
+                after.append(compat.matmul(write, start=carry[index] * factors.kept()))
+            staged[warpgroup] = total.astype(jnp.bfloat16)
+            compat.publish()
+            place = pl.ds(lanes.key_head(block) * plan.key + warpgroup * COLUMNS, COLUMNS)
+            compat.store(staged.at[warpgroup], dq_ref.at[block % parts, row, tokens, place])
+            if anchor:
+                write_sums(now, tokens, carry)
+            return tuple(after)
+
+        def write_sums(now, tokens, carry):
+            pairs_ref, reads_ref, states_ref = outs
+            rows = pl.ds(warpgroup * COLUMNS, COLUMNS)
+            slot = (
+                warpgroup if plan.value <= width else warpgroup * (plan.value // width) + block % (plan.value // width)
+            )
+            for index in range(count):
+                target = (slot, row, first_head + index, tokens)
+                compat.store(sums.at[warpgroup, index], pairs_ref.at[target])
+                compat.store(sums.at[warpgroup, count + index], reads_ref.at[target])
+
+            place = lax.div(now, anchor)
+
+            @pl.when(lax.rem(now, anchor) == 0)
+            def _():
+                for index, state in enumerate(carry):
+                    target = (row, place, first_head + index, rows, columns)
+                    states_ref[target] = state.astype(jnp.bfloat16)
+
+        def around(run):
+            if anchor:
+
+                @pl.when(warpgroup == 0)
+                def _():
+                    ones = compat.iota((CHUNK, CHUNK), 1) >= compat.iota((CHUNK, CHUNK), 0)
+                    triangle[...] = jnp.where(ones, 1.0, 0.0).astype(jnp.bfloat16)
+                    compat.publish()
+
+                compat.arrive(ready)
+                compat.wait(ready)
+
+            where = (pl.ds(warpgroup * COLUMNS, COLUMNS), columns)
+            start = [refs[name] for name in ("state", "ends", "left")]
+            run(tuple(carried_state(*start, where, row, first_head + index, (0, split, 1)) for index in range(count)))
+            compat.stores_done()
+
+        _run(lanes, refs, block, row, at, chunk, around, warpgroups)
+
+    tile = compat.tile(warpgroups, CHUNK, COLUMNS)
+    out = [jax.ShapeDtypeStruct((parts, plan.batch, plan.chunks * CHUNK, plan.key_heads * plan.key), jnp.bfloat16)]
+    wide = compat.tile(warpgroups, COLUMNS, width)
+    scratch = [wide, compat.tile(warpgroups, CHUNK, width), tile]
+    if anchor:
+        slots = warpgroups * max(1, plan.value // width)
+        sums = (slots, plan.batch, plan.heads, plan.chunks * CHUNK)
+        out += [jax.ShapeDtypeStruct(sums, jnp.float32)] * 2
+        kept = (plan.batch, plan.chunks // anchor, plan.heads, plan.key, plan.value)
+        out.append(jax.ShapeDtypeStruct(kept, jnp.bfloat16))
+        scratch += [compat.tile(CHUNK, CHUNK), compat.vector(warpgroups, 2 * count, CHUNK)]
+        scratch.append(compat.barrier(warpgroups))
+    results = compat.kernel(
+        body,
+        grid=(lanes.blocks, plan.splits, plan.batch),
+        names=("block", "split", "row"),
+        out=tuple(out),
+        scratch=scratch + [tile] * compat.interpreting(),
+        warpgroups=warpgroups,
+        name="linear_attention_dq",
+    )(*[given[name] for name in names])
+    dq = results[0][:, :, : plan.time]
+    return dq, *results[1:]
+
+
+def _run(lanes, refs, block, row, at, chunk, around, warpgroups):
+    """Runs `chunk` over the block's chunks, its tiles being decays, segments, q, k, v and dy."""
+    plan = lanes.plan
+    tiles = [(plan.key, lanes.key_head(block))] * 2 + [(COLUMNS * lanes.units, block)] * 2
+    specs = specs_of(lanes, block, row, refs["decays"], refs["segments"], at, *tiles)
+    names = ("decays", "segments", "q", "k", "v", "dy")
+    compat.pipeline(chunk, steps=plan.steps, specs=specs, stages=STAGES, warpgroups=warpgroups, around=around)(
+        *[refs[name] for name in names if refs[name] is not None]
+    )
+
+
+def _walk_backward(lanes: Lanes, given, scale, anchor):
+    """dv [B, T, H * V], parts of dk, the first state's gradient; with anchor also writes and gradients at anchors."""
+    plan, width = lanes.plan, COLUMNS * lanes.units
+    names = [name for name, x in given.items() if x is not None]
+    count, parts = lanes.block_heads, plan.group * plan.value // width
+    # With two units each warpgroup updates its own, and both read all; a single unit both update for themselves.
+    shared = lanes.units == 2
+
+    def body(*args):
+        refs, rest = dict.fromkeys(given) | dict(zip(names, args)), args[len(names) :]
+        dv_ref, dk_ref, first_ref, *rest = rest
+        outs = rest[: 2 if anchor else 0]
+        states, weighted, dv_staged, dk_staged, *rest = rest[len(outs) :]
+        sums = rest.pop(0) if anchor else None
+        full, free = rest[:2]
+        spares = rest[2:]
+        block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
+        warpgroup = compat.warpgroup(2)
+        unit = warpgroup if shared else 0
+        mine = pl.ds(unit * COLUMNS, COLUMNS)
+        state_of = states if shared else states.at[warpgroup]
+        first_head = lanes.decay_block(block) * count
+        head, columns = lanes.head_and_columns(block, unit)
+        at = lambda i: (split + 1) * plan.steps - 1 - i
+
+        def chunk(indices, decay_tile, *tiles):
+            *seg, q_tile, k_tile, v_tile, dy_tile, carry = tiles
+            now = at(indices[0])
+            here = list(_heads_of(lanes, block, decay_tile, *(seg or [None]), math.log2(scale)))
+            own = Tokens(decay_tile.at[unit if count > 1 else 0], *(seg or [None]), shift=math.log2(scale))
+            compat.stores_read()
+            compat.wait(free)
+            state_of[:, mine] = carry.astype(jnp.bfloat16)
+            weighted[warpgroup] = scaled_rows(_read(dy_tile.at[:, mine]), own.carry_in()).astype(jnp.bfloat16)
+            compat.publish()
+            compat.arrive(full)
+
+            @pl.when(warpgroup == 0)
+            def _():
+                values(now, here, q_tile, k_tile, v_tile, dy_tile)
+
+            @pl.when(warpgroup == 1)
+            def _():
+                keys(now, here, q_tile, v_tile, dy_tile)
+
+            if anchor:
+                place = lax.div(now + 1, anchor)
+
+                @pl.when((lax.rem(now + 1, anchor) == 0) & (now + 1 < plan.chunks))
+                def _():
+                    outs[1][row, place, head, :, columns] = carry.astype(jnp.bfloat16)
+
+            write = (compat.transposed(q_tile), weighted.at[warpgroup])
+            return compat.matmul(write, start=carry * own.kept())
+
+        def values(now, here, q_tile, k_tile, v_tile, dy_tile):
+            tokens = pl.ds(now * CHUNK, CHUNK)
+            score = compat.matmul((k_tile, compat.transposed(q_tile)))
+            weights = [
+                compat.as_operand(score * factors.pairs(transposed=True), spares[0].at[index] if spares else None)
+                for index, factors, _ in here
+            ]
+            compat.wait(full)
+            gains = [None] * count
+            for index, factors, part in units_in(here):
+                acc = compat.matmul((k_tile, state_of.at[:, part]))
+                acc = scaled_rows(acc, factors.carry_out())
+                if anchor:
+                    gain = _row_sums(_read(v_tile.at[:, part]), acc)
+                    gains[index] = gain if gains[index] is None else gains[index] + gain
+                acc = compat.matmul((weights[index], dy_tile.at[:, part]), start=acc)
+                dv_staged[:, part] = acc.astype(jnp.bfloat16)
+            compat.arrive(free)
+            for index in range(count if anchor else 0):
+                sums[index] = gains[index]
+            compat.publish()
+            compat.store(dv_staged, dv_ref.at[row, tokens, pl.ds(block * width, width)])
+            for index in range(count if anchor else 0):
+                slot = block % max(1, plan.value // width)
+                compat.store(sums.at[index], outs[0].at[slot, row, first_head + index, tokens])
+
+        def keys(now, here, q_tile, v_tile, dy_tile):
+            pairs = []
+            for index, factors, part in here:
+                crossed = compat.matmul((v_tile.at[:, part], compat.transposed(dy_tile.at[:, part])))
+                crossed = crossed * factors.pairs(transposed=True)
+                pairs.append(compat.as_operand(crossed, spares[1].at[index] if spares else None))
+            written = []
+            for _, factors, part in units_in(here):
+                values = scaled_rows(_read(v_tile.at[:, part]), factors.carry_out())
+                written.append(compat.as_operand(values, spares[2].at[len(written)] if spares else None))
+            compat.wait(full)
+            for start in range(0, plan.key, COLUMNS):
+                rows = pl.ds(start, COLUMNS)
+                products = [
+                    (values, compat.transposed(state_of.at[rows, part]))
+                    for values, (_, _, part) in zip(written, units_in(here))
+                ]
+                products += [(crossed, q_tile.at[:, rows]) for crossed in pairs]
+                dk_staged[:, rows] = compat.matmul(*products).astype(jnp.bfloat16)
+            compat.arrive(free)
+            compat.publish()
+            place = pl.ds(lanes.key_head(block) * plan.key, plan.key)
+            compat.store(dk_staged, dk_ref.at[block % parts, row, pl.ds(now * CHUNK, CHUNK), place])
+
+        def units_in(here):
+            """`here` by units of 64 columns: (head's index, its factors, the unit's columns)."""
+            heads = [here[unit * count // lanes.units] for unit in range(lanes.units)]
+            return [(head[0], head[1], pl.ds(unit * COLUMNS, COLUMNS)) for unit, head in enumerate(heads)]
+
+        def around(run):
+            compat.arrive(free)
+            where = (pl.ds(0, plan.key), columns)
+            start = [refs[name] for name in ("state", "ends", "left")]
+            last = plan.splits - 1
+            carry = run(carried_state(*start, where, row, head, (last, last - split, -1)))
+
+            @pl.when((split == 0) & (shared | (warpgroup == 0)))
+            def _():
+                first_ref[row, head, :, columns] = carry
+
+            compat.wait(free)
+            compat.stores_done()
+
+        _run(lanes, refs, block, row, at, chunk, around, 2)
+
+    padded = plan.chunks * CHUNK
+    out = [
+        jax.ShapeDtypeStruct((plan.batch, padded, plan.heads * plan.value), jnp.bfloat16),
+        jax.ShapeDtypeStruct((parts, plan.batch, padded, plan.key_heads * plan.key), jnp.bfloat16),
+        jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.key, plan.value), jnp.float32),
+    ]
+    scratch = [
+        compat.tile(*(() if shared else (2,)), plan.key, width),
+        compat.tile(2, CHUNK, COLUMNS),
+        compat.tile(CHUNK, width),
+        compat.tile(CHUNK, plan.key),
+    ]
+    if anchor:
+        slots = max(1, plan.value // width)
+        out.append(jax.ShapeDtypeStruct((slots, plan.batch, plan.heads, padded), jnp.float32))
+        kept = (plan.batch, plan.chunks // anchor, plan.heads, plan.key, plan.value)
+        out.append(jax.ShapeDtypeStruct(kept, jnp.bfloat16))
+        scratch.append(compat.vector(count, CHUNK))
+    scratch += [compat.barrier(2), compat.barrier(2)]
+    if compat.interpreting():
+        scratch += [compat.tile(2, CHUNK, CHUNK)] * 3
+    dv, dk, *rest = compat.kernel(
+        body,
+        grid=(lanes.blocks, plan.splits, plan.batch),
+        names=("block", "split", "row"),
+        out=tuple(out),
+        scratch=scratch,
+        warpgroups=2,
+        name="linear_attention_dkv",
+    )(*[given[name] for name in names])
+    if anchor:
+        rest[1] = jnp.sum(rest[1], axis=0)
+    return dv[:, : plan.time], dk[:, :, : plan.time], *rest

@@ -1,0 +1,118 @@
+"""What the kernels of linear attention share: the shape of a call, how it is cut, and its decays prepared by XLA."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 64  # tokens that are mixed by one matrix product
+SEGMENT_LANES = 128  # per chunk: 64 run ids, the carry's run before and after it, padding
+SMS = 132  # multiprocessors of an H100 or H200; only the choice of splits depends on it
+LOG2_E = math.log2(math.e)
+LEAST_LOG2 = -150.0  # 2^-150 is 0 in float32: a stronger decay changes nothing, and sums of it lose no digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The shape of a call and its cut: `splits` stretches of `steps` chunks, run side by side."""
+
+    batch: int
+    time: int
+    key_heads: int
+    heads: int
+    key: int
+    value: int
+    splits: int
+    steps: int
+
+    @property
+    def chunks(self) -> int:
+        return self.splits * self.steps
+
+    @property
+    def group(self) -> int:
+        """Heads that share a key head."""
+        return self.heads // self.key_heads
+
+
+def make_plan(q, v, lanes: int, splits: int | None = None, multiple: int = 1) -> Plan:
+    """The cut of a call; `lanes` thread blocks work on one stretch of time (all rows and heads together).
+
+    splits None picks the number that should take the least time on SMS multiprocessors, one block each: more
+    stretches fill the chip, but every split call computes its states twice. A stretch is a multiple of `multiple`
+    chunks.
+    """
+    batch, time, key_heads, key = q.shape
+    chunks = max(1, -(-time // CHUNK))
+    if splits is None:
+
+        def cost(count):
+            steps = -(-chunks // count)
+            return -(-lanes * count // SMS) * (steps * (1.0 if count == 1 else 1.4) + 4) + count
+
+        most = max(1, min(64, chunks // 8))
+        splits = min(range(1, most + 1), key=cost)
+    steps = -(-chunks // splits)
+    steps = -(-steps // multiple) * multiple
+    splits = -(-chunks // steps)
+    return Plan(batch, time, key_heads, v.shape[2], key, v.shape[3], splits, steps)
+
+
+def chunk_decays(log_decay, run_ids, plan: Plan):
+    """Decays in log2, summed from each chunk's start through the token: float32 [B or 1, H, chunks * 64].
+
+    log_decay: None, [H], or [B, T, H]. Past the end and at padding nothing decays.
+    """
+    padded = plan.chunks * CHUNK
+    if log_decay is None and run_ids is None:
+        return jnp.zeros((1, plan.heads, padded), jnp.float32)
+    if log_decay is None:
+        log_decay = jnp.zeros((plan.heads,), jnp.float32)
+    if log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (1, plan.time, plan.heads))
+    steps = jnp.maximum(log_decay.astype(jnp.float32) * LOG2_E, LEAST_LOG2)
+    if run_ids is not None:
+        steps = jnp.where(run_ids[..., None] != 0, steps, 0.0)
+    steps = jnp.pad(steps, ((0, 0), (0, padded - plan.time), (0, 0)))
+    steps = steps.reshape(steps.shape[0], plan.chunks, CHUNK, plan.heads)
+    return cumulate("bcth,ts->bhcs", steps).reshape(-1, plan.heads, padded)
+
+
+def cumulate(equation, values, keep=lambda source, target: source <= target):
+    """Sums over a chunk's tokens as a product with a triangle of ones, in float32 throughout."""
+    size = values.shape[equation.split(",")[0].index(equation.split(",")[1][0])]
+    index = jnp.arange(size)
+    ones = keep(index[:, None], index[None, :]).astype(jnp.float32)
+    return jnp.einsum(equation, values, ones, precision=jax.lax.Precision.HIGHEST)
+
+
+def carried_runs(run_ids, plan: Plan):
+    """The run that the state belongs to before and after each chunk: two [B, chunks] int32, at least 1."""
+    padded = jnp.pad(run_ids, ((0, 0), (0, plan.chunks * CHUNK - plan.time)))
+    latest = jnp.max(padded.reshape(plan.batch, plan.chunks, CHUNK), axis=2)
+    after = jnp.maximum(jax.lax.cummax(latest, axis=1), 1)
+    before = jnp.pad(after[:, :-1], ((0, 0), (1, 0)), constant_values=1)
+    return before, after
+
+
+def chunk_segments(run_ids, plan: Plan):
+    """What a kernel reads of the segments, [B, chunks, 128] int32: run ids, then the carry's run before and after."""
+    if run_ids is None:
+        return None
+    run_ids = run_ids.astype(jnp.int32)
+    padded = jnp.pad(run_ids, ((0, 0), (0, plan.chunks * CHUNK - plan.time)))
+    rows = padded.reshape(plan.batch, plan.chunks, CHUNK)
+    carried = jnp.stack(carried_runs(run_ids, plan), axis=-1)
+    return jnp.pad(jnp.concatenate([rows, carried], axis=-1), ((0, 0), (0, 0), (0, SEGMENT_LANES - CHUNK - 2)))
+
+
+def split_decays(decays, segments, plan: Plan):
+    """What is left of a state after each split, [B or 1, H, splits] float32; 0 where another run has begun."""
+    ends = decays.reshape(-1, plan.heads, plan.splits, plan.steps, CHUNK)[..., -1]
+    left = jnp.exp2(jnp.sum(ends, axis=-1))
+    if segments is None:
+        return left
+    before = segments[:, :: plan.steps, CHUNK]
+    after = segments[:, plan.steps - 1 :: plan.steps, CHUNK + 1]
+    return jnp.where((before == after)[:, None], left, 0.0)

@@ -1,0 +1,102 @@
+"""A lazy list of every mechanism. Rows are strings and numbers; a mixer is imported when its row is loaded.
+
+What a mixer can do is on its class (the traits), not here: a row only says where it is, what it came from and
+which small instances the tests build.
+"""
+
+import difflib
+import importlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mechanism. Sizes in `small` are even, so that two-way sharding divides them."""
+
+    name: str  # short, lower case: what a command line calls it
+    target: str  # "module:Class"; the module lies in seqmix/mixers/<group>
+    title: str  # of the paper
+    paper: str  # arXiv id
+    small: dict  # fields of an instance that compiles fast, several chunks in 14 tokens
+    variants: tuple[dict, ...] = ()  # fields over `small`, each tested as well
+    medium: dict | None = None  # fields of an instance in which matmuls dominate, to check `flops`
+    medium_seq: int = 64  # its sequence length: one chunk or block
+
+    @property
+    def class_name(self) -> str:
+        return self.target.partition(":")[2]
+
+    @property
+    def group(self) -> str:
+        """The folder of mixers/: dense, recurrent, ..."""
+        return self.target.partition(":")[0].split(".")[2]
+
+    def load(self) -> type:
+        """The mixer's class."""
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+ROWS = (
+    Row(
+        name="attention",
+        target="seqmix.mixers.dense.attention:Attention",
+        title="Attention Is All You Need",
+        paper="1706.03762",
+        small=dict(d_model=8, heads=4, head_dim=4, block=4),
+        variants=(
+            dict(kv_heads=2, qk_norm=True, sink_logits=True),
+            dict(kv_heads=1, window=3, sinks=1, soft_cap=2.0),
+            dict(causal=False, rope=False, window=4),
+        ),
+        medium=dict(d_model=128, heads=4, head_dim=32),
+    ),
+    Row(
+        name="mamba2",
+        target="seqmix.mixers.recurrent.mamba2:Mamba2",
+        title="Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State "
+        "Space Duality",
+        paper="2405.21060",
+        small=dict(d_model=8, d_state=4, head_dim=4, conv_width=3, chunk=4),
+        variants=(dict(n_groups=2, conv_width=4),),
+        medium=dict(d_model=128, d_state=32, head_dim=32, chunk=64),
+    ),
+)
+
+
+def find(name: str) -> Row:
+    """The row with this name, or whose class has it; ValueError with the nearest name if there is none."""
+    for row in ROWS:
+        if name in (row.name, row.class_name):
+            return row
+    known = [known for row in ROWS for known in (row.name, row.class_name)]
+    near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(name.lower(), known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(row.name for row in ROWS)}"
+    raise ValueError(f"name: no mixer is called {name!r}; {hint}")
+
+
+def load(name: str) -> type:
+    """The class of the mixer with this name, or of this class name; raises as `find` does."""
+    return find(name).load()
+
+
+def markdown() -> str:
+    """The README's table of mechanisms, one line a row."""
+    lines = [
+        "| mechanism | class | paper | group | causal | packs | decoding state |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in ROWS:
+        mixer = row.load()(**row.small)
+        paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper})"
+        traits = [("yes" if trait else "no") for trait in (mixer.causal, mixer.packable)]
+        cells = [row.title, f"`{row.class_name}`", paper, row.group, *traits, _growth(mixer)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _growth(mixer) -> str:
+    if not mixer.decodes:
+        return "none"
+    long = 1 << 20
+    return "constant" if mixer.state_size(long) == mixer.state_size(2 * long) else "grows with the context"

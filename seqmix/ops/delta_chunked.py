@@ -1,0 +1,230 @@
+"""The delta rule and its relatives over chunks of time: matmuls within chunks, a scan over chunks.
+
+Both ops are cases of
+
+    u_t = b_t + c_t right_t^T S'_t,    S_t = D_t S_{t-1} + left_t u_t^T (+ k_t v_t^T),    y_t = scale S_t^T q_t
+
+with D_t = diag(exp(decay_t)). The delta rule has left = k, right = erase, c = -beta, b = beta v and reads
+S'_t = D_t S_{t-1}; the diagonal plus rank one has c = 1, b = 0, a write of its own and reads S'_t = S_{t-1}.
+Let D_ij be the decay from after token j to token i, D'_ij that to where token i reads, and D_i, D'_i those from
+the chunk's start. Unrolling u over a chunk that starts from S gives a unit lower triangular system, the WY or UT
+form (Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", arXiv 2406.06484;
+with decays: "Gated Delta Networks", arXiv 2412.06464):
+
+    (I + A) u = b + c (D' right) S + E v,    A_ij = -c_i right_i D'_ij left_j,    E_ij = right_i D'_ij k_j,    j < i
+
+So u = w S + r, where w and r are made for all chunks at once; the scan over chunks is left with two products.
+
+Layout: [B, H, N chunks, C, ...], or Hk heads for what a group of heads shares and no product needs to repeat.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from seqmix.ops.linear_anchored import channel_scores, contract, head_weights, prefix_suffix
+from seqmix.ops.triangular import unit_lower_inverse
+
+_BLOCK = 16  # chunks that are solved at once; the backward pass solves a block anew from its first state
+
+
+class _Chunks(NamedTuple):
+    """The inputs in the layout above; the last four are None without segments."""
+
+    q: jax.Array  # [B, Hk, N, C, K]
+    left: jax.Array  # [B, Hk or H, N, C, K]
+    right: jax.Array  # [B, Hk or H, N, C, K]
+    value: jax.Array  # [B, H, N, C, V]
+    key: jax.Array | None  # [B, Hk, N, C, K], of the diagonal plus rank one alone
+    beta: jax.Array | None  # [B, H, N, C, 1], of the delta rule alone
+    decay: jax.Array | None  # [B, H, N, C, 1 or K], in log space
+    same: jax.Array | None  # [B, 1, N, C, C]: whether two tokens are of one segment
+    entered: jax.Array | None  # [B, 1, N, C, 1]: whether the token is of the segment that entered the chunk
+    leaves: jax.Array | None  # [B, 1, N, C, 1]: whether it is of the segment that leaves the chunk
+    kept: jax.Array | None  # [B, 1, N, 1, 1]: whether those two segments are one
+
+
+def delta_rule_chunked(q, k, v, beta, log_decay, erase, *, scale, state, run_ids, chunk):
+    """Arguments as for `delta_rule_reference`, and the chunk."""
+    steps = k.shape[2]
+    k, v, beta, erase = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v, beta, erase))
+    if steps > 1:  # one step after the other, the decay before the first, the query after the last
+        q = _place(q, steps - 1, steps)
+        log_decay = None if log_decay is None else _place(log_decay, 0, steps)
+        run_ids = None if run_ids is None else jnp.repeat(run_ids, steps, axis=1)
+    y, state = _run(q, k, erase, v, None, beta[..., None], log_decay, state, run_ids, chunk)
+    return (scale * y[:, steps - 1 :: steps]).astype(v.dtype), state
+
+
+def rank_one_chunked(q, k, v, left, right, log_decay, *, scale, state, run_ids, chunk):
+    """Arguments as for `rank_one_reference`, and the chunk."""
+    y, state = _run(q, left, right, v, k, None, log_decay, state, run_ids, chunk)
+    return (scale * y).astype(v.dtype), state
+
+
+def _place(x, at, steps):
+    """[B, T * steps, ...] with x [B, T, ...] in step `at` of each token, else 0."""
+    wide = jnp.pad(x[:, :, None], [(0, 0), (0, 0), (at, steps - 1 - at)] + [(0, 0)] * (x.ndim - 2))
+    return wide.reshape(x.shape[0], -1, *x.shape[2:])
+
+
+def _run(q, left, right, value, key, beta, log_decay, state, run_ids, chunk):
+    """y [B, T, H, V] in the dtype of the state and without scale, and the state."""
+    batch, time, heads, _ = value.shape
+    size = min(chunk, 1 << (time - 1).bit_length())
+    chunks = -(-time // size)
+    blocks = -(-chunks // _BLOCK)
+    chunks = -(-chunks // blocks)  # of a block
+
+    def cut(x, dtype=jnp.result_type(q, left, value)):
+        """[blocks, B, H, N, C, X] of x [B, T, H, X]. Padding neither writes nor decays."""
+        if x is None:
+            return None
+        if run_ids is not None:
+            x = jnp.where((run_ids != 0)[..., None, None], x, 0)
+        x = jnp.pad(x.astype(dtype), ((0, 0), (0, blocks * chunks * size - time), (0, 0), (0, 0)))
+        return jnp.moveaxis(x.reshape(batch, blocks, chunks, size, *x.shape[2:]), (1, 4), (0, 2))
+
+    acc = state.dtype
+    arrays = cut(q), cut(left), cut(right), cut(value), cut(key), cut(beta, acc), cut(log_decay, acc)
+    c = _Chunks(*arrays, *([None] * 4 if run_ids is None else _masks(run_ids, blocks, chunks, size)))
+    if blocks == 1:
+        state, y = jax.checkpoint(_block)(state, jax.tree.map(lambda x: x[0], c))
+        y = y[None]
+    else:
+        state, y = jax.lax.scan(jax.checkpoint(_block, prevent_cse=False), state, c)
+    y = jnp.moveaxis(y, (0, 2), (1, 4)).reshape(batch, -1, heads, y.shape[-1])[:, :time]
+    return y if run_ids is None else jnp.where((run_ids != 0)[..., None, None], y, 0), state
+
+
+def _masks(run_ids, blocks, chunks, size):
+    """The last four of _Chunks. Padding counts as of the segment before it, the incoming state as of the first."""
+    run = jnp.maximum(jax.lax.cummax(run_ids, axis=1), 1)
+    run = jnp.pad(run, ((0, 0), (0, blocks * chunks * size - run.shape[1])), mode="edge")
+    run = run.reshape(run.shape[0], -1, size, 1)
+    after = run[:, :, -1:]
+    before = jnp.pad(after[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)), constant_values=1)
+    masks = run == jnp.swapaxes(run, -1, -2), run == before, run == after, before == after
+    shape = run.shape[0], 1, blocks, chunks
+    return [jnp.moveaxis(x.reshape(*shape, *x.shape[2:]), 2, 0) for x in masks]
+
+
+def _block(state, c):
+    """The state after N chunks, and S_t^T q_t [B, H, N, C, V] in them."""
+    w, r = _solve(c)
+    to_end = _sums(c.decay, reverse=True)
+    left, rows = _decayed(c.left, to_end, c.leaves)
+    key = None if c.key is None else _decayed(c.key, to_end, c.leaves)[0]
+    value = None if c.key is None else c.value
+    decay = None if c.decay is None else jnp.exp(jnp.sum(c.decay, axis=-2))[..., None]  # [..., K or 1, 1]
+    if c.kept is not None:
+        decay = jnp.where(c.kept, 1 if decay is None else decay, 0)
+
+    def advance(s, chunk):
+        w, r, left, rows, key, value, decay = chunk
+        u = r + _product("bhck,bhkv->bhcv", w, s)
+        new = _times(s, decay) + _product("bhck,bhcv->bhkv", left, _times(u, rows))
+        if key is not None:
+            new = new + _product("bhck,bhcv->bhkv", key, _times(value, rows))
+        return new, (s.astype(w.dtype), u.astype(w.dtype))
+
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (w, r, left, rows, key, value, decay))
+    state, ys = jax.lax.scan(advance, state, xs)
+    entering, u = (jnp.moveaxis(x, 0, 2) for x in ys)
+    q, rows = _decayed(c.q, _sums(c.decay), c.entered)
+    y = _times(_product("bhnck,bhnkv->bhncv", q, entering), rows) + _matmul(_scores(c, c.q, c.left), u)
+    return state, y if c.key is None else y + _matmul(_scores(c, c.q, c.key), c.value)
+
+
+def _solve(c):
+    """w [..., C, K] and r [..., C, V] with u = w S + r."""
+    early = c.beta is None  # reads before its own step's decay
+    system = _scores(c, c.right, c.left, strict=True, early=early)
+    inverse = unit_lower_inverse(-system if early else c.beta * system)
+    right, rows = _decayed(c.right, _sums(c.decay, early=early), c.entered)
+    w = _matmul(_columns(inverse, rows if early else -_times(c.beta, rows)), right)
+    if early:
+        r = _matmul(inverse, _matmul(_scores(c, c.right, c.key, early=True), c.value))
+    else:
+        r = _matmul(_columns(inverse, c.beta), c.value)
+    return w.astype(c.q.dtype), r
+
+
+def _scores(c, x, y, strict=False, early=False):
+    """x_i . y_j under the decay between j and i, for j <= i (j < i if `strict`), within segments: [B, H, N, C, C].
+    `early` leaves out the decay of step i and implies `strict`.
+    """
+    heads = c.value.shape[1]
+    if early:  # row i is row i - 1 of the next token's x
+        x = _shift(x, -1)
+    if c.decay is not None and c.decay.shape[-1] > 1:
+        scores = channel_scores(_repeat(x, heads), _repeat(y, heads), c.decay)[0]
+    else:
+        scores = _repeat(_product("bhnik,bhnjk->bhnij", x, y), heads)
+        scores = jnp.tril(scores) if c.decay is None else scores * head_weights(c.decay[..., 0])
+    if early:
+        scores = _shift(scores, 1)
+    elif strict:
+        scores = jnp.tril(scores, -1)
+    return scores if c.same is None else jnp.where(c.same, scores, 0)
+
+
+def _shift(x, by):
+    """Rows moved down (1) or up (-1) by one, zeros coming in."""
+    rows = x[..., :-1, :] if by > 0 else x[..., 1:, :]
+    return jnp.pad(rows, [(0, 0)] * (x.ndim - 2) + [(1, 0) if by > 0 else (0, 1), (0, 0)])
+
+
+def _sums(decay, reverse=False, early=False):
+    """Log decays from the chunk's start to each token, without its own if `early`; `reverse`: from it to the end."""
+    if decay is None:
+        return None
+    prefix, suffix = (jnp.swapaxes(x, -1, -2) for x in prefix_suffix(jnp.swapaxes(decay, -1, -2)))
+    return suffix if reverse else _shift(prefix, 1) if early else prefix
+
+
+def _decayed(x, log, mask):
+    """(x', rows or None), together x * exp(log) where `mask`, else 0. What a head does to whole rows is left to
+    the rows, so that x stays shared by its group.
+    """
+    rows = None
+    if log is not None and log.shape[-1] > 1:
+        x = (_repeat(x, log.shape[1]) * jnp.exp(log)).astype(x.dtype)
+    elif log is not None:
+        rows = jnp.exp(log)
+    if mask is not None:
+        rows = jnp.where(mask, 1 if rows is None else rows, 0)
+    return x, rows
+
+
+def _repeat(x, heads):
+    return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
+
+
+def _times(x, factor):
+    return x if factor is None else x * factor
+
+
+def _columns(x, factor):
+    return x if factor is None else x * jnp.swapaxes(factor, -1, -2)
+
+
+def _matmul(x, y):
+    """x [..., C, C], rounded to the dtype of y, times y [..., C, X]."""
+    return _product("bhnij,bhnjx->bhnix", x.astype(y.dtype), y)
+
+
+def _product(spec, x, y):
+    """`contract` in the dtype of x; where one operand has fewer heads h, each serves a group of the other's."""
+    y, groups = y.astype(x.dtype), min(x.shape[1], y.shape[1])
+    if x.shape[1] == y.shape[1]:
+        return contract(spec, x, y)
+    left, right, out = spec.replace("->", ",").split(",")
+    split = lambda z: z.reshape(z.shape[0], groups, -1, *z.shape[2:])
+    if x.shape[1] > groups:
+        x, left = split(x), left.replace("h", "hr")
+    else:
+        y, right = split(y), right.replace("h", "hr")
+    product = contract(f"{left},{right}->{out.replace('h', 'hr')}", x, y)
+    return product.reshape(product.shape[0], -1, *product.shape[3:])

@@ -1,0 +1,162 @@
+"""Linear attention with or without decay: one op for every matrix-valued state that is only decayed and added to."""
+
+import jax.numpy as jnp
+
+from seqmix.core import packing
+from seqmix.core.flops import matmul
+from seqmix.core.shapes import dims
+from seqmix.ops import linear_chunked, linear_reference
+from seqmix.ops.dispatch import pick
+from seqmix.ops.linear_reference import decay_spec
+
+
+def linear_attention(
+    q,
+    k,
+    v,
+    log_decay=None,
+    *,
+    scale=1.0,
+    state=None,
+    segment_ids=None,
+    normalize=False,
+    eps=0.0,
+    causal=True,
+    chunk=64,
+    implementation=None,
+):
+    """Reads a matrix-valued state that decays and takes up an outer product k v^T at each token.
+
+        S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T             y_t = scale * q_t^T S_t
+        z_t = exp(log_decay_t) * z_{t-1} + k_t                   (normalize)
+        y_t = scale * q_t^T S_t / (scale * q_t^T z_t + eps)      (normalize)
+
+    Value head h reads the queries and keys of head h // (H // Hk). The first decay acts on `state`.
+
+    Args:
+      q, k: [B, T, Hk, K], floating; Hk divides H (grouped heads are never repeated in memory).
+      v: [B, T, H, V], floating.
+      log_decay: None (no decay), [H] (constant), [B, T, H] (per head) or [B, T, H, K] (per channel of k), floating,
+        <= 0. Any size is right: no bound is assumed and nothing is clamped.
+      scale: factor on q.
+      state: what earlier tokens left, as returned: [B, H, K, V], or with normalize the pair (S, z) with
+        z [B, H, K]. None: zeros.
+      segment_ids: [B, T] integers. A new non-zero id starts from zeros, 0 is padding: it neither writes nor decays,
+        and y is 0 there. `state` belongs to a row's first segment, the state returned to its last.
+      normalize: divide by the same sum without the values. Meant for positive feature maps, q, k >= 0: of either
+        sign, the denominator can come near 0. Where it is 0 (no key met), y is 0.
+      eps: added to the denominator, >= 0; only with normalize.
+      causal: False lets each token read its whole segment, y_t = scale * q_t^T sum over all s of k_s v_s^T; without
+        log_decay and state only. The state returned is the last segment's total.
+      chunk: tokens computed as one matrix by the chunked form, a power of two. It changes rounding and speed alone.
+      implementation: None (the best for the call), "chunked" or "reference".
+
+    Returns:
+      (y [B, T, H, V] in the dtype of v, state in promote(dtype of q, k and v, float32)). Matmul operands are in the
+      common dtype of q, k and v, accumulated in the state's dtype, and so are decays.
+
+    Raises: ValueError for shapes, dtypes, options or an implementation that do not fit.
+
+    Source: Katharopoulos et al. 2006.16236 (equations 16-20); RetNet 2307.08621, GLA 2312.06635, Mamba-2 2405.21060
+    and Lightning 2401.04658 are it with their decays.
+    """
+    d, acc = _check(q, k, v, log_decay, state, segment_ids, normalize, eps, causal, chunk)
+    name = pick("linear_attention", implementation, {"chunked": None, "reference": None})
+    out_dtype, dtype = v.dtype, jnp.result_type(q, k, v)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    runs, decay = None, _decay(log_decay, acc, d.T)
+    if segment_ids is not None:
+        runs = packing.runs(segment_ids)
+        q, k, v, decay = (_without_padding(x, runs) for x in (q, k, v, decay))
+
+    # The denominator is one more value, 1 at each token, and z its state.
+    values = (v, jnp.ones((d.B, d.T, d.H, 1), dtype)) if normalize else (v,)
+    states = _states(state, normalize, d, acc)
+
+    def finish(outputs):
+        if not normalize:
+            return (scale * outputs[0]).astype(out_dtype)
+        below = scale * outputs[1] + eps
+        y = jnp.where(below == 0, 0, scale * outputs[0] / jnp.where(below == 0, 1, below))
+        return y.astype(out_dtype)
+
+    if causal and name == "reference":
+        y, states = linear_reference.recurrence(q, k, values, decay, states, runs, finish)
+    elif causal:
+        y, states = linear_chunked.chunked(q, k, values, decay, states, runs, finish, chunk=chunk)
+    elif name == "reference":
+        y, states = linear_reference.bidirectional(q, k, values, states, runs, finish)
+    else:
+        y, states = linear_chunked.bidirectional(q, k, values, states, runs, finish, chunk=chunk)
+    return y, (states[0], states[1][..., 0]) if normalize else states[0]
+
+
+def _check(q, k, v, log_decay, state, segment_ids, normalize, eps, causal, chunk):
+    """Sizes by letter and the accumulating dtype; raises ValueError for what does not fit."""
+    pair = isinstance(state, tuple | list) and len(state) == 2
+    if state is not None and pair != normalize:
+        expected = "the pair (S, z) with normalize" if normalize else "one array without normalize"
+        raise ValueError(f"state: expected {expected}, got {type(state).__name__}")
+    specs = {"q": "B T Hk K", "k": "B T Hk K", "v": "B T H V", "log_decay": decay_spec(log_decay)}
+    specs |= {"state": "B H K V", "state_z": "B H K"}
+    state, state_z = state if pair else (state, None)
+    arrays = dict(q=q, k=k, v=v, log_decay=log_decay, state=state, state_z=state_z)
+    d = dims(specs, **arrays)
+    for name, x in arrays.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if d.T < 1:
+        raise ValueError("q: expected at least one token, got T=0")
+    if d.Hk < 1 or d.H % d.Hk:
+        raise ValueError(f"v: expected a number of heads divisible by Hk={d.Hk}, got H={d.H}")
+    if segment_ids is not None:
+        packing.check(segment_ids, d.B, d.T)
+    if eps < 0 or (eps and not normalize):
+        raise ValueError(f"eps: expected {'a value >= 0' if normalize else '0 without normalize'}, got {eps}")
+    if not causal and (log_decay is not None or state is not None):
+        given = "log_decay" if log_decay is not None else "state"
+        raise ValueError(f"{given}: expected None with causal=False, got an array")
+    if not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1):
+        raise ValueError(f"chunk: expected a power of two, got {chunk!r}")
+    return d, jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
+
+
+def _decay(log_decay, acc, length):
+    """log_decay in the accumulating dtype; [H] as [1, T, H]."""
+    if log_decay is None:
+        return None
+    log_decay = log_decay.astype(acc)
+    if log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (1, length, *log_decay.shape))
+    return log_decay
+
+
+def _without_padding(x, runs):
+    """Zeros at padding: nothing is read or written there, and nothing decays."""
+    return None if x is None else jnp.where((runs != 0).reshape(*runs.shape, *[1] * (x.ndim - 2)), x, 0)
+
+
+def _states(state, normalize, d, acc):
+    """The states of the values, [B, H, K, V] and [B, H, K, 1]."""
+    if state is None:
+        widths = (d.V, 1) if normalize else (d.V,)
+        return tuple(jnp.zeros((d.B, d.H, d.K, width), acc) for width in widths)
+    state = (state[0], state[1][..., None]) if normalize else (state,)
+    return tuple(s.astype(acc) for s in state)
+
+
+def linear_attention_flops(batch, seq, heads, key_heads, key_dim, value_dim, chunk=64, per_channel=False) -> int:
+    """FLOPs of the chunked form's forward pass, causal, with a decay per head or per channel, a multiply-add being two.
+
+    As XLA counts them: whole C x C squares, and exp for nothing. Without a decay it is some 6 C^2 per chunk and head
+    less. The arguments are B, T, H, Hk, K, V, C of `linear_attention`; a short T makes the chunk shorter.
+    """
+    if seq == 1:
+        return 5 * batch * heads * key_dim * value_dim
+    blocks, size, c = linear_chunked.plan(seq, chunk, batch * heads)
+    chunks, tile = batch * blocks * size, c * key_dim
+    head = 2 * matmul(tile, value_dim) + matmul(c, c, value_dim) + (2 * key_dim + c) * value_dim
+    if per_channel:
+        levels = c.bit_length() - 1
+        return chunks * heads * (head + tile * (c - 1 + 2 * levels + 4))
+    return chunks * (key_heads * matmul(tile, c) + heads * (head + 2 * c * value_dim + 7 * c * c))

@@ -1,0 +1,191 @@
+"""Softmax attention, and how results over parts of the keys are joined."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from seqmix.core import packing
+from seqmix.core.shapes import dims
+from seqmix.ops.dispatch import pick
+from seqmix.ops.softmax_chunked import block_pairs, block_sizes, chunked
+from seqmix.ops.softmax_reference import Rules, reference
+
+BLOCK = 512
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    scale=None,
+    causal=True,
+    window=None,
+    sinks=0,
+    segment_ids=None,
+    kv_segment_ids=None,
+    q_positions=None,
+    kv_positions=None,
+    soft_cap=None,
+    sink_logits=None,
+    return_lse=False,
+    block=BLOCK,
+    implementation=None,
+):
+    """Softmax attention of queries [B, T, H, K] over keys [B, S, Hk, K] with values [B, S, Hk, V].
+
+        s_ij  = scale q_i . k_j                  (then soft_cap tanh(s_ij / soft_cap), where there is a cap)
+        lse_i = log(sum_{j visible to i} exp(s_ij) + exp(sink_logit))            (the sink: where given)
+        y_i   = sum_{j visible to i} exp(s_ij - lse_i) v_j
+
+    Hk divides H; query head h reads key head h // (H // Hk). With pos the positions, j is visible to i when
+    both are of one segment and, causal, pos_j <= pos_i; with a window W, 0 <= pos_i - pos_j < W as well (not
+    causal: |pos_i - pos_j| < W), except that positions below `sinks` stay visible to all that follow them.
+
+    Args:
+      q, k, v: floating. Softmax, LSE and sums are in acc = promote(their dtype, float32); the operands of
+        products keep their dtype.
+      scale: factor on q . k, a number; None: K**-0.5.
+      window: None or W >= 1.
+      sinks: >= 0 and, unless 0, causal (StreamingLLM, arXiv 2309.17453, where they are the first tokens).
+      segment_ids: [B, T] integers, 0 is padding; alone, it holds for queries and keys (T = S), and an id that
+        comes back after another is a new segment (`packing.runs`).
+      kv_segment_ids: [B, S], with segment_ids: then both are taken as they are, and equal means visible.
+      q_positions, kv_positions: [B, T] and [B, S] integers, both or neither. Neither: with segment_ids alone
+        positions in the segment, padding not counted; else indices, of queries and of keys from 0 on.
+      soft_cap: None or a positive number (Gemma 2, arXiv 2408.00118, section 2).
+      sink_logits: [H], a logit in the denominator of every row of its head (gpt-oss, arXiv 2508.10925).
+      return_lse: also return lse, for `merge`; it is differentiable like y.
+      block: number of queries and of keys whose scores exist at once in the chunked form.
+      implementation: None, "chunked" (memory linear in T and S; differentiable once) or "reference" (dense).
+
+    Returns:
+      y [B, T, H, V] in v.dtype, or (y, lse [B, H, T] in acc). A row that sees no key, padding above all, has
+      y = 0 and lse = -inf (with a sink: its logit), and passes no gradient to q, k and v.
+
+    Raises:
+      ValueError: for shapes, dtypes and numbers that are not as above.
+    """
+    given = segment_ids, kv_segment_ids, q_positions, kv_positions
+    _check(q, k, v, sink_logits, *given)
+    rules = _rules(q.shape[-1] ** -0.5 if scale is None else scale, causal, window, sinks, soft_cap)
+    _positive("block", block)
+    tokens, order = _tokens(q.shape[1], k.shape[1], *given)
+    if pick("attention", implementation, {"chunked": None, "reference": None}) == "chunked":
+        y, lse = chunked(rules, q, k, v, sink_logits, *tokens, order=order, block=block)
+    else:
+        y, lse = reference(rules, q, k, v, sink_logits, *tokens)
+    return (y, lse) if return_lse else y
+
+
+def merge(parts):
+    """(y, lse) of attention over all keys, from the pairs (y [B, T, H, V], lse [B, H, T]) of parts of them.
+
+        lse = log sum_p exp(lse_p),   y = sum_p exp(lse_p - lse) y_p        (online softmax, arXiv 1805.02867)
+
+    Every key, and the sink logit, is in one part. y has the dtype of the first. Gradients are finite where
+    some parts, or all, see nothing. Raises ValueError for no parts or unequal shapes.
+    """
+    parts = list(parts)
+    if not parts:
+        raise ValueError("parts: expected at least one (y, lse), got none")
+    for y, lse in parts:
+        dims({"first": "B T H V", "y": "B T H V", "lse": "B H T"}, first=parts[0][0], y=y, lse=lse)
+    lses = jnp.stack([lse for _, lse in parts])
+    top = jax.lax.stop_gradient(jnp.max(lses, axis=0))
+    top = jnp.where(top > -jnp.inf, top, 0)
+    weights = jnp.exp(lses - top)
+    total = jnp.sum(weights, axis=0)
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    shares = jnp.swapaxes(weights / total, 2, 3)[..., None]
+    y = sum(share * y.astype(share.dtype) for share, (y, _) in zip(shares, parts, strict=True))
+    return y.astype(parts[0][0].dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
+
+
+def attention_flops(
+    batch: int,
+    seq: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    window: int | None = None,
+    causal: bool = True,
+    sinks: int = 0,
+    soft_cap: bool = False,
+    block: int = BLOCK,
+) -> int:
+    """FLOPs of the chunked `attention` of `seq` tokens to themselves, forward, without segments.
+
+    Every pair in a block of scores that is not skipped counts, hidden or not: 2 (K + V) for the two products
+    and the elementwise operations beside them, without exponentials. Up to `block` tokens that is the whole
+    square.
+    """
+    rules = _rules(1.0, causal, window, sinks, 1.0 if soft_cap else None)
+    bq, bk = block_sizes(seq, seq, block)
+    pairs = len(block_pairs(rules, seq, seq, (bq, bk), "index"))
+    per_score = 2 * (key_dim + value_dim) + 7 + (2 if soft_cap else 0)
+    return batch * heads * pairs * bq * (bk * per_score + 2 * value_dim)
+
+
+def _check(q, k, v, sink_logits, *given):
+    shapes = {"segment_ids": "B T", "kv_segment_ids": "B S", "q_positions": "B T", "kv_positions": "B S"}
+    given = dict(zip(shapes, given, strict=True))
+    shapes |= {"q": "B T H K", "k": "B S Hk K", "v": "B S Hk V", "sink_logits": "H"}
+    d = dims(shapes, q=q, k=k, v=v, sink_logits=sink_logits, **given)
+    if min(d.T, d.S) < 1:
+        raise ValueError(f"q, k: expected at least one query and one key, got T={d.T}, S={d.S}")
+    if d.H % d.Hk:
+        raise ValueError(f"k: expected a number of heads that divides H={d.H}, got Hk={d.Hk}")
+    for name, x in {"q": q, "k": k, "v": v, "sink_logits": sink_logits}.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
+    for name, x in given.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name}: expected integers, got {x.dtype}")
+    has = {name: x is not None for name, x in given.items()}
+    if has["kv_segment_ids"] and not has["segment_ids"]:
+        raise ValueError("segment_ids: expected the queries' ids beside kv_segment_ids, got none")
+    if has["segment_ids"] and not has["kv_segment_ids"] and d.T != d.S:
+        raise ValueError(f"kv_segment_ids: expected the keys' ids where S={d.S} is not T={d.T}, got none")
+    if has["q_positions"] != has["kv_positions"]:
+        missing = "kv_positions" if has["q_positions"] else "q_positions"
+        raise ValueError(f"{missing}: expected both q_positions and kv_positions or neither, got none")
+
+
+def _positive(name, value):
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def _rules(scale, causal, window, sinks, soft_cap) -> Rules:
+    """`Rules` of checked numbers."""
+    if window is not None:
+        _positive("window", window)
+    if not isinstance(sinks, int) or sinks < 0 or (sinks and not causal):
+        needs = "0" if not causal else "an integer >= 0"
+        raise ValueError(f"sinks: expected {needs} with causal={causal}, got {sinks!r}")
+    for name, value in (("scale", scale), ("soft_cap", soft_cap)):
+        if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
+    return Rules(float(scale), bool(causal), window, sinks, None if soft_cap is None else float(soft_cap))
+
+
+def _tokens(time, keys, segment_ids, kv_segment_ids, q_positions, kv_positions):
+    """(ids and positions of queries and keys, [B, T] or [1, T] int32, and the order of `block_pairs`)."""
+    order = "index"
+    if segment_ids is None:
+        ids = jnp.ones((1, time), jnp.int32), jnp.ones((1, keys), jnp.int32)
+    elif kv_segment_ids is None:
+        ids, order = (packing.runs(segment_ids),) * 2, "runs"
+    else:
+        ids, order = (segment_ids, kv_segment_ids), "given"
+    if q_positions is not None:
+        return (*ids, q_positions, kv_positions), "given"
+    if order == "runs":
+        return (*ids, *(packing.positions(ids[0]),) * 2), order
+    return (*ids, jnp.arange(time)[None], jnp.arange(keys)[None]), order

@@ -1,0 +1,85 @@
+"""What a mixer cannot take is refused in one line that names it, before anything compiles."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from tests.conformance.cases import BATCH, over
+
+
+def refuses(word, call, *args, **kwargs):
+    """The call raises a ValueError of one line with this word; no array is computed, so a trace is enough."""
+    with pytest.raises(ValueError, match=word) as raised:
+        jax.eval_shape(lambda: call(*args, **kwargs))
+    assert "\n" not in str(raised.value)
+
+
+@over()
+def test_undeclared_inputs_are_refused(case):
+    m, params, x = case.mixer, case.params(np.float32), case.x(np.float32)
+    inputs = case.inputs(np.float32) | case.static
+    refuses("temperature", m.forward, params, x, temperature=1.0, **inputs)
+    if m.decodes:
+        state = case.init_state(params, case.time, np.float32)
+        refuses("temperature", m.init_state, params, BATCH, 4, temperature=1.0, **inputs)
+        refuses("temperature", m.prefill, params, x, state, temperature=1.0)
+        refuses("temperature", m.step, params, x[:, :1], state, temperature=1.0)
+    if m.linear_in_v:
+        refuses("temperature", m.project, params, x, temperature=1.0, **inputs)
+        refuses("temperature", m.mixing_matrix, params, x, temperature=1.0, **inputs)
+
+
+@over(lambda m: "memory" in m.takes or "grid" in m.takes)
+def test_inputs_that_are_needed_are_missed(case):
+    refuses(case.mixer.takes[0], case.mixer.forward, case.params(np.float32), case.x(np.float32))
+
+
+@over()
+def test_wrong_shapes_and_dtypes_are_named(case):
+    m, params, x = case.mixer, case.params(np.float32), case.x(np.float32)
+    ids = np.ones(x.shape[:2], np.int32)
+    calls = [lambda x, **kw: m.forward(params, x, **kw, **case.inputs(np.float32), **case.static)]
+    if m.decodes:
+        state = case.init_state(params, case.time, np.float32)
+        calls.append(lambda x, **kw: m.prefill(params, x, state, **kw))
+    for call in calls:
+        refuses(f"x: .*{m.d_model}", call, x[..., 1:])
+        refuses("x: ", call, x[0])
+        refuses("x: .*int32", call, x.astype(np.int32))
+        refuses("positions: ", call, x, positions=ids[:, 1:])
+        refuses("segment_ids: ", call, x, segment_ids=ids[:, 1:])
+        refuses("segment_ids: ", call, x, segment_ids=x[..., 0])
+
+
+@over()
+def test_a_width_must_be_given(case):
+    fields = case.row.small | {"d_model": 0}
+    refuses("d_model", lambda: type(case.mixer)(**fields).forward({}, case.x(np.float32)))
+
+
+@over()
+def test_denied_methods_name_the_mixer(case):
+    m, params, x = case.mixer, case.params(np.float32), case.x(np.float32)
+    name = type(m).__name__
+    if not m.decodes:
+        refuses(name, m.init_state, params, BATCH, 4)
+        refuses(name, m.prefill, params, x, {})
+        refuses(name, m.step, params, x[:, :1], {})
+        refuses(name, m.state_axes)
+        refuses(name, m.state_size, 4)
+    if not m.linear_in_v:
+        refuses(name, m.project, params, x)
+        refuses(name, m.merge, params, {}, x[:, :, None])
+        refuses(name, m.mixing_matrix, params, x)
+    if not m.packable:
+        ids = np.ones(x.shape[:2], np.int32)
+        refuses(name, m.forward, params, x, segment_ids=ids, **case.inputs(np.float32), **case.static)
+
+
+@over()
+def test_equal_mixers_are_one_key(case):
+    """So that a mixer can be a static argument of jax.jit."""
+    again = type(case.mixer)(**{f.name: getattr(case.mixer, f.name) for f in dataclasses.fields(case.mixer)})
+    assert again == case.mixer and hash(again) == hash(case.mixer)
