@@ -35,5 +35,5 @@ def quickstart() -> config.Train:
         seed=0,
         log_every=10,
         sample_prompt="def ",
-        sample_tokens=128,
+        sample_tokens=192,
     )

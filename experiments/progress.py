@@ -101,6 +101,9 @@ class Progress:
         text = f"loss {loss:.4f}  {_short(rate)} tokens/s"
         if self.peak and self.flops:
             text += f"  MFU {100 * self.flops * done / seconds / self.peak:.1f}%"
+        memory = peak_memory()
+        if memory:
+            text += f"  peak {memory / 2**30:.1f} GiB"
         text += f"  ETA {_clock((self.steps - step) * seconds / done)}"
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
@@ -121,6 +124,13 @@ class Progress:
         if self.bar:
             self.bar.stop()
             self.bar = None
+
+
+def peak_memory():
+    """Most bytes in use at once on the first device so far; None where the device does not say (a CPU)."""
+    import jax
+
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def say(text):

@@ -44,7 +44,7 @@ class MixerModule(nnx.Module):
 
     def params(self) -> dict:
         """The weights as the plain dict of arrays that the mixer's own methods take."""
-        return jax.tree.map(lambda v: v[...], self.weights, is_leaf=_is_variable)
+        return jax.tree.map(lambda v: v.get_value(), self.weights, is_leaf=_is_variable)
 
     def __call__(self, x, *, segment_ids=None, positions=None, rng=None, **inputs):
         """y [B, T, D] in the dtype of x; rng None means deterministic. The mixer's losses are in `forward`."""

@@ -77,7 +77,8 @@ class Case:
     @functools.cached_property
     def _noisy(self):
         rng = np.random.default_rng(1)
-        start = param.materialise(self.mixer.params(), fast_key())
+        make = jax.jit(lambda key: param.materialise(self.mixer.params(), key), compiler_options=QUICK)
+        start = make(jax.random.key(0, impl="unsafe_rbg"))  # whose draws compile quickly
         return jax.tree.map(lambda w: np.asarray(w) + 0.3 * rng.normal(size=w.shape), start)
 
     def x(self, dtype=np.float64, time=None, seed=0):
@@ -196,11 +197,6 @@ def is_none(leaf):
 
 def is_float(leaf):
     return jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def fast_key(seed=0):
-    """A key whose draws compile quickly."""
-    return jax.random.key(seed, impl="unsafe_rbg")
 
 
 def _cases():

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
+CACHE = tempfile.mkdtemp(prefix="seqmix-compiled-")
 STEPS = 30
 TINY = (
     f"--steps={STEPS}",
     "--log-every=1",
     "--model.d-model=32",
-    "--model.n-layers=2",
+    "--model.mlp-hidden=0",
     "--model.compute-dtype=float32",
     "--data.seq-len=32",
     "--data.batch-size=2",
@@ -37,9 +39,21 @@ def command(module, *args):
     return [sys.executable, "-m", f"experiments.{module}", *args]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """What one process compiled, the others need not."""
+    yield
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
 def environment():
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",  # one device
+        "JAX_COMPILATION_CACHE_DIR": CACHE,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
 
 
 def launch(module, *args, check=True, **options):
@@ -55,6 +69,11 @@ def launch(module, *args, check=True, **options):
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def changed(flags, *changes):
+    names = {change.split("=")[0] for change in changes}
+    return (*(flag for flag in flags if flag.split("=")[0] not in names), *changes)
 
 
 def records(workdir, kind="train"):
@@ -178,7 +197,7 @@ def test_damaged_checkpoint_falls_back(tmp_path, flags, unbroken):
 def test_another_config_is_refused(flags, unbroken, change, field):
     workdir = unbroken[0]
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and p.name != "lock"}
-    done = launch("train", *flags, change, f"--workdir={workdir}", check=False)
+    done = launch("train", *changed(flags, change), f"--workdir={workdir}", check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and field in done.stderr and done.stderr.count("\n") == 1
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and p.name != "lock"}
@@ -220,9 +239,7 @@ def test_dry_run_prints_the_count():
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, flags):
     done = launch(
         "train",
-        *flags,
-        "--optim.peak-lr=1e30",
-        "--optim.warmup=0",
+        *changed(flags, "--optim.peak-lr=1e30", "--optim.warmup=0"),
         f"--workdir={tmp_path / 'run'}",
         check=False,
     )

@@ -1,0 +1,189 @@
+"""The Hopper kernels of linear attention, without a GPU: against float64 in the interpreter, and through ptxas.
+
+Tolerances: operands are rounded to bfloat16 (2^-9 relative) once before each product and once at the output, so
+relative errors of 2 to 4 in a thousand are what exact arithmetic on these operands gives; 5e-3 is fla's bound too.
+"""
+
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat
+from pallas_kernels.linear_attention import cost, gpu, gpu_backward
+
+BOUND = 5e-3
+needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
+
+
+def draw(batch, time, key_heads, heads, key, value, decay=0.1):
+    keys = jax.random.split(jax.random.key(time), 7)
+    normal = jax.random.normal
+    q = normal(keys[0], (batch, time, key_heads, key), jnp.bfloat16) * key**-0.5
+    k = normal(keys[1], q.shape, jnp.bfloat16)
+    v = normal(keys[2], (batch, time, heads, value), jnp.bfloat16)
+    log_decay = -jax.nn.softplus(normal(keys[3], (batch, time, heads))) * decay
+    state = normal(keys[4], (batch, heads, key, value))
+    return q, k, v, log_decay, state, normal(keys[5], v.shape, jnp.bfloat16), normal(keys[6], state.shape)
+
+
+def reference(q, k, v, log_decay, state, run_ids, scale):
+    """The recurrence, token by token."""
+    heads = v.shape[2]
+    q, k = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (q, k))
+
+    def step(carry, now):
+        state, current = carry
+        q, k, v, log_decay, run = now
+        real, opens = run != 0, (run != 0) & (run != current)
+        written = jnp.where(opens[:, None, None, None], 0, state) * jnp.exp(log_decay)[..., None, None]
+        written = written + k[..., :, None] * v[..., None, :]
+        state = jnp.where(real[:, None, None, None], written, state)
+        y = scale * jnp.einsum("bhk,bhkv->bhv", q, state)
+        return (state, jnp.where(real, run, current)), jnp.where(real[:, None, None], y, 0)
+
+    run_ids = jnp.ones(q.shape[:2], jnp.int32) if run_ids is None else run_ids
+    log_decay = jnp.broadcast_to(log_decay, v.shape[:3])
+    over = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, log_decay, run_ids))
+    (state, _), y = jax.lax.scan(step, (state, jnp.ones(q.shape[0], jnp.int32)), over)
+    return jnp.moveaxis(y, 0, 1), state
+
+
+def exact(inputs, run_ids, scale, cotangents=None):
+    """Results of the reference in float64, or its gradients."""
+    with jax.enable_x64(True):
+        wide = lambda x: jnp.asarray(np.asarray(x, np.float64))
+        run = lambda *args: reference(*args, run_ids, scale)
+        if cotangents is None:
+            results = jax.jit(run)(*map(wide, inputs))
+        else:
+            pull = jax.jit(lambda args, cts: jax.vjp(run, *args)[1](cts))
+            results = pull(tuple(map(wide, inputs)), tuple(map(wide, cotangents)))
+        return [np.asarray(x) for x in results]
+
+
+def error(got, want):
+    return np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+
+
+def packed(time):
+    """Two rows: padding left, inside and right, with a segment ending inside a chunk; and one whole segment."""
+    first = np.full(time, 1, np.int32)
+    first[time // 3 :] = 2
+    first[: time // 10] = first[-time // 10 :] = first[time // 2 : time // 2 + 3] = 0
+    return jnp.asarray(np.stack([first, np.ones(time, np.int32)]))
+
+
+@needs_mosaic
+def test_forward_of_grouped_heads_matches_float64():
+    *inputs, _, _ = draw(1, 136, 1, 2, 128, 64)
+    with compat.interpret():
+        got = gpu.forward(*inputs, scale=0.5)
+    for one, want in zip(got, exact(inputs, None, 0.5)):
+        assert error(one, want) < BOUND
+
+
+@needs_mosaic
+def test_forward_with_segments_a_split_over_time_and_an_odd_length_matches_float64():
+    *inputs, _, _ = draw(2, 133, 1, 1, 64, 128)
+    run_ids = packed(133)
+    with compat.interpret():
+        y, state = gpu.forward(*inputs, run_ids, scale=0.5, splits=3)
+    for one, want in zip((y, state), exact(inputs, run_ids, 0.5)):
+        assert error(one, want) < BOUND
+    assert not np.any(np.asarray(y)[np.asarray(run_ids) == 0])
+
+
+@needs_mosaic
+@pytest.mark.slow
+def test_gradients_with_segments_and_a_split_match_float64():
+    *inputs, dy, dstate = draw(2, 133, 1, 2, 128, 64)
+    run_ids = packed(133)
+    with compat.interpret():
+        got = gpu_backward.backward(*inputs, run_ids, dy, dstate, scale=0.5, splits=1)
+    for one, want in zip(got, exact(inputs, run_ids, 0.5, (dy, dstate))):
+        assert error(one, want) < BOUND
+    assert all(np.all(np.isfinite(np.asarray(one, np.float32))) for one in got)
+
+
+def test_importing_needs_neither_a_gpu_nor_a_recent_jax():
+    reason = compat.unavailable()
+    assert reason is None or "need" in reason
+
+
+@needs_mosaic
+def test_calls_that_cannot_run_are_refused_with_the_reason():
+    shape = jax.ShapeDtypeStruct
+    q, v = shape((2, 64, 1, 128), jnp.bfloat16), shape((2, 64, 2, 64), jnp.bfloat16)
+    hopper = {"capability": (9, 0)}
+    assert gpu.supports(q, q, v, **hopper) is None
+    assert "8.0" in gpu.supports(q, q, v, capability=(8, 0))
+    assert "float32" in gpu.supports(q, q, shape(v.shape, jnp.float32), **hopper)
+    assert "K=96" in gpu.supports(*[shape((2, 64, 1, 96), jnp.bfloat16)] * 2, v, **hopper)
+    assert "decay" in gpu.supports(q, q, v, shape((2, 64, 2, 128), jnp.float32), **hopper)
+    assert "scale" in gpu.supports(q, q, v, scale=0.0, **hopper)
+    assert "default device" in gpu.supports(q, q, v)
+
+
+def test_floor_of_mamba2_at_32768_tokens_is_the_bytes_of_its_arrays():
+    least = cost.forward(8, 4096, 1, 64, 128, 64)
+    assert least.bytes == 32768 * (2 * 2 * 128 + 2 * 2 * 64 * 64 + 4 * 64)
+    assert 0.17 < least.floor_ms() < 0.20
+
+
+# Ahead of time for an H100, through ptxas, on a machine without a GPU.
+
+TARGET = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax-cuda13-plugin to compile for a GPU")
+    if compat.unavailable() is not None:
+        pytest.skip(compat.unavailable())
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=TARGET, topology="1x1x1")
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
+
+
+def spills(capfd):
+    """Bytes spilled by each kernel that ptxas reported on."""
+    text = "".join(capfd.readouterr())
+    names = re.findall(r"Compiling entry function '(\w+)_mosaic_gpu_kernel'", text)
+    stores = [int(number) for number in re.findall(r"(\d+) bytes spill stores, \d+ bytes spill loads\n", text)]
+    return dict(zip(names, stores[-len(names) :], strict=True)) if names else {}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(8, 2048, 1, 64, 128, 64), (1, 32768, 16, 16, 128, 128), (1, 1000, 2, 4, 64, 256)],
+    ids=["mamba2", "retnet_split", "wide_values"],
+)
+def test_forward_compiles_for_an_h100_without_spills(h100, capfd, shape):
+    batch, time, key_heads, heads, key, value = shape
+    array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=h100)
+    q, v = array(batch, time, key_heads, key), array(batch, time, heads, value)
+    decay = array(batch, time, heads, dtype=jnp.float32)
+    compiled = jax.jit(gpu.forward).lower(q, q, v, decay).compile()
+    assert compiled is not None and os.environ["MOSAIC_GPU_DUMP_PTXAS"] == "1"
+    found = spills(capfd)
+    assert "linear_attention_forward" in found and set(found.values()) == {0}
