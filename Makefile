@@ -6,14 +6,14 @@ VENV ?= .venv
 PYTHON ?=
 RUN = $(VENV)/bin/python
 
-.PHONY: train test conformance lint format install clean
+.PHONY: help train test conformance lint format table install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [CONFIG=$(CONFIG)] [ARGS=\"--optim.peak-lr=1e-3\"]   install, then train a config"
 	@echo "make test [ARGS=\"tests/ops\"]   install, then lint and run the tests"
 	@echo "make conformance               every catalogue row through every property"
-	@echo "make lint | format | clean"
+	@echo "make lint | format | table | clean"
 
 # The stamp names the metadata that the environment was installed from; a change of either file installs again.
 $(VENV)/installed: setup.cfg pyproject.toml tools/install.sh
@@ -40,3 +40,7 @@ format: $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
+
+# The README's table of mechanisms, from the catalogue.
+table: $(VENV)/installed
+	@$(RUN) tools/table.py

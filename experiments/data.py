@@ -28,18 +28,20 @@ NO_SOURCE = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__
 COMPRESSED = 2**24  # the compressors are measured on so many bytes at most
 
 
-def load(cfg, vocab):
-    """The Dataset of a config's `data` for a model with `vocab` token ids.
+def load(cfg, vocab, align=1):
+    """The Dataset of a config's `data` for a model with `vocab` token ids; documents start at multiples of `align`.
 
     Raises ValueError in one line for text that is missing, empty, binary or too short, and for token ids
     beyond the vocabulary.
     """
+    if cfg.seq_len % align:
+        raise ValueError(f"data.seq_len: expected a multiple of {align}, as the mixers need, got {cfg.seq_len}")
     documents = _standard_library() if cfg.path is None else _files(Path(cfg.path))
     if not documents:
         raise ValueError(f"data.path: expected text, found none in {cfg.path or 'the standard library'}")
     train, val = _split(documents, cfg.val_fraction)
     tokenizer = tokenizers.load(cfg.tokenizer)
-    streams = [Stream.of(tokenizer, [content for _, content in part]) for part in (train, val)]
+    streams = [Stream.of(tokenizer, [content for _, content in part], align) for part in (train, val)]
     largest = max(int(stream.tokens.max(initial=0)) for stream in streams)
     if largest >= vocab:
         raise ValueError(
@@ -56,35 +58,37 @@ def load(cfg, vocab):
         raise ValueError("data.path: text too short for a validation document")
     held = b"".join(content for _, content in val)
     entropy = _entropy(content for _, content in documents)
-    return Dataset(cfg, *streams, held, entropy, _fingerprint(cfg, tokenizer, documents))
+    return Dataset(cfg, *streams, held, entropy, _fingerprint(cfg, tokenizer, documents, align))
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Documents end to end: document i is tokens[offsets[i]:offsets[i + 1]], the first of them `eos`."""
+    """Documents end to end: document i is the first lengths[i] of tokens[offsets[i]:offsets[i + 1]], of them the
+    very first `eos`; the rest is filled up with `eos`.
+    """
 
     tokens: np.ndarray
     offsets: np.ndarray
+    lengths: np.ndarray
     eos: int
 
     @classmethod
-    def of(cls, tokenizer, documents):
-        """The stream of these documents (bytes)."""
+    def of(cls, tokenizer, documents, align=1):
+        """The stream of these documents (bytes), each filled up to a multiple of `align`."""
         parts = tokenizer.encode_documents(documents)
         lengths = np.array([part.size + 1 for part in parts], np.int64)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-lengths // align) * align)])
         top = max([tokenizer.eos, *(int(part.max(initial=0)) for part in parts)])
-        tokens = np.empty(offsets[-1], np.uint16 if top < 2**16 else np.uint32)
-        for part, start, end in zip(parts, offsets, offsets[1:]):
-            tokens[start] = tokenizer.eos
-            tokens[start + 1 : end] = part
-        return cls(tokens, offsets, tokenizer.eos)
+        tokens = np.full(offsets[-1], tokenizer.eos, np.uint16 if top < 2**16 else np.uint32)
+        for part, start in zip(parts, offsets):
+            tokens[start + 1 : start + 1 + part.size] = part
+        return cls(tokens, offsets, lengths, tokenizer.eos)
 
 
 class Rows(grain.MapDataset):
     """Row i of an epoch: tokens [i T, (i + 1) T) of its stream, as a dict of arrays [T].
 
-    tokens, targets, segment_ids and positions are int32, mask is float32; all are 0 past the stream's end.
+    tokens, targets, segment_ids and positions are int32, mask is float32; all are 0 where there is no text.
     With a seed, index // len(self) is the epoch, and its documents come in an order of its own.
     """
 
@@ -107,21 +111,23 @@ class Rows(grain.MapDataset):
         inside = place < total
         place = np.minimum(place, total - 1)
         document = np.searchsorted(starts, place, side="right") - 1
-        ids = stream.tokens[stream.offsets[order[document]] + place - starts[document]].astype(np.int32)
+        within, which = place - starts[document], order[document]
+        ids = stream.tokens[stream.offsets[which] + within].astype(np.int32)
         ids = np.where(inside, ids, stream.eos)  # the last document of an epoch is closed too
-        real, document = inside[:-1], document[:-1]
+        real = (inside & (within < stream.lengths[which]))[:-1]
         begin = np.maximum(starts[document], first)
-        return {
-            "tokens": np.where(real, ids[:-1], 0),
-            "targets": np.where(real, ids[1:], 0),
-            "mask": real.astype(np.float32),
-            "segment_ids": np.where(real, document - document[0] + 1, 0).astype(np.int32),
-            "positions": np.where(real, place[:-1] - begin, 0).astype(np.int32),
+        columns = {
+            "tokens": ids[:-1],
+            "targets": ids[1:],
+            "segment_ids": document[:-1] - document[0] + 1,
+            "positions": (place - begin)[:-1],
         }
+        row = {key: np.where(real, value, 0).astype(np.int32) for key, value in columns.items()}
+        return row | {"mask": real.astype(np.float32)}
 
     def _draw_order(self, epoch):
         """(documents in the order of an epoch, where each starts)."""
-        lengths = np.diff(self.stream.offsets)
+        lengths = np.diff(self.stream.offsets)  # filled up
         order = np.arange(lengths.size)
         if self.seed is not None:
             # Raw bits, since numpy promises those alone to stay the same.
@@ -141,9 +147,10 @@ class Dataset:
         self._val = Rows(val, seq, count).shuffle(seed=VAL_SEED).batch(batch)
         self._held, self._entropy = held, entropy
         self.fingerprint = fingerprint
-        self.bytes_per_token = len(held) / val.tokens.size
-        documents = train.offsets.size + val.offsets.size - 2
-        self.summary = f"{documents} documents, {train.tokens.size:,} tokens to train, {val.tokens.size:,} to validate"
+        tokens = [int(stream.lengths.sum()) for stream in (train, val)]
+        self.bytes_per_token = len(held) / tokens[1]
+        documents = train.lengths.size + val.lengths.size
+        self.summary = f"{documents} documents, {tokens[0]:,} tokens to train, {tokens[1]:,} to validate"
 
     def train_batches(self, start=0):
         """Batches start, start + 1, ... without end."""
@@ -232,9 +239,9 @@ def _split(documents, fraction):
     return [document for document in documents if document[0] not in names], val
 
 
-def _fingerprint(cfg, tokenizer, documents):
+def _fingerprint(cfg, tokenizer, documents, align):
     digests = [[name, hashlib.sha256(content).hexdigest()] for name, content in documents]
-    settings = [cfg.seq_len, cfg.batch_size, cfg.val_fraction, cfg.seed]
+    settings = [cfg.seq_len, cfg.batch_size, cfg.val_fraction, cfg.seed, align]
     whole = json.dumps([PACKING, tokenizer.fingerprint, settings, digests])
     return hashlib.sha256(whole.encode()).hexdigest()
 

@@ -1,18 +1,20 @@
 """What a config would train, without allocating it: parameters, FLOPs, memory, shardings."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
 from experiments import loop, progress
-from seqmix.core import param, sharding
+from seqmix.core import param
 
 
 def show(cfg):
     """Prints the tables of a dry run; the last line of stdout is `params=<int>`."""
     model, tree = cfg.model, cfg.model.params()
-    sizes, mesh = _mesh(cfg.mesh)
+    sizes, mesh = _mesh(cfg)
+    laid = param.shardings(tree, mesh)  # refuses what cannot be laid out, before anything is printed
     rows = [(name, f"{count:,}") for name, count in model.parts().items()]
     total = param.count(tree)
     progress.table(f"{cfg.name}: parameters", ("part", "count"), [*rows, ("total", f"{total:,}")])
@@ -27,41 +29,36 @@ def show(cfg):
             (f"whole run, {cfg.steps} steps", f"{3 * forward * seq * cfg.data.batch_size * cfg.steps:.4g}"),
         ],
     )
-    _memory(cfg, tree, sizes, mesh)
-    laid = f"mesh {', '.join(f'{name}={size}' for name, size in sizes.items())}"
-    columns = ("weight", "shape", "axes", "partition")
-    progress.table(f"Shardings on {laid}", columns, _shardings(tree, mesh), left=4)
+    _memory(cfg, tree, sizes, laid)
+    columns, where = ("weight", "shape", "axes", "partition"), ", ".join(f"{k}={v}" for k, v in sizes.items())
+    progress.table(f"Shardings on mesh {where}", columns, _shardings(tree, laid), left=4)
     print(f"params={total}", flush=True)
 
 
 def _mesh(cfg):
     """(sizes, a mesh without devices); a mesh larger than this machine is fine in a dry run."""
-    fixed = math.prod(size for size in (cfg.data, cfg.fsdp, cfg.context, cfg.model) if size != -1)
+    fixed = math.prod(size for size in dataclasses.astuple(cfg.mesh) if size != -1)
     sizes = loop.mesh_sizes(cfg, max(jax.device_count(), fixed))
     return sizes, jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
 
-def _shardings(tree, mesh):
-    for name, leaf in param.entries(tree):
+def _shardings(tree, laid):
+    for (name, leaf), sharding in zip(param.entries(tree), jax.tree.leaves(laid), strict=True):
         axes = " ".join("-" if axis is None else str(axis) for axis in leaf.axes)
-        yield name, "x".join(map(str, leaf.shape)) or "scalar", axes, _spec(leaf, mesh)
+        parts = ["+".join(_axes([part])) or "-" for part in sharding.spec]
+        shown = " ".join(parts) if any(part != "-" for part in parts) else "replicated"
+        yield name, "x".join(map(str, leaf.shape)) or "scalar", axes, shown
 
 
-def _spec(leaf, mesh):
-    spec = sharding.spec(leaf.axes, leaf.shape, mesh)
-    parts = ["-" if part is None else "+".join(part) if isinstance(part, tuple) else part for part in spec]
-    return " ".join(parts) if any(part != "-" for part in parts) else "replicated"
-
-
-def _memory(cfg, tree, sizes, mesh):
+def _memory(cfg, tree, sizes, laid):
     """Bytes in all and on one device: weights, gradients, moments exactly; activations from the traced
     residuals.
     """
     weights = grads = adam = here = here_moments = 0
-    for _, leaf in param.entries(tree):
+    for (_, leaf), sharding in zip(param.entries(tree), jax.tree.leaves(laid), strict=True):
         size = math.prod(leaf.shape)
         width = jnp.dtype(leaf.dtype).itemsize
-        parts = math.prod(sizes[axis] for axis in _axes(sharding.spec(leaf.axes, leaf.shape, mesh)))
+        parts = math.prod(sizes[axis] for axis in _axes(sharding.spec))
         weights, here = weights + size * width, here + size * width / parts
         if leaf.trainable:
             grads, adam = grads + size * width, adam + 8 * size

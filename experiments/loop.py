@@ -14,33 +14,30 @@ from seqmix.core import flops, param, sharding
 
 
 def mesh_sizes(cfg, devices):
-    """Sizes of a config's mesh axes on so many devices; an axis of -1 takes what the others leave."""
-    sizes = {name: getattr(cfg, name) for name in sharding.MESH_AXES}
+    """Sizes of the mesh axes of a run on so many devices; an axis of -1 takes what the others leave.
+
+    Raises ValueError when they do not fit, or when the run's batches cannot be divided over them.
+    """
+    sizes = {name: getattr(cfg.mesh, name) for name in sharding.MESH_AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    for name, size in sizes.items():
-        if size == -1:
-            if devices % fixed:
-                raise ValueError(f"mesh.{name}: {devices} devices cannot be divided by the other axes' {fixed}")
-            return sizes | {name: devices // fixed}
-    if fixed > devices:
+    for name in [name for name, size in sizes.items() if size == -1]:
+        if devices % fixed:
+            raise ValueError(f"mesh.{name}: {devices} devices cannot be divided by the other axes' {fixed}")
+        sizes[name] = devices // fixed
+    if math.prod(sizes.values()) > devices:
         raise ValueError(f"mesh: expected at most {devices} devices, got {sizes}")
+    rows, ways = cfg.data.batch_size // cfg.optim.accumulate, sizes["data"] * sizes["fsdp"]
+    if rows % ways:
+        raise ValueError(f"data.batch_size: expected a multiple of data x fsdp = {ways} per microbatch, got {rows}")
+    if cfg.data.seq_len % sizes["context"]:
+        raise ValueError(f"data.seq_len: expected a multiple of context = {sizes['context']}, got {cfg.data.seq_len}")
     return sizes
 
 
 def make_mesh(cfg):
-    """The device mesh of a run; raises ValueError when its batches cannot be divided over it."""
-    sizes = mesh_sizes(cfg.mesh, jax.device_count())
-    rows, ways = cfg.data.batch_size // cfg.optim.accumulate, sizes["data"] * sizes["fsdp"]
-    if rows % ways:
-        raise ValueError(
-            f"data.batch_size: expected a multiple of mesh data x fsdp = {ways} per microbatch, got {rows}"
-        )
-    if cfg.data.seq_len % sizes["context"]:
-        raise ValueError(
-            f"data.seq_len: expected a multiple of mesh.context {sizes['context']}, got {cfg.data.seq_len}"
-        )
-    devices = jax.devices()[: math.prod(sizes.values())]
-    return sharding.make_mesh(**sizes, devices=devices)
+    """The device mesh of a run."""
+    sizes = mesh_sizes(cfg, jax.device_count())
+    return sharding.make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
 
 
 class Trainer:
@@ -53,6 +50,7 @@ class Trainer:
     def __init__(self, cfg, mesh):
         self.cfg, self.mesh, self.model = cfg, mesh, cfg.model
         self.tree = self.model.params()
+        self.packs = all(mixer.packable for mixer in self.model.period)
         self.mask = param.trainable_mask(self.tree)
         self.transform = optim.optimizer(cfg.optim, cfg.steps, self.tree)
         self.lr = optim.schedule(cfg.optim, cfg.steps)
@@ -128,7 +126,7 @@ class Trainer:
             return self._loss(optim.join(trainable, frozen), batch, rng)
 
         loss, metrics, grads = optim.accumulated(loss_fn, trainable, batch, rng, self.cfg.optim.accumulate)
-        norm = optax.global_norm(grads)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         updates, moments = self.transform.update(grads, state["opt_state"], trainable)
         params = _write(optim.join(optax.apply_updates(trainable, updates), frozen), metrics)
         new = {"params": params, "opt_state": moments}
@@ -139,15 +137,8 @@ class Trainer:
         return new, {**scalars, "loss": loss, "grad_norm": norm, "lr": self.lr(state["step"])}
 
     def _loss(self, params, batch, rng=None):
-        return self.model.loss(
-            params,
-            batch["tokens"],
-            batch["targets"],
-            batch["mask"],
-            segment_ids=batch["segment_ids"],
-            positions=batch["positions"],
-            rng=rng,
-        )
+        where = {key: batch[key] for key in ("segment_ids", "positions")} if self.packs else {}
+        return self.model.loss(params, batch["tokens"], batch["targets"], batch["mask"], rng=rng, **where)
 
     def _nll(self, params, batch):
         _, metrics = self._loss(params, batch)

@@ -137,6 +137,21 @@ def matmul(*pairs, start=None):
     return pl.run_state(multiply)(mgpu.ACC.init(start))
 
 
+def matmuls(*jobs):
+    """Several `matmul`s that do not need each other, under one wait. jobs: (list of pairs, start or None) each."""
+    if interpreting():
+        return [matmul(*pairs, start=start) for pairs, start in jobs]
+    mgpu = gpu()
+
+    def multiply(accs):
+        for acc, (pairs, _) in zip(accs, jobs):
+            for a, b in pairs:
+                mgpu.wgmma(acc, a, b)
+
+    starts = [zeros((pairs[0][0].shape[0], pairs[0][1].shape[1])) if start is None else start for pairs, start in jobs]
+    return list(pl.run_state(multiply)([mgpu.ACC.init(start) for start in starts]))
+
+
 def as_operand(value, spare=None):
     """A float32 tile rounded to bf16, as the left operand of `matmul`.
 

@@ -318,13 +318,10 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
             compat.stores_read()
             outputs[unit] = y.astype(jnp.bfloat16)
             compat.publish()
-            where = (
-                row,
-                pl.ds(at(indices[0]) * CHUNK, CHUNK),
-                pl.ds(head * plan.value + columns.start, COLUMNS),
-            )
-            compat.store(outputs.at[unit], y_ref.at[where])
-            return compat.matmul((compat.transposed(k_tile), weighted.at[unit]), start=carry * tokens.kept())
+            place = pl.ds(head * plan.value + columns.start, COLUMNS)
+            compat.store(outputs.at[unit], y_ref.at[row, pl.ds(at(indices[0]) * CHUNK, CHUNK), place])
+            write = (compat.transposed(k_tile), weighted.at[unit])
+            return compat.matmul(write, start=carry * tokens.kept())
 
         def around(run):
             where = (pl.ds(0, plan.key), columns)

@@ -4,10 +4,11 @@ Two kernels walk time and recompute what they need; neither states nor scores ar
 `ANCHOR` chunks that the decays' gradient needs. Per chunk, with S the state before it, D its gradient after it, g the
 cumulated decays, P_ij = scale 2^(g_i - g_j) for j <= i and a_i, w_j the factors of carry in and out:
 
-    forward walk:   dq = a (dy S^T) + (P * dy v^T) k ;                       S <- 2^(g_last) S + k^T (w v)
-    backward walk:  dk = (w v) D^T + (P * dy v^T)^T q ;  dv = w (k D) + (P * q k^T)^T dy ;  D <- 2^(g_last) D + q^T (a dy)
+    forward walk:   dq = a (dy S^T) + (P * dy v^T) k ;       S <- 2^(g_last) S + k^T (w v)
+    backward walk:  dk = (w v) D^T + (P * dy v^T)^T q ;      D <- 2^(g_last) D + q^T (a dy)
+                    dv = w (k D) + (P * q k^T)^T dy
 
-In the forward walk two warpgroups own 64 rows of the state each and so 64 columns of dq; in the backward walk one
+In the forward walk each warpgroup owns 64 value columns and one adds up the dq of both; in the backward walk one
 computes dv and the other dk. Heads that share keys, and slices of a wide value, add to the same dq and dk: each block
 writes its part in bf16 and XLA adds the parts, always in one order.
 
@@ -139,87 +140,100 @@ def _row_sums(left, right):
 
 
 def _walk_forward(lanes: Lanes, given, scale, anchor):
-    """Parts of dq [parts, B, T, Hk * K]; with anchor also pairs and reads [K / 64, B, H, T] and states at anchors."""
-    plan, width = lanes.plan, COLUMNS * lanes.units
+    """Parts of dq [parts, B, T, Hk * K]; with anchor also pairs and reads [V / 64, B, H, T] and states at anchors."""
+    plan, units = lanes.plan, lanes.units
     names = [name for name, x in given.items() if x is not None]
-    warpgroups, count = plan.key // COLUMNS, lanes.block_heads
-    parts = plan.group * plan.value // width
+    parts, slots = plan.group * plan.value // (COLUMNS * units), plan.value // COLUMNS
 
     def body(*args):
         refs, (dq_ref, *rest) = dict.fromkeys(given) | dict(zip(names, args)), args[len(names) :]
         outs = rest[: 3 if anchor else 0]
-        states, weighted, staged, *rest = rest[len(outs) :]
-        triangle, sums, ready = rest[:3] if anchor else (None, None, None)
+        states, weighted, queries, free, handed, *rest = rest[len(outs) :]
+        triangle, ready, sums = rest[:3] if anchor else [None] * 3
         spare = rest[-1] if compat.interpreting() else None
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
-        warpgroup = compat.warpgroup(warpgroups)
-        mine = pl.ds(warpgroup * COLUMNS, COLUMNS)
-        first_head, columns = lanes.decay_block(block) * count, _value_columns(lanes, block)
+        unit = compat.warpgroup(units)
+        mine = pl.ds(unit * COLUMNS, COLUMNS)
+        head, columns = lanes.head_and_columns(block, unit)
         at = lambda i: split * plan.steps + i
 
         def chunk(indices, decay_tile, *tiles):
             *seg, q_tile, k_tile, v_tile, dy_tile, carry = tiles
             now = at(indices[0])
             tokens = pl.ds(now * CHUNK, CHUNK)
-            q_mine, k_mine = q_tile.at[:, mine], k_tile.at[:, mine]
-            here = list(_heads_of(lanes, block, decay_tile, *(seg or [None]), math.log2(scale)))
+            v_mine, dy_mine = v_tile.at[:, mine], dy_tile.at[:, mine]
+            own = Tokens(decay_tile.at[unit if lanes.block_heads > 1 else 0], *(seg or [None]), shift=math.log2(scale))
             compat.stores_read()
-            for index, factors, part in here:
-                states[warpgroup, :, part] = carry[index].astype(jnp.bfloat16)
-                values = scaled_rows(_read(v_tile.at[:, part]), factors.carry_out())
-                weighted[warpgroup, :, part] = values.astype(jnp.bfloat16)
+            states[unit] = carry.astype(jnp.bfloat16)
+            weighted[unit] = scaled_rows(_read(v_mine), own.carry_out()).astype(jnp.bfloat16)
             compat.publish()
-            total, after = None, []
-            for index, factors, part in here:
-                dy_part, v_part = dy_tile.at[:, part], v_tile.at[:, part]
-                crossed = compat.matmul((dy_part, compat.transposed(v_part))) * factors.pairs()
-                weights = compat.as_operand(crossed, spare.at[warpgroup] if spare is not None else None)
-                if anchor:
-                    score = compat.matmul((q_mine, compat.transposed(k_mine)))
-                    staged[warpgroup] = (score * crossed).astype(jnp.bfloat16)
-                    compat.publish()
-                    over = compat.matmul((triangle, staged.at[warpgroup]))
-                    earlier = compat.iota(over.shape, 1) < compat.iota(over.shape, 0)
-                    sums[warpgroup, index] = jnp.sum(jnp.where(earlier, over, 0.0), axis=1)
-                inter = compat.matmul((dy_part, compat.transposed(states.at[warpgroup, :, part])))
-                inter = scaled_rows(inter, factors.carry_in())
-                if anchor:
-                    sums[warpgroup, count + index] = _row_sums(_read(q_mine), inter)
-                total = inter if total is None else total + inter
-                total = compat.matmul((weights, k_mine), start=total)
-                write = (compat.transposed(k_mine), weighted.at[warpgroup, :, part])
-                after.append(compat.matmul(write, start=carry[index] * factors.kept()))
-            staged[warpgroup] = total.astype(jnp.bfloat16)
-            compat.publish()
-            place = pl.ds(lanes.key_head(block) * plan.key + warpgroup * COLUMNS, COLUMNS)
-            compat.store(staged.at[warpgroup], dq_ref.at[block % parts, row, tokens, place])
             if anchor:
-                write_sums(now, tokens, carry)
-            return tuple(after)
+                keep_state(now, carry)
+            jobs = [([(compat.transposed(k_tile), weighted.at[unit])], carry * own.kept())]
+            jobs.append(([(dy_mine, compat.transposed(v_mine))], None))
+            if anchor:
+                jobs.append(([(q_tile, compat.transposed(k_tile))], None))
+            after, crossed, *score = compat.matmuls(*jobs)
+            crossed = (crossed * own.pairs()).astype(jnp.bfloat16)
+            weights = compat.as_operand(crossed, spare.at[unit] if spare is not None else None)
+            if anchor:
+                weighted[unit] = (score[0] * crossed.astype(jnp.float32)).astype(jnp.bfloat16)
+                compat.publish()
+                over = compat.matmul((triangle, weighted.at[unit]))
+                earlier = compat.iota((CHUNK, CHUNK), 1) < compat.iota((CHUNK, CHUNK), 0)
+                sums[unit, 0] = jnp.sum(jnp.where(earlier, over, 0.0), axis=1)
+            reads = None
+            if units == 2:
+                pl.when(unit == 1)(lambda: compat.wait(free))
+            for start in range(0, plan.key, COLUMNS):  # a half at a time: registers are what is short
+                half = pl.ds(start, COLUMNS)
+                inter = compat.matmul((dy_mine, compat.transposed(states.at[unit, half])))
+                inter = scaled_rows(inter, own.carry_in())
+                if anchor:
+                    read = _row_sums(_read(q_tile.at[:, half]), inter)
+                    reads = read if reads is None else reads + read
+                write_queries(compat.matmul((weights, k_tile.at[:, half]), start=inter), half)
+            if anchor:
+                sums[unit, 1] = reads
+            compat.arrive(handed)
+            pl.when(unit == 0)(lambda: add_queries(tokens))
+            if anchor:
+                write_sums(tokens)
+            return after
 
-        def write_sums(now, tokens, carry):
-            pairs_ref, reads_ref, states_ref = outs
-            rows = pl.ds(warpgroup * COLUMNS, COLUMNS)
-            slot = (
-                warpgroup if plan.value <= width else warpgroup * (plan.value // width) + block % (plan.value // width)
-            )
-            for index in range(count):
-                target = (slot, row, first_head + index, tokens)
-                compat.store(sums.at[warpgroup, index], pairs_ref.at[target])
-                compat.store(sums.at[warpgroup, count + index], reads_ref.at[target])
+        def write_queries(total, half):
+            """Keeps half of dq: each warpgroup in a tile of its own, which the first one then adds up."""
+            queries[unit, :, half] = total.astype(jnp.bfloat16)
 
+        def add_queries(tokens):
+            compat.wait(handed)
+            if units == 2:
+                for start in range(0, plan.key, COLUMNS):
+                    half = pl.ds(start, COLUMNS)
+                    total = _read(queries.at[0, :, half]) + _read(queries.at[1, :, half])
+                    queries[0, :, half] = total.astype(jnp.bfloat16)
+                compat.arrive(free)
+            compat.publish()
+            place = pl.ds(lanes.key_head(block) * plan.key, plan.key)
+            compat.store(queries.at[0], dq_ref.at[block % parts, row, tokens, place])
+
+        def write_sums(tokens):
+            slot = lax.div(columns.start, COLUMNS)
+            compat.publish()
+            for index in range(2):
+                compat.store(sums.at[unit, index], outs[index].at[slot, row, head, tokens])
+
+        def keep_state(now, carry):
             place = lax.div(now, anchor)
 
             @pl.when(lax.rem(now, anchor) == 0)
             def _():
-                for index, state in enumerate(carry):
-                    target = (row, place, first_head + index, rows, columns)
-                    states_ref[target] = state.astype(jnp.bfloat16)
+                outs[2][row, place, head, :, columns] = carry.astype(jnp.bfloat16)
 
         def around(run):
             if anchor:
 
-                @pl.when(warpgroup == 0)
+                @pl.when(unit == 0)
                 def _():
                     ones = compat.iota((CHUNK, CHUNK), 1) >= compat.iota((CHUNK, CHUNK), 0)
                     triangle[...] = jnp.where(ones, 1.0, 0.0).astype(jnp.bfloat16)
@@ -228,36 +242,38 @@ def _walk_forward(lanes: Lanes, given, scale, anchor):
                 compat.arrive(ready)
                 compat.wait(ready)
 
-            where = (pl.ds(warpgroup * COLUMNS, COLUMNS), columns)
+            where = (pl.ds(0, plan.key), columns)
             start = [refs[name] for name in ("state", "ends", "left")]
-            run(tuple(carried_state(*start, where, row, first_head + index, (0, split, 1)) for index in range(count)))
+            carry = carried_state(*start, where, row, head, (0, split, 1))
+            if units == 2:
+                pl.when(unit == 0)(lambda: compat.arrive(free))
+            run(carry)
+            if units == 2:
+                pl.when(unit == 1)(lambda: compat.wait(free))
             compat.stores_done()
 
-        _run(lanes, refs, block, row, at, chunk, around, warpgroups)
+        _run(lanes, refs, block, row, at, chunk, around, units)
 
-    tile = compat.tile(warpgroups, CHUNK, COLUMNS)
-    out = [jax.ShapeDtypeStruct((parts, plan.batch, plan.chunks * CHUNK, plan.key_heads * plan.key), jnp.bfloat16)]
-    wide = compat.tile(warpgroups, COLUMNS, width)
-    scratch = [wide, compat.tile(warpgroups, CHUNK, width), tile]
+    padded = plan.chunks * CHUNK
+    tile = compat.tile(units, CHUNK, COLUMNS)
+    out = [jax.ShapeDtypeStruct((parts, plan.batch, padded, plan.key_heads * plan.key), jnp.bfloat16)]
+    scratch = [compat.tile(units, plan.key, COLUMNS), tile, compat.tile(units, CHUNK, plan.key)]
+    scratch += [compat.barrier(1), compat.barrier(units)]
     if anchor:
-        slots = warpgroups * max(1, plan.value // width)
-        sums = (slots, plan.batch, plan.heads, plan.chunks * CHUNK)
-        out += [jax.ShapeDtypeStruct(sums, jnp.float32)] * 2
+        out += [jax.ShapeDtypeStruct((slots, plan.batch, plan.heads, padded), jnp.float32)] * 2
         kept = (plan.batch, plan.chunks // anchor, plan.heads, plan.key, plan.value)
         out.append(jax.ShapeDtypeStruct(kept, jnp.bfloat16))
-        scratch += [compat.tile(CHUNK, CHUNK), compat.vector(warpgroups, 2 * count, CHUNK)]
-        scratch.append(compat.barrier(warpgroups))
+        scratch += [compat.tile(CHUNK, CHUNK), compat.barrier(units), compat.vector(units, 2, CHUNK)]
     results = compat.kernel(
         body,
         grid=(lanes.blocks, plan.splits, plan.batch),
         names=("block", "split", "row"),
         out=tuple(out),
         scratch=scratch + [tile] * compat.interpreting(),
-        warpgroups=warpgroups,
+        warpgroups=units,
         name="linear_attention_dq",
     )(*[given[name] for name in names])
-    dq = results[0][:, :, : plan.time]
-    return dq, *results[1:]
+    return results[0][:, :, : plan.time], *results[1:]
 
 
 def _run(lanes, refs, block, row, at, chunk, around, warpgroups):
@@ -304,8 +320,13 @@ def _walk_backward(lanes: Lanes, given, scale, anchor):
             compat.stores_read()
             compat.wait(free)
             state_of[:, mine] = carry.astype(jnp.bfloat16)
-            weighted[warpgroup] = scaled_rows(_read(dy_tile.at[:, mine]), own.carry_in()).astype(jnp.bfloat16)
+            slot = pl.ds(warpgroup * COLUMNS, COLUMNS)
+            weighted[:, slot] = scaled_rows(_read(dy_tile.at[:, mine]), own.carry_in()).astype(jnp.bfloat16)
             compat.publish()
+            if anchor:
+                keep_gradient(now, carry)
+            write = (compat.transposed(q_tile), weighted.at[:, slot])
+            after = compat.matmul(write, start=carry * own.kept())
             compat.arrive(full)
 
             @pl.when(warpgroup == 0)
@@ -316,15 +337,14 @@ def _walk_backward(lanes: Lanes, given, scale, anchor):
             def _():
                 keys(now, here, q_tile, v_tile, dy_tile)
 
-            if anchor:
-                place = lax.div(now + 1, anchor)
+            return after
 
-                @pl.when((lax.rem(now + 1, anchor) == 0) & (now + 1 < plan.chunks))
-                def _():
-                    outs[1][row, place, head, :, columns] = carry.astype(jnp.bfloat16)
+        def keep_gradient(now, carry):
+            place = lax.div(now + 1, anchor)
 
-            write = (compat.transposed(q_tile), weighted.at[warpgroup])
-            return compat.matmul(write, start=carry * own.kept())
+            @pl.when((lax.rem(now + 1, anchor) == 0) & (now + 1 < plan.chunks) & (shared | (warpgroup == 0)))
+            def _():
+                outs[1][row, place, head, :, columns] = carry.astype(jnp.bfloat16)
 
         def values(now, here, q_tile, k_tile, v_tile, dy_tile):
             tokens = pl.ds(now * CHUNK, CHUNK)
@@ -335,7 +355,7 @@ def _walk_backward(lanes: Lanes, given, scale, anchor):
             ]
             compat.wait(full)
             gains = [None] * count
-            for index, factors, part in units_in(here):
+            for index, factors, part in units_in(here):  # a unit at a time: registers are what is short
                 acc = compat.matmul((k_tile, state_of.at[:, part]))
                 acc = scaled_rows(acc, factors.carry_out())
                 if anchor:
@@ -358,19 +378,18 @@ def _walk_backward(lanes: Lanes, given, scale, anchor):
                 crossed = compat.matmul((v_tile.at[:, part], compat.transposed(dy_tile.at[:, part])))
                 crossed = crossed * factors.pairs(transposed=True)
                 pairs.append(compat.as_operand(crossed, spares[1].at[index] if spares else None))
-            written = []
+            compat.wait(full)
+            # Both have updated their states by now: what they added them from is free to hold the weighted values.
+            written = weighted.at[:, pl.ds(0, width)]
             for _, factors, part in units_in(here):
                 values = scaled_rows(_read(v_tile.at[:, part]), factors.carry_out())
-                written.append(compat.as_operand(values, spares[2].at[len(written)] if spares else None))
-            compat.wait(full)
+                written[:, part] = values.astype(jnp.bfloat16)
+            compat.publish()
             for start in range(0, plan.key, COLUMNS):
-                rows = pl.ds(start, COLUMNS)
-                products = [
-                    (values, compat.transposed(state_of.at[rows, part]))
-                    for values, (_, _, part) in zip(written, units_in(here))
-                ]
-                products += [(crossed, q_tile.at[:, rows]) for crossed in pairs]
-                dk_staged[:, rows] = compat.matmul(*products).astype(jnp.bfloat16)
+                half = pl.ds(start, COLUMNS)
+                products = [(written, compat.transposed(state_of.at[half]))]
+                products += [(crossed, q_tile.at[:, half]) for crossed in pairs]
+                dk_staged[:, half] = compat.matmul(*products).astype(jnp.bfloat16)
             compat.arrive(free)
             compat.publish()
             place = pl.ds(lanes.key_head(block) * plan.key, plan.key)
@@ -405,7 +424,7 @@ def _walk_backward(lanes: Lanes, given, scale, anchor):
     ]
     scratch = [
         compat.tile(*(() if shared else (2,)), plan.key, width),
-        compat.tile(2, CHUNK, COLUMNS),
+        compat.tile(CHUNK, 2 * COLUMNS),
         compat.tile(CHUNK, width),
         compat.tile(CHUNK, plan.key),
     ]
@@ -417,7 +436,7 @@ def _walk_backward(lanes: Lanes, given, scale, anchor):
         scratch.append(compat.vector(count, CHUNK))
     scratch += [compat.barrier(2), compat.barrier(2)]
     if compat.interpreting():
-        scratch += [compat.tile(2, CHUNK, CHUNK)] * 3
+        scratch += [compat.tile(2, CHUNK, CHUNK)] * 2
     dv, dk, *rest = compat.kernel(
         body,
         grid=(lanes.blocks, plan.splits, plan.batch),

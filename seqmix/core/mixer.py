@@ -55,8 +55,8 @@ class Mixer:
     def prefill(self, params, x, state, *, segment_ids=None, positions=None, **inputs):
         """(y [B, T, D], state) of T more tokens a row. Any split of a sequence over calls equals `forward`.
 
-        There is no aux here: what a mixer that takes `shared` writes for later layers while it decodes, it
-        leaves under "shared" in its state (a dict, with that entry from `init_state` on).
+        There is no aux here: what a mixer that takes `shared` writes for later layers, it returns as an entry
+        "shared" of the new state, a dict, and the stack takes it out and passes it on.
         """
         raise ValueError(self.denial("decode"))
 

@@ -44,9 +44,7 @@ class Param:
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
-            raise ValueError(
-                f"axes: expected {len(self.shape)} names for shape {self.shape}, got {self.axes}"
-            )
+            raise ValueError(f"axes: expected {len(self.shape)} names for shape {self.shape}, got {self.axes}")
         if any(size < 1 for size in self.shape):
             raise ValueError(f"shape: expected positive sizes, got {self.shape} for axes {self.axes}")
 

@@ -85,9 +85,7 @@ def spec(axes, shape, mesh, rules=None, *, strict=True) -> PartitionSpec:
                 raise ValueError(f"{name}: expected a multiple of {ways} (mesh {over}), got {size}")
             wanted = ()
         if used & set(wanted):
-            raise ValueError(
-                f"axes {tuple(axes)}: two of them lie on mesh axis {sorted(used & set(wanted))[0]}"
-            )
+            raise ValueError(f"axes {tuple(axes)}: two of them lie on mesh axis {sorted(used & set(wanted))[0]}")
         used |= set(wanted)
         parts.append(wanted if len(wanted) > 1 else wanted[0] if wanted else None)
     return PartitionSpec(*parts)
@@ -101,6 +99,4 @@ def constrain(x, *axes):
     mesh, rules = held
     if len(axes) != x.ndim:
         raise ValueError(f"axes: expected {x.ndim} names for shape {x.shape}, got {axes}")
-    return jax.lax.with_sharding_constraint(
-        x, NamedSharding(mesh, spec(axes, x.shape, mesh, rules, strict=False))
-    )
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, rules, strict=False)))

@@ -42,9 +42,7 @@ class MixerModule(nn.Module):
         The "update/..." entries go into "buffers" where that collection is mutable.
         """
         mixer = self.make(x.shape[-1])
-        y, aux = mixer.forward(
-            self._weights(mixer), x, segment_ids=segment_ids, positions=positions, rng=rng, **inputs
-        )
+        y, aux = mixer.forward(self._weights(mixer), x, segment_ids=segment_ids, positions=positions, rng=rng, **inputs)
         if self.is_mutable_collection("buffers") and not self.is_initializing():
             self._write(aux)
         return y, aux
@@ -59,9 +57,7 @@ class MixerModule(nn.Module):
     def prefill(self, x, state, *, segment_ids=None, positions=None, **inputs):
         """(y, state) of `Mixer.prefill`."""
         mixer = self.make(x.shape[-1])
-        return mixer.prefill(
-            self._weights(mixer), x, state, segment_ids=segment_ids, positions=positions, **inputs
-        )
+        return mixer.prefill(self._weights(mixer), x, state, segment_ids=segment_ids, positions=positions, **inputs)
 
     def step(self, x, state, **inputs):
         """(y, state) of `Mixer.step`, x [B, 1, D]."""

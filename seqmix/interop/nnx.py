@@ -38,9 +38,7 @@ class MixerModule(nnx.Module):
             raise ValueError(f"d_model: expected a positive width for {type(mixer).__name__}, got {mixer.d_model}")
         declared = mixer.params()
         self.mixer = mixer
-        self.weights = nnx.data(
-            param.map_params(variable, declared, param.materialise(declared, rngs.params()))
-        )
+        self.weights = nnx.data(param.map_params(variable, declared, param.materialise(declared, rngs.params())))
 
     def params(self) -> dict:
         """The weights as the plain dict of arrays that the mixer's own methods take."""
@@ -52,9 +50,7 @@ class MixerModule(nnx.Module):
 
     def forward(self, x, *, segment_ids=None, positions=None, rng=None, **inputs):
         """(y, aux) of `Mixer.forward`: add the "loss/..." entries to your objective, and `write` the aux."""
-        return self.mixer.forward(
-            self.params(), x, segment_ids=segment_ids, positions=positions, rng=rng, **inputs
-        )
+        return self.mixer.forward(self.params(), x, segment_ids=segment_ids, positions=positions, rng=rng, **inputs)
 
     def write(self, aux: dict):
         """Puts the "update/..." entries of an aux into the buffers that they name."""
@@ -69,9 +65,7 @@ class MixerModule(nnx.Module):
 
     def prefill(self, x, state, *, segment_ids=None, positions=None, **inputs):
         """(y, state) of `Mixer.prefill`."""
-        return self.mixer.prefill(
-            self.params(), x, state, segment_ids=segment_ids, positions=positions, **inputs
-        )
+        return self.mixer.prefill(self.params(), x, state, segment_ids=segment_ids, positions=positions, **inputs)
 
     def step(self, x, state, **inputs):
         """(y, state) of `Mixer.step`, x [B, 1, D]."""

@@ -11,9 +11,12 @@ the chunk's start. Unrolling u over a chunk that starts from S gives a unit lowe
 form (Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence Length", arXiv 2406.06484;
 with decays: "Gated Delta Networks", arXiv 2412.06464):
 
-    (I + A) u = b + c (D' right) S + E v,    A_ij = -c_i right_i D'_ij left_j,    E_ij = right_i D'_ij k_j,    j < i
+    (I + A) u = b + E v + c (D' right) S,    A_ij = -c_i right_i D'_ij left_j,    E_ij = right_i D'_ij k_j,    j < i
 
-So u = w S + r, where w and r are made for all chunks at once; the scan over chunks is left with two products.
+(I + A)^-1, b + E v and all scores are made for a block of chunks at once (anew in the backward pass, from the
+block's first state, which alone is kept); the scan over its chunks has three products left.
+The right side is summed up before it is multiplied by the inverse: where the state already holds the values, it
+is small, and so are its roundings, while the inverse of b and of c (D' right), made apart, would not be.
 
 Layout: [B, H, N chunks, C, ...], or Hk heads for what a group of heads shares and no product needs to repeat.
 """
@@ -24,9 +27,8 @@ import jax
 import jax.numpy as jnp
 
 from seqmix.ops.linear_anchored import channel_scores, contract, head_weights, prefix_suffix
+from seqmix.ops.linear_chunked import plan
 from seqmix.ops.triangular import unit_lower_inverse
-
-_BLOCK = 16  # chunks that are solved at once; the backward pass solves a block anew from its first state
 
 
 class _Chunks(NamedTuple):
@@ -72,10 +74,7 @@ def _place(x, at, steps):
 def _run(q, left, right, value, key, beta, log_decay, state, run_ids, chunk):
     """y [B, T, H, V] in the dtype of the state and without scale, and the state."""
     batch, time, heads, _ = value.shape
-    size = min(chunk, 1 << (time - 1).bit_length())
-    chunks = -(-time // size)
-    blocks = -(-chunks // _BLOCK)
-    chunks = -(-chunks // blocks)  # of a block
+    blocks, chunks, size = plan(time, chunk, batch * heads)
 
     def cut(x, dtype=jnp.result_type(q, left, value)):
         """[blocks, B, H, N, C, X] of x [B, T, H, X]. Padding neither writes nor decays."""
@@ -112,7 +111,7 @@ def _masks(run_ids, blocks, chunks, size):
 
 def _block(state, c):
     """The state after N chunks, and S_t^T q_t [B, H, N, C, V] in them."""
-    w, r = _solve(c)
+    inverse, target, (right, seen) = _system(c)
     to_end = _sums(c.decay, reverse=True)
     left, rows = _decayed(c.left, to_end, c.leaves)
     key = None if c.key is None else _decayed(c.key, to_end, c.leaves)[0]
@@ -121,53 +120,63 @@ def _block(state, c):
     if c.kept is not None:
         decay = jnp.where(c.kept, 1 if decay is None else decay, 0)
 
+    # The inverse is float32 for all dtypes: its roundings would be the largest of all. Beside 16-bit products,
+    # TF32 on GPUs and three passes on TPUs are exact enough.
+    precision = jax.lax.Precision.HIGH if c.q.dtype.itemsize < 4 else jax.lax.Precision.HIGHEST
+
     def advance(s, chunk):
-        w, r, left, rows, key, value, decay = chunk
-        u = r + _product("bhck,bhkv->bhcv", w, s)
+        inverse, target, right, seen, left, rows, key, value, decay = chunk
+        target = target + _times(_product("bhck,bhkv->bhcv", right, s), seen)
+        u = jnp.matmul(inverse, target, precision=precision)
         new = _times(s, decay) + _product("bhck,bhcv->bhkv", left, _times(u, rows))
         if key is not None:
             new = new + _product("bhck,bhcv->bhkv", key, _times(value, rows))
-        return new, (s.astype(w.dtype), u.astype(w.dtype))
+        return new, (s.astype(right.dtype), u.astype(right.dtype))
 
-    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (w, r, left, rows, key, value, decay))
-    state, ys = jax.lax.scan(advance, state, xs)
+    xs = inverse, target, right, seen, left, rows, key, value, decay
+    state, ys = jax.lax.scan(advance, state, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), xs))
     entering, u = (jnp.moveaxis(x, 0, 2) for x in ys)
     q, rows = _decayed(c.q, _sums(c.decay), c.entered)
-    y = _times(_product("bhnck,bhnkv->bhncv", q, entering), rows) + _matmul(_scores(c, c.q, c.left), u)
-    return state, y if c.key is None else y + _matmul(_scores(c, c.q, c.key), c.value)
+    y = _times(_product("bhnck,bhnkv->bhncv", q, entering), rows) + _mix(_scores(c, c.q, c.left), u)
+    return state, y if c.key is None else y + _mix(_scores(c, c.q, c.key), c.value)
 
 
-def _solve(c):
-    """w [..., C, K] and r [..., C, V] with u = w S + r."""
+def _system(c):
+    """(I + A)^-1, b + E v, and (x, rows) with c (D' right) S = rows * (x S)."""
     early = c.beta is None  # reads before its own step's decay
-    system = _scores(c, c.right, c.left, strict=True, early=early)
-    inverse = unit_lower_inverse(-system if early else c.beta * system)
+    system = _scores(c, c.right, c.left, system=True, early=early)
     right, rows = _decayed(c.right, _sums(c.decay, early=early), c.entered)
-    w = _matmul(_columns(inverse, rows if early else -_times(c.beta, rows)), right)
     if early:
-        r = _matmul(inverse, _matmul(_scores(c, c.right, c.key, early=True), c.value))
-    else:
-        r = _matmul(_columns(inverse, c.beta), c.value)
-    return w.astype(c.q.dtype), r
+        target = _mix(_scores(c, c.right, c.key, early=True), c.value)
+        return unit_lower_inverse(-system), target, (right, rows)
+    rows = -_times(c.beta, rows)
+    return unit_lower_inverse(c.beta * system), c.beta * c.value, (right, rows)
 
 
-def _scores(c, x, y, strict=False, early=False):
-    """x_i . y_j under the decay between j and i, for j <= i (j < i if `strict`), within segments: [B, H, N, C, C].
-    `early` leaves out the decay of step i and implies `strict`.
+def _scores(c, x, y, system=False, early=False):
+    """x_i . y_j under the decay between j and i, for j <= i, within segments: [B, H, N, C, C]. `system`: for j < i,
+    as precise as the inverse. `early`: for j < i, without the decay of step i.
     """
     heads = c.value.shape[1]
     if early:  # row i is row i - 1 of the next token's x
         x = _shift(x, -1)
     if c.decay is not None and c.decay.shape[-1] > 1:
-        scores = channel_scores(_repeat(x, heads), _repeat(y, heads), c.decay)[0]
-    else:
+        scores = _channel_scores(_repeat(x, heads), _repeat(y, heads), c.decay, system)
+    else:  # the products of 16-bit operands are exact in float32
         scores = _repeat(_product("bhnik,bhnjk->bhnij", x, y), heads)
         scores = jnp.tril(scores) if c.decay is None else scores * head_weights(c.decay[..., 0])
     if early:
         scores = _shift(scores, 1)
-    elif strict:
+    elif system:
         scores = jnp.tril(scores, -1)
     return scores if c.same is None else jnp.where(c.same, scores, 0)
+
+
+def _channel_scores(x, y, decay, system):
+    if system and x.dtype != decay.dtype:
+        with jax.default_matmul_precision("high"):
+            return channel_scores(x.astype(decay.dtype), y.astype(decay.dtype), decay)[0]
+    return channel_scores(x, y, decay)[0]
 
 
 def _shift(x, by):
@@ -206,13 +215,9 @@ def _times(x, factor):
     return x if factor is None else x * factor
 
 
-def _columns(x, factor):
-    return x if factor is None else x * jnp.swapaxes(factor, -1, -2)
-
-
-def _matmul(x, y):
-    """x [..., C, C], rounded to the dtype of y, times y [..., C, X]."""
-    return _product("bhnij,bhnjx->bhnix", x.astype(y.dtype), y)
+def _mix(scores, x):
+    """scores [..., C, C], rounded to the dtype of x, times x [..., C, X]."""
+    return _product("bhnij,bhnjx->bhnix", scores.astype(x.dtype), x)
 
 
 def _product(spec, x, y):

@@ -4,6 +4,8 @@ Dense solves in float32 (float64 for float64 inputs) for tests and analysis: no 
 anchors, so that they are an oracle for the ops and not a copy of them.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
@@ -34,8 +36,9 @@ def delta_mixing_matrix(q, k, beta, log_decay=None, *, erase=None, scale=1.0, se
         )
     seen = _visible(segment_ids, k.shape[1] // steps, steps)
     beta = jnp.moveaxis(beta.astype(acc), 1, -1)  # [B, H, T]
-    inverse = _inverse(beta[..., None] * _scores(erase, k, g, jnp.tril(seen, -1)))
-    read = _scores(jnp.repeat(q, steps, 1), k, g, seen)[:, :, steps - 1 :: steps]
+    scores = functools.partial(_scores, g=g, heads=beta.shape[1])
+    inverse = _inverse(beta[..., None] * scores(erase, k, seen=jnp.tril(seen, -1)))
+    read = scores(jnp.repeat(q, steps, 1), k, seen=seen)[:, :, steps - 1 :: steps]
     return scale * jnp.matmul(read, inverse, precision=_HIGHEST) * beta[..., None, :]
 
 
@@ -51,13 +54,13 @@ def rank_one_mixing_matrix(q, k, left, right, log_decay=None, *, scale=1.0, segm
     acc = jnp.promote_types(k.dtype, jnp.float32)
     g = _log_decay(log_decay, k.shape[:2], segment_ids, acc)
     seen = _visible(segment_ids, k.shape[1])
-    heads = max(x.shape[2] for x in (k, left, right))
-    q, k = (jnp.repeat(x, heads // x.shape[2], 2) for x in (q, k))
     before = jnp.tril(seen, -1)
-    inverse = _inverse(-_scores(right, left, g, before, exclusive=True))
-    corrected = jnp.matmul(inverse, _scores(right, k, g, before, exclusive=True), precision=_HIGHEST)
-    erased = jnp.matmul(_scores(q, left, g, seen), corrected, precision=_HIGHEST)
-    return scale * (_scores(q, k, g, seen) + erased)
+    heads = max(x.shape[2] for x in (k, left, right, *(() if g is None else (g,))))
+    scores = functools.partial(_scores, g=g, heads=heads)
+    inverse = _inverse(-scores(right, left, seen=before, exclusive=True))
+    corrected = jnp.matmul(inverse, scores(right, k, seen=before, exclusive=True), precision=_HIGHEST)
+    erased = jnp.matmul(scores(q, left, seen=seen), corrected, precision=_HIGHEST)
+    return scale * (scores(q, k, seen=seen) + erased)
 
 
 def _log_decay(log_decay, shape, segment_ids, acc):
@@ -85,9 +88,8 @@ def _inverse(strict):
     return solve_triangular(eye + strict, eye, lower=True, unit_diagonal=True)
 
 
-def _scores(x, y, g, seen, exclusive=False):
+def _scores(x, y, g, heads, seen, exclusive=False):
     """sum_k x_ik y_jk exp(g_{j+1} + ... + g_i) where `seen`, else 0: [B, H, T, T]. `exclusive` leaves g_i out."""
-    heads = max(x.shape[2], y.shape[2], 1 if g is None else g.shape[2])
     acc = jnp.promote_types(x.dtype, jnp.float32)
     # Channels first, for a sum over channels that holds one [T, T] matrix at a time: [K, B, H, T].
     x, y = (jnp.moveaxis(jnp.repeat(z.astype(acc), heads // z.shape[2], 2), (3, 2), (0, 2)) for z in (x, y))

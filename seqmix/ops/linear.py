@@ -37,7 +37,7 @@ def linear_attention(
       q, k: [B, T, Hk, K], floating; Hk divides H (grouped heads are never repeated in memory).
       v: [B, T, H, V], floating.
       log_decay: None (no decay), [H] (constant), [B, T, H] (per head) or [B, T, H, K] (per channel of k), floating,
-        <= 0. Any size is right: no bound is assumed and nothing is clamped.
+        <= 0. Any size is right; no bound is assumed.
       scale: factor on q.
       state: what earlier tokens left, as returned: [B, H, K, V], or with normalize the pair (S, z) with
         z [B, H, K]. None: zeros.

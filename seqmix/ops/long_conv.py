@@ -28,8 +28,8 @@ def long_conv(x, kernel, *, ahead=None, skip=None):
 
     Args:
       x: [B, T, D].
-      kernel: [D, S], by lag.
-      ahead: [D, S'], by lag into the future; none by default.
+      kernel: [D, K], by lag.
+      ahead: [D, R], by lag into the future; none by default.
       skip: [D]; none by default.
     Returns:
       y [B, T, D] in the dtype of x.
@@ -38,7 +38,8 @@ def long_conv(x, kernel, *, ahead=None, skip=None):
 
     Source: Hyena (arXiv 2302.10866, section 2.1 and appendix A); two-sided as in Mega (2209.10655).
     """
-    dims({"x": "B T D", "kernel": "D S", "ahead": "D R", "skip": "D"}, x=x, kernel=kernel, ahead=ahead, skip=skip)
+    spec = {"x": "B T D", "kernel": "D K", "ahead": "D R", "skip": "D"}
+    _filled(dims(spec, x=x, kernel=kernel, ahead=ahead, skip=skip))
     y = _convolve(x, kernel, ahead, _accumulator(x, kernel))
     return _add_skip(y, x, skip).astype(x.dtype)
 
@@ -55,6 +56,14 @@ def long_conv_flops(batch: int, seq: int, width: int, lags: int | None = None, t
     rows = batch * width
     transforms = 8 * log * (n * (rows + width) + bins * rows)
     return transforms + rows * (6 * bins + n + 2 * seq) + two_sided * width * lags
+
+
+def _filled(d):
+    if d.T < 1:
+        raise ValueError("x: expected at least one token, got none")
+    for name, lags in (("kernel", d.K), ("ahead", getattr(d, "R", 1))):
+        if lags < 1:
+            raise ValueError(f"{name}: expected at least one lag, got none")
 
 
 def _accumulator(*arrays):
@@ -109,6 +118,7 @@ def long_conv_prefill(x, buffer, length, kernel, *, skip=None, mask=None):
     """
     spec = {"x": "B T D", "buffer": "B S D", "length": "B", "kernel": "D K", "skip": "D", "mask": "B T"}
     d = dims(spec, x=x, buffer=buffer, length=length, kernel=kernel, skip=skip, mask=mask)
+    _filled(d)
     if d.T > d.S:
         raise ValueError(f"buffer: expected room for T={d.T} tokens, got {d.S}")
     real = jnp.ones((d.B, d.T), bool) if mask is None else mask

@@ -66,6 +66,10 @@ def selective_scan(
     d = dims(spec, u=u, dt=dt, A=A, B=B, C=C, D=D, state=state)
     if d.D % d.G:
         raise ValueError(f"B: expected groups that divide D={d.D}, got {d.G}")
+    if d.T < 1:
+        raise ValueError("u: expected at least one token, got none")
+    if segment_ids is not None:
+        packing.check(segment_ids, d.B, d.T)
     check_chunk(chunk)
     acc = functools.reduce(jnp.promote_types, (a.dtype for a in (u, dt, A, B, C)), jnp.float32)
     state = jnp.zeros_like(u, shape=(d.B, d.D, d.N), dtype=acc) if state is None else state.astype(acc)

@@ -33,6 +33,16 @@ def head_size(mixer: Mixer, field: str, ratio: float = 1.0) -> int:
     return int(width) // mixer.heads
 
 
+def check_sizes(mixer: Mixer):
+    """Raises ValueError naming one of heads, key_dim, value_dim and chunk that does not fit, or `mixer.sizes`."""
+    given = {name: getattr(mixer, name) for name in ("heads", "key_dim", "value_dim", "chunk")}
+    mixer.positive(**{name: size for name, size in given.items() if size is not None})
+    if mixer.chunk & (mixer.chunk - 1):
+        raise ValueError(f"{type(mixer).__name__}.chunk: expected a power of two, got {mixer.chunk}")
+    if mixer.d_model:
+        _ = mixer.sizes  # which head_size refuses where heads do not divide the width
+
+
 def head_params(width: int, sizes: dict, *, conv_width: int = 0, convolved=()) -> dict:
     """Weights from `width` channels into heads, {name: (H, K)}; and of `conv_width` taps over those `convolved`."""
     tree = {name: Param((width, *size), ("embed", *AXES)) for name, size in sizes.items()}
@@ -109,8 +119,8 @@ def phase_features(x, angles):
     """[x cos(angles), x sin(angles)] along the last axis, in x.dtype; angles broadcast against x [..., K].
 
     Products of two such vectors are sum_k q_k k_k cos(a_k - b_k): the real part of q e^{i a} times the conjugate
-    of k e^{i b}, so that a complex decay is a real one of twice the width (arXiv 2307.14995, section 3.1; 2311.01927,
-    section 3.3).
+    of k e^{i b}, so that a complex decay is a real one of twice the width (LRPE, arXiv 2307.14995; GateLoop's
+    surrogate attention, 2311.01927).
     """
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([(x * cos).astype(x.dtype), (x * sin).astype(x.dtype)], axis=-1)

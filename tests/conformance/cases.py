@@ -5,7 +5,6 @@ property asks for the cases with its traits, so none is ever skipped. Compiled f
 called at the same shapes by all properties: compiling is what costs.
 """
 
-import dataclasses
 import functools
 from collections import Counter
 from dataclasses import dataclass
@@ -264,7 +263,6 @@ def close_trees(got, want, *, tol=1e-9):
             close(got_leaves[path], leaf, tol=tol)
         except AssertionError as error:
             raise AssertionError(f"{param.path_name(path)}: {error}") from None
-
 
 
 def mixed_ids(case):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmix.core import param
-from tests.conformance.cases import BATCH, over
+from tests.conformance.cases import BATCH, QUICK, close, documents, mixed_ids, over
 
 
 @over()
@@ -63,3 +63,23 @@ def test_only_the_stochastic_use_rng(case):
     jaxpr = jax.make_jaxpr(run)(jax.random.key(0)).jaxpr
     used = any(jaxpr.invars[0] is v for equation in jaxpr.eqns for v in equation.invars)
     assert used == case.mixer.stochastic
+
+
+@over()
+def test_equal_shapes_trace_once(case, x64):
+    case.forward(case.params(), case.x(), None, case.inputs())
+    before = case.traces["forward"]
+    case.forward(case.params(), case.x(seed=1), None, case.inputs())
+    assert case.traces["forward"] == before >= 1
+
+
+@over(lambda m: m.packable)
+def test_positions_may_be_given(case, x64):
+    """Those that a mixer would count itself change nothing."""
+    params, x, ids, inputs = case.params(), case.x(), mixed_ids(case), case.inputs()
+    positions = np.zeros_like(ids)
+    for row, times in documents(ids):
+        positions[row, times] = np.arange(len(times))
+    run = lambda p, x: case.mixer.forward(p, x, segment_ids=ids, positions=positions, **inputs, **case.static)[0]
+    got = jax.jit(run, compiler_options=QUICK)(params, x)
+    close(got, case.forward(params, x, ids, inputs), tol=1e-12)

@@ -54,27 +54,31 @@ def same(left, right):
     documents=st.lists(st.binary(min_size=1, max_size=40), min_size=1, max_size=8),
     seq_len=st.sampled_from([2, 3, 8, 64]),
     seed=st.sampled_from([None, 0, 1]),
+    align=st.sampled_from([1, 1, 2, 8]),
 )
-def test_rows_are_the_documents(documents, seq_len, seed):
-    stream = data.Stream.of(data.tokenizers.Bytes(), documents)
+def test_rows_are_the_documents(documents, seq_len, seed, align):
+    seq_len = -(-seq_len // align) * align
+    stream = data.Stream.of(data.tokenizers.Bytes(), documents, align)
     count = -(-stream.tokens.size // seq_len)
     for epoch in (0, 3):
         rows = data.Rows(stream, seq_len, count, seed)
         rows = [rows[epoch * count + index] for index in range(count)]
         whole = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
         real = whole["mask"] == 1
-        assert real.sum() == stream.tokens.size and real[: stream.tokens.size].all()
+        assert real.sum() == sum(map(len, documents)) + len(documents)
         predicted = whole["targets"][real]
         closed = np.split(predicted, np.flatnonzero(predicted == EOS) + 1)
         assert closed.pop().size == 0  # each document is closed
         made = [bytes(part[:-1].tolist()) for part in closed]
         assert sorted(made) == sorted(documents)  # and each byte of it is a target once
         for row in rows:
-            check_row(row)
+            check_row(row, align)
 
 
-def check_row(row):
+def check_row(row, align):
     real = row["mask"] == 1
+    opened = np.flatnonzero(real & (row["tokens"] == EOS))
+    assert (opened % align == 0).all()
     tokens, ids, places = row["tokens"][real], row["segment_ids"][real], row["positions"][real]
     assert not any(row[key][~real].any() for key in row)
     assert ids[0] == 1 and (np.diff(ids) == (tokens[1:] == EOS)).all()  # a segment opens where a document does

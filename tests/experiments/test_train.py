@@ -236,19 +236,29 @@ def test_dry_run_prints_the_count():
     assert int(done.stdout.splitlines()[-1].removeprefix("params=")) > 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, flags):
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, corpus):
+    from experiments import checkpoint
+
     done = launch(
         "train",
-        *changed(flags, "--optim.peak-lr=1e30", "--optim.warmup=0"),
+        "--config=transformer_1b",
+        *(flag for flag in TINY if not flag.startswith("--optim")),
+        "--model.n-layers=1",
+        "--model.vocab=260",
+        "--model.remat=none",
+        "--model.mixers.0.heads=1",
+        "--model.mixers.0.kv-heads=1",
+        "--model.mixers.0.head-dim=8",
+        "--optim.peak-lr=1e30",
+        "--optim.warmup=0",
+        f"--data.path={corpus}",
         f"--workdir={tmp_path / 'run'}",
         check=False,
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("error: loss ")
-    from experiments import checkpoint
-
-    last = records(tmp_path / "run")[-1:]
-    assert all(step <= last[0][0] for step in checkpoint.Checkpoints(tmp_path / "run").steps())
+    last = records(tmp_path / "run")[-1][0]
+    assert all(step <= last for step in checkpoint.Checkpoints(tmp_path / "run").steps())
 
 
 def test_two_runs_in_one_directory(tmp_path):

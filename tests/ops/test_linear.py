@@ -17,6 +17,9 @@ B, HK, H, K, V = 2, 2, 4, 4, 3
 KINDS = ("none", "constant", "head", "channel")
 GATES = (0.0, -1e-4, -0.1, -0.5, -5.0, -20.0, -1e4)
 
+# Compiling is most of what these tests cost, and LLVM's optimisation nearly half of that.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 
 def draw(kind, time, seed=0, batch=B):
     """q, k, v, log_decay of mixed gates and a state, float64."""
@@ -67,9 +70,9 @@ def cotangents(arrays, pair=False):
 @functools.cache
 def compiled(options):
     op = functools.partial(linear_attention, **dict(options))
-    forward = jax.jit(lambda arrays, ids: op(**arrays, segment_ids=ids))
+    forward = jit(lambda arrays, ids: op(**arrays, segment_ids=ids))
 
-    @jax.jit
+    @jit
     def both(arrays, ids, seeds):
         out, pull = jax.vjp(lambda arrays: op(**arrays, segment_ids=ids), arrays)
         return *out, pull(jax.tree.map(lambda y, g: g.astype(y.dtype), out, seeds))[0]
@@ -121,7 +124,7 @@ def test_both_forms_follow_the_definition_with_segments_and_a_state(x64, kind):
 
 @pytest.mark.parametrize(
     "time, kind",
-    [(1, "head"), (1, "channel"), (63, "channel"), (64, "constant"), (65, "head"), (200, "none"), (200, "channel")],
+    [(1, "head"), (1, "channel"), (63, "none"), (64, "constant"), (65, "head"), (200, "channel")],
 )
 def test_chunked_equals_reference_at_any_length(x64, time, kind):
     arrays = draw(kind, time)
@@ -154,7 +157,7 @@ def test_the_number_of_blocks_does_not_matter(x64, monkeypatch):
 def test_state_passing_equals_one_pass_with_gradients(x64, kind):
     arrays = draw(kind, 29)
 
-    @jax.jit
+    @jit
     def parts(arrays, seeds):
         def split(arrays):
             ys, state = [], arrays["state"]

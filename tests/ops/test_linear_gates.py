@@ -1,10 +1,14 @@
 """Linear attention: precision under every gate, memory, costs, dtypes, refusals."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
+from seqmix.core import sharding
 from seqmix.ops import dispatch
 from seqmix.ops.linear import linear_attention, linear_attention_flops
 
@@ -29,7 +33,8 @@ def inputs(kind):
 def differentiate(arrays, seeds, **options):
     """{y, state, gradients}, float64."""
 
-    @jax.jit
+    # Without LLVM's optimisation: compiling is what this costs.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def both(arrays, seeds):
         out, pull = jax.vjp(lambda a: linear_attention(**a, **options), arrays)
         seeds = jax.tree.map(lambda y, g: g.astype(y.dtype), out, seeds)
@@ -44,11 +49,11 @@ def test_every_gate_is_exact_to_the_precision_of_the_inputs(x64, kind):
     # row for y (scaled operand, score, y itself) and more for gradients: about half the bound, independent of gates.
     arrays, seeds = inputs(kind)
     want = differentiate(arrays, seeds, implementation="reference")
-    for dtype, values, gradients in ((np.float64, 1e-12, 1e-12), (np.float32, 2e-6, 1e-5), ("bfloat16", 5e-3, 1e-2)):
+    for dtype, values, gradients in ((np.float64, 1e-12, 1e-12), (np.float32, 1e-6, 1e-6), ("bfloat16", 5e-3, 1e-2)):
         low = {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
         if dtype == "bfloat16":
             low |= {name: jnp.asarray(arrays[name], np.float32) for name in ("log_decay", "state")}
-        got = differentiate(low, seeds, chunk=32, implementation="chunked")
+        got = differentiate(low, seeds, chunk=16, implementation="chunked")
         for name, x in want.items():
             bound = values if name in ("y", "last") else gradients
             for row in range(ROWS):
@@ -104,6 +109,21 @@ def test_one_token_is_the_plain_recurrence():
     assert "scan" not in text and "dot_general" not in text and "pad" not in text
 
 
+def test_a_mesh_of_batch_and_heads_needs_no_gather():
+    mesh = sharding.make_mesh(data=2, model=4)
+    place = lambda axes, *shape: jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=NamedSharding(mesh, sharding.spec(axes, shape, mesh))
+    )
+    tokens = ("batch", None)
+    shared, heads = place((*tokens, None, None), 4, 80, 1, 8), place((*tokens, "heads", None), 4, 80, 8, 8)
+    args = shared, shared, heads, place((*tokens, "heads"), 4, 80, 8)
+    with sharding.use_mesh(mesh):
+        step = lambda *args: jax.vjp(lambda *a: linear_attention(*a, chunk=16)[0], *args)[1](args[2])
+        text = jax.jit(step).lower(*args).compile().as_text()
+    assert "all-reduce" in text  # the gradient of the shared keys
+    assert not any(moved in text for moved in ("all-gather", "all-to-all", "collective-permute"))
+
+
 @pytest.mark.parametrize("sizes", [(1, 64, 4, 1, 64, 32), (2, 32, 4, 2, 16, 32)])
 def test_flops_are_what_xla_counts(sizes):
     batch, time, heads, key_heads, width, values = sizes
@@ -128,7 +148,8 @@ def test_y_has_the_dtype_of_v_and_the_state_accumulates():
         names = {"b": jnp.bfloat16, "f": jnp.float32}
         q, k, v = (jnp.ones((1, 5, 1, 2), names[letter]) for letter in dtypes)
         for implementation in ("reference", "chunked"):
-            out = linear_attention(q, k, v, -jnp.ones(1, jnp.bfloat16), chunk=4, implementation=implementation)
+            f = functools.partial(linear_attention, chunk=4, implementation=implementation)
+            out = jax.eval_shape(f, q, k, v, -jnp.ones(1, jnp.bfloat16))
             assert [x.dtype for x in out] == [v.dtype, names[state]]
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.test_util import check_grads
 
 from seqmix.core.sharding import make_mesh
 from seqmix.ops import dispatch
@@ -60,7 +61,7 @@ def definition(x, log_a, state, ids=None):
     return out, h
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def compiled(**options):
     def run(arrays, ids, seeds):
         out, pull = jax.vjp(lambda x, a, s: linear_scan(x, a, state=s, segment_ids=ids, **options), *arrays)
@@ -112,7 +113,7 @@ def test_gradients_agree_with_finite_differences(x64):
     x, log_a, state = draw("head", 9)
     log_a = np.maximum(log_a, -2.0)
     f = lambda *a: jnp.sum(jnp.sin(linear_scan(*a[:2], state=a[2], chunk=4)[0]))
-    jax.test_util.check_grads(f, (x, log_a, state), order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
+    check_grads(f, (x, log_a, state), order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
 
 
 def test_the_chunk_changes_nothing(x64):

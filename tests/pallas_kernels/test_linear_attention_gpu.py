@@ -187,3 +187,15 @@ def test_forward_compiles_for_an_h100_without_spills(h100, capfd, shape):
     assert compiled is not None and os.environ["MOSAIC_GPU_DUMP_PTXAS"] == "1"
     found = spills(capfd)
     assert "linear_attention_forward" in found and set(found.values()) == {0}
+
+
+@pytest.mark.slow
+def test_backward_compiles_for_an_h100_and_spills_no_more_than_it_did(h100, capfd):
+    array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype, sharding=h100)
+    q, v = array(8, 2048, 1, 128), array(8, 2048, 64, 64)
+    decay = array(8, 2048, 64, dtype=jnp.float32)
+    run = lambda q, k, v, decay, dy: gpu_backward.backward(q, k, v, decay, None, None, dy)
+    jax.jit(run).lower(q, q, v, decay, v).compile()
+    found = spills(capfd)
+    assert found["linear_attention_dq"] <= 64  # 28 bytes when written
+    assert found["linear_attention_dkv"] <= 448  # 388 bytes when written

@@ -177,8 +177,9 @@ class Mamba2(Mixer):
 
     # Decoding
 
-    def init_state(self, params, batch, max_len, dtype=jnp.float32):
+    def init_state(self, params, batch, max_len, dtype=jnp.float32, **inputs):
         """Zeros: the convolutions' last inputs in `dtype`, and "ssm" [B, H, N, P] in float32 at least."""
+        self.check_inputs(inputs)
         H, P, G, N, rows = self.heads, self.head_dim, self.n_groups, self.d_state, self.conv_width - 1
         sizes = {"x": (H, P), "B": (G, N), "C": (G, N)}
         return {

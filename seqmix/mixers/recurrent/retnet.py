@@ -25,7 +25,7 @@ from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
 from seqmix.ops.linear import linear_attention, linear_attention_flops
 from seqmix.ops.linear_reference import linear_mixing_matrix
-from seqmix.parts.qkv import AXES, head_params, head_size, out_param, places, project, way_out
+from seqmix.parts.qkv import AXES, check_sizes, head_params, head_size, out_param, places, project, way_out
 from seqmix.parts.rotary import frequencies, rotate
 
 NORMS = ("group", "rms")
@@ -48,8 +48,7 @@ class RetNet(Mixer):
     context_form: ClassVar[str] = "state"
 
     def __post_init__(self):
-        given = {k: getattr(self, k) for k in ("key_dim", "value_dim") if getattr(self, k) is not None}
-        self.positive(heads=self.heads, chunk=self.chunk, **given)
+        check_sizes(self)
         if self.norm not in NORMS:
             raise ValueError(f"RetNet.norm: expected one of {', '.join(NORMS)}, got {self.norm!r}")
         if self.d_model:
@@ -111,6 +110,7 @@ class RetNet(Mixer):
     def merge(self, params, context, mixed):
         gate = context["gate"]
         if self.norm == "group":
+            mixed = mixed.astype(jnp.promote_types(mixed.dtype, jnp.float32))
             mixed = mixed - jnp.mean(mixed, axis=-1, keepdims=True)
         return way_out(params, mixed, gate=gate, eps=self.norm_eps, dtype=gate.dtype)
 

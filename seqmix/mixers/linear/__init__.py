@@ -1,0 +1,1 @@
+"""Feature maps in place of the softmax, without decay."""
