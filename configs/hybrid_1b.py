@@ -26,6 +26,4 @@ def hybrid_1b() -> config.Train:
         remat="full",
     )
     base = mamba2_1b()
-    return dataclasses.replace(
-        base, name="hybrid_1b", model=model, optim=dataclasses.replace(base.optim, peak_lr=8e-4)
-    )
+    return dataclasses.replace(base, name="hybrid_1b", model=model, optim=dataclasses.replace(base.optim, peak_lr=8e-4))

@@ -169,7 +169,8 @@ class Stop:
                 continue
             name = signal.Signals(number).name
             if self.asked or not self.waits:
-                print(f"{name}: {RESUMABLE}", file=sys.stderr, flush=True)
+                cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # which the live line hides
+                print(f"{cursor}{name}: {RESUMABLE}", file=sys.stderr, flush=True)
                 os._exit(STOPPED)
             self.asked = True
             print(f"{name}: saving at the next step", file=sys.stderr, flush=True)

@@ -104,6 +104,15 @@ ROWS = (
         medium=dict(d_model=256),
     ),
     Row(
+        name="glru",
+        target="seqmix.mixers.recurrent.glru:GLRU",
+        title="GateLoop: Fully Data-Controlled Linear Recurrence for Sequence Modeling (its later, real-valued code)",
+        paper="2311.01927",
+        small=dict(d_model=8, chunk=4),
+        variants=(dict(tied=False),),
+        medium=dict(d_model=256),
+    ),
+    Row(
         name="rglru",
         target="seqmix.mixers.recurrent.rg_lru:RGLRU",
         title="Griffin: Mixing Gated Linear Recurrences with Local Attention for Efficient Language Models",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from seqmix.core import packing
 from seqmix.core.flops import matmul
 from seqmix.core.shapes import dims
-from seqmix.ops import linear_chunked, linear_reference
+from seqmix.ops import linear_chunked, linear_gpu, linear_reference
 from seqmix.ops.dispatch import pick
 from seqmix.ops.linear_reference import decay_spec
 
@@ -49,7 +49,8 @@ def linear_attention(
       causal: False lets each token read its whole segment, y_t = scale * q_t^T sum over all s of k_s v_s^T; without
         log_decay and state only. The state returned is the last segment's total.
       chunk: tokens computed as one matrix by the chunked form, a power of two. It changes rounding and speed alone.
-      implementation: None (the best for the call), "chunked" or "reference".
+      implementation: None (the best for the call), "gpu" (Hopper kernels: bfloat16, a decay per head or none, one
+        device), "chunked" or "reference".
 
     Returns:
       (y [B, T, H, V] in the dtype of v, state in promote(dtype of q, k and v, float32)). Matmul operands are in the
@@ -61,12 +62,16 @@ def linear_attention(
     and Lightning 2401.04658 are it with their decays.
     """
     d, acc = _check(q, k, v, log_decay, state, segment_ids, normalize, eps, causal, chunk)
-    name = pick("linear_attention", implementation, {"chunked": None, "reference": None})
+    runs = None if segment_ids is None else packing.runs(segment_ids)
+    call = (q, k, v, log_decay, state, runs)
+    reasons = {"gpu": linear_gpu.unsupported(*call, scale=scale, normalize=normalize, causal=causal)}
+    name = pick("linear_attention", implementation, reasons | {"chunked": None, "reference": None})
+    if name == "gpu":
+        return linear_gpu.run(*call, scale)
     out_dtype, dtype = v.dtype, jnp.result_type(q, k, v)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
-    runs, decay = None, _decay(log_decay, acc, d.T)
-    if segment_ids is not None:
-        runs = packing.runs(segment_ids)
+    decay = _decay(log_decay, acc, d.T)
+    if runs is not None:
         q, k, v, decay = (_without_padding(x, runs) for x in (q, k, v, decay))
 
     # The denominator is one more value, 1 at each token, and z its state.

@@ -100,8 +100,8 @@ class Hedgehog:
 
     def apply(self, params, q, k):
         def phi(p, x, is_query):
-            weight, acc = p["weight"].astype(x.dtype), jnp.promote_types(x.dtype, jnp.float32)
-            u = jnp.einsum("bthk,hkf->bthf", x, weight, preferred_element_type=acc) + p["bias"].astype(acc)
+            h = _acc(x)
+            u = jnp.einsum("bthk,hkf->bthf", h, p["weight"].astype(h.dtype)) + p["bias"].astype(h.dtype)
             if self.form == "halves":
                 y = jnp.concatenate([jax.nn.softmax(u), jax.nn.softmax(-u)], axis=-1)
             elif self.form == "whole":

@@ -14,6 +14,7 @@ import pytest
 
 from pallas_kernels import compat
 from pallas_kernels.linear_attention import cost, gpu, gpu_backward
+from pallas_kernels.linear_attention import plan as planning
 
 BOUND = 5e-3
 needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
@@ -132,6 +133,24 @@ def test_floor_of_mamba2_at_32768_tokens_is_the_bytes_of_its_arrays():
     least = cost.forward(8, 4096, 1, 64, 128, 64)
     assert least.bytes == 32768 * (2 * 2 * 128 + 2 * 2 * 64 * 64 + 4 * 64)
     assert 0.17 < least.floor_ms() < 0.20
+
+
+def test_decays_are_cumulated_in_chunks_and_stand_still_at_padding_and_past_the_end():
+    q, v = np.zeros((2, 133, 1, 64)), np.zeros((2, 133, 3, 64))
+    plan = planning.make_plan(q, v, lanes=6, splits=2)
+    assert (plan.splits, plan.steps) == (2, 2)
+    run_ids = packed(133)
+    log_decay = -np.random.default_rng(0).exponential(size=(2, 133, 3)).astype(np.float32)
+    want = np.zeros((2, 3, 256))
+    want[:, :, :133] = np.where(np.asarray(run_ids)[:, None] != 0, log_decay.swapaxes(1, 2), 0)
+    want = np.cumsum(want.reshape(2, 3, 4, 64), axis=-1).reshape(2, 3, 256) / np.log(2)
+    got = planning.chunk_decays(jnp.asarray(log_decay), run_ids, plan)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    per_head = planning.chunk_decays(jnp.asarray(log_decay[0, 0]), None, plan)
+    spread = planning.chunk_decays(jnp.broadcast_to(log_decay[0, 0], v.shape[:3]), None, plan)
+    assert per_head.shape[0] == 1
+    np.testing.assert_array_equal(np.broadcast_to(per_head, spread.shape), spread)
+    assert not np.any(planning.chunk_decays(None, None, plan))
 
 
 # Ahead of time for an H100, through ptxas, on a machine without a GPU.

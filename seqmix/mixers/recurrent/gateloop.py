@@ -35,6 +35,8 @@ from seqmix.ops.scan import linear_scan
 from seqmix.parts.qkv import AXES, head_params, out_param, phase_features, project
 
 TRANSITIONS = ("separate", "complex")
+_STEP = 2 * math.pi / 1024
+_STEP_HIGH = round(_STEP * 2**19) / 2**19
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,14 +186,13 @@ class GateLoop(Mixer):
 def _angles(phase, real=None):
     """Sums of the phases up to each token, modulo 2 pi; phases where `real` [B, T] does not hold count for nothing.
 
-    In turns, each is a multiple of 2^-20 and a rest. Multiples are added as integers, exactly and with no harm from
-    wrapping around, and rests stay small, so the sum over a long sequence is as good as that over a short one.
+    Each phase is a multiple of 2 pi / 1024 and a rest. Multiples are added as integers, exactly and with no harm from
+    wrapping around; rests stay small, so that their sum over a long sequence keeps its precision.
     """
-    turns = phase / (2 * math.pi)
     if real is not None:
-        turns = jnp.where(real[..., None, None], turns, 0)
-    turns = turns - jax.lax.stop_gradient(jnp.round(turns))
-    units = jax.lax.stop_gradient(jnp.round(turns * 2**20)).astype(jnp.int32)
-    rest = jnp.cumsum(turns - units.astype(turns.dtype) / 2**20, axis=1)
-    whole = (jnp.cumsum(units, axis=1, dtype=jnp.int32) % 2**20).astype(turns.dtype) / 2**20
-    return 2 * math.pi * (whole + rest)
+        phase = jnp.where(real[..., None, None], phase, 0)
+    units = jnp.round(jax.lax.stop_gradient(phase) / _STEP)
+    # units * _STEP without rounding: the first factor has 12 bits, as many as a float32 leaves for units.
+    rest = phase - units * _STEP_HIGH - units * (_STEP - _STEP_HIGH)
+    whole = jnp.cumsum(units.astype(jnp.int32), axis=1, dtype=jnp.int32) % 1024
+    return whole.astype(phase.dtype) * _STEP + jnp.cumsum(rest, axis=1)

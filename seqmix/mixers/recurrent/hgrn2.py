@@ -87,18 +87,17 @@ class HGRN2(Mixer):
         """q, k in x.dtype and log f in promote(x.dtype, float32), [B, T, H, K] each."""
         acc = jnp.promote_types(x.dtype, jnp.float32)
         q, f = project(params, x, ("q", "f"), dtype=acc)
-        # 1 - f = (1 - bound) sigmoid(-f): as a difference it would lose small keys.
         if self.learned_bound:
             w = params["bound"].astype(acc)
             log_bound, log_rest = jax.nn.log_sigmoid(w), jax.nn.log_sigmoid(-w)
         else:
-            log_bound, log_rest = (
-                (math.log(self.lower_bound) if self.lower_bound else None),
-                math.log1p(-self.lower_bound),
-            )
+            log_bound = math.log(self.lower_bound) if self.lower_bound else None
+            log_rest = math.log1p(-self.lower_bound)
+        # 1 - f = (1 - bound) sigmoid(-f): as a difference it would lose small keys.
         log_f, k = log_rest + jax.nn.log_sigmoid(f), jnp.exp(log_rest + jax.nn.log_sigmoid(-f))
         if log_bound is not None:
-            log_f = jnp.logaddexp(log_bound, log_f)
+            # Each form is precise where the other is not: near f = 1 and near f = 0.
+            log_f = jnp.where(k < 0.5, jnp.log1p(-jnp.minimum(k, 0.5)), jnp.logaddexp(log_bound, log_f))
         return jax.nn.sigmoid(q).astype(x.dtype), k.astype(x.dtype), log_f
 
     def _values(self, params, x):

@@ -1,0 +1,56 @@
+"""Linear attention through the Hopper kernels of `pallas_kernels/linear_attention`: when they can run, and their gradient.
+
+Residuals are the call's own arguments: the backward kernels compute states and scores anew.
+"""
+
+import functools
+
+import jax
+
+from seqmix.core import sharding
+
+LEAST = 64  # tokens, a chunk of the kernels; below it (decoding) the plain forms read no more than they must
+
+
+def unsupported(q, k, v, log_decay, state, runs, *, scale, normalize, causal) -> str | None:
+    """Why the kernels cannot run this call here, in a few words; None if they can."""
+    from pallas_kernels import compat
+
+    if not compat.interpreting() and jax.default_backend() != "gpu":
+        return f"needs a Hopper GPU, the default device is a {jax.default_backend()}"
+    if normalize or not causal:
+        return f"has no form for {'normalize' if normalize else 'causal=False'}"
+    if q.shape[1] < LEAST:
+        return f"needs at least {LEAST} tokens, got T={q.shape[1]}"
+    held = sharding.active()
+    devices = jax.device_count() if held is None else held[0].size
+    if devices > 1 and not compat.interpreting():
+        return f"is not yet cut over a mesh, and this one has {devices} devices"
+    if compat.unavailable() is not None:
+        return compat.unavailable()
+    from pallas_kernels.linear_attention import gpu
+
+    return gpu.supports(q, k, v, log_decay, state, runs, scale=scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def run(q, k, v, log_decay, state, runs, scale):
+    """(y [B, T, H, V], state [B, H, K, V]) of a call that `unsupported` has no reason against."""
+    from pallas_kernels.linear_attention import gpu
+
+    return gpu.forward(q, k, v, log_decay, state, runs, scale=scale)
+
+
+def _forward(q, k, v, log_decay, state, runs, scale):
+    return run(q, k, v, log_decay, state, runs, scale), (q, k, v, log_decay, state, runs)
+
+
+def _backward(scale, arguments, cotangents):
+    from pallas_kernels.linear_attention import gpu_backward
+
+    state = arguments[4]
+    *gradients, d_state = gpu_backward.backward(*arguments, *cotangents, scale=scale)
+    return *gradients, None if state is None else d_state, None
+
+
+run.defvjp(_forward, _backward)

@@ -1,0 +1,48 @@
+"""The op through the Hopper kernels: interpreted where there is no such GPU, refused with a reason otherwise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat
+from seqmix.ops.linear import linear_attention
+
+IDS = jnp.asarray([[0] * 5 + [3] * 40 + [7] * 30 + [0] * 2])
+
+
+def _inputs(dtype=jnp.bfloat16):
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k = (jax.random.normal(key, (1, 77, 1, 64), dtype) / 8 for key in keys[:2])
+    v = jax.random.normal(keys[2], (1, 77, 2, 64), dtype)
+    log_decay = -0.1 * jax.random.uniform(keys[3], (1, 77, 2))
+    return q, k, v, log_decay, jax.random.normal(keys[4], (1, 2, 64, 64))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_without_a_gpu_the_kernel_is_refused_with_the_reason():
+    q, k, v, log_decay, _ = _inputs()
+    with pytest.raises(ValueError, match="cannot run 'gpu': needs a Hopper GPU"):
+        linear_attention(q, k, v, log_decay, implementation="gpu")
+
+
+@pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
+def test_kernels_agree_with_the_chunked_form():
+    """Values and all gradients of one packed call: 5e-3 is what bfloat16 operands leave of either form."""
+
+    def run(implementation):
+        def call(q, k, v, log_decay, state):
+            return linear_attention(
+                q, k, v, log_decay, scale=0.5, state=state, segment_ids=IDS, implementation=implementation
+            )
+
+        results, pull = jax.vjp(call, *_inputs())
+        return results, pull(
+            jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), results)
+        )
+
+    with compat.interpret():
+        got = run("gpu")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(run("chunked")), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
