@@ -2,11 +2,10 @@
 
 import dataclasses
 
-from seqmix.mixers.dense.attention import Attention
-from seqmix.mixers.recurrent.mamba2 import Mamba2
-
 from configs.mamba2_1b import mamba2_1b
 from experiments import config
+from seqmix.mixers.dense.attention import Attention
+from seqmix.mixers.recurrent.mamba2 import Mamba2
 from seqmix.models import LM
 
 

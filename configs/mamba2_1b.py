@@ -1,8 +1,7 @@
 """Mamba-2 1.3B: the shape of the released state-spaces/mamba2-1.3b (arXiv 2405.21060, table 10)."""
 
-from seqmix.mixers.recurrent.mamba2 import Mamba2
-
 from experiments import config
+from seqmix.mixers.recurrent.mamba2 import Mamba2
 from seqmix.models import LM
 
 

@@ -1,9 +1,8 @@
 """A hybrid small enough for a laptop's CPU, on bytes of Python source."""
 
+from experiments import config
 from seqmix.mixers.dense.attention import Attention
 from seqmix.mixers.recurrent.mamba2 import Mamba2
-
-from experiments import config
 from seqmix.models import LM
 
 

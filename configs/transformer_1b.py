@@ -2,10 +2,9 @@
 
 import dataclasses
 
-from seqmix.mixers.dense.attention import Attention
-
 from configs.mamba2_1b import mamba2_1b
 from experiments import config
+from seqmix.mixers.dense.attention import Attention
 from seqmix.models import LM
 
 

@@ -154,9 +154,7 @@ class LM:
             rng = None if key is None else jax.random.fold_in(key, i)
             inputs = {"shared": shared} if "shared" in mixer.takes else {}
             h = self._norm(p["mixer_norm"], x)
-            y, aux = mixer.forward(
-                p["mixer"], h, segment_ids=segment_ids, positions=positions, rng=rng, **inputs
-            )
+            y, aux = mixer.forward(p["mixer"], h, segment_ids=segment_ids, positions=positions, rng=rng, **inputs)
             aux = dict(aux)
             shared = shared | aux.pop("shared", {})
             x = self._add_mlp(p, x + y.astype(x.dtype))

@@ -3,10 +3,14 @@
 import jax.numpy as jnp
 
 from seqmix.core import packing
+from seqmix.core.flops import matmul
 from seqmix.core.shapes import dims
-from seqmix.ops import dispatch
 from seqmix.ops.delta_chunked import delta_rule_chunked, rank_one_chunked
 from seqmix.ops.delta_reference import delta_rule_reference, rank_one_reference
+from seqmix.ops.dispatch import pick
+from seqmix.ops.linear_chunked import plan
+from seqmix.ops.linear_reference import decay_spec
+from seqmix.ops.triangular import unit_lower_inverse_flops
 
 
 def delta_rule(
@@ -24,50 +28,55 @@ def delta_rule(
     chunk=64,
     implementation=None,
 ):
-    """Recurrence whose state predicts the value at a key and is corrected by beta times the error.
+    """Recurrence whose state predicts the value at a key, and is corrected by beta times the error.
 
-        S_t = (I - beta_t k_t a_t^T) diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T,     a_t = k_t or erase_t
+        S_t = (I - beta_t k_t a_t^T) diag(exp(log_decay_t)) S_{t-1} + beta_t k_t v_t^T,    a_t = k_t unless `erase`
         y_t = scale S_t^T q_t
 
-    With `steps` = n > 1, a token decays once and then takes n such corrections, each with its own k, v, beta and
-    erase; y is read after the last. Head h reads key head h // (H / Hk). Nothing is normalised: for keys of
-    length one, beta in (0, 1) moves the prediction towards v, (0, 2) gives contractions with eigenvalues
-    in (-1, 1); longer keys may diverge.
+    With `steps` = n > 1 a token decays once, and then makes n such corrections, one after the other, each with its
+    own k, v, beta and erase; y is read after the last. Head h takes the queries and keys of head h // (H / Hk).
+    Nothing is normalised here: for keys of length one, beta in (0, 1) moves the prediction towards v, and (0, 2)
+    allows transitions with eigenvalues in (-1, 1). Longer keys make the state grow where beta |k|^2 > 2.
 
     Args:
-        q: [B, T, Hk, K], k: [B, T, Hk, K], v: [B, T, H, V]; Hk divides H. Floating, one dtype.
-        beta: [B, T, H], any range.
-        log_decay: None, [H], [B, T, H] or, per channel, [B, T, H, K]; at most 0, however low. Like beta it is
-            read in float32 (float64 for float64 inputs).
-        erase: [B, T, Hk or H, K], what the correction is read with, instead of k.
-        steps: corrections a token; k, v, beta and erase are [B, T, n, ...] for n > 1 (as they may be for 1).
-        state: [B, H, K, V] before the first token; None for zeros.
-        segment_ids: [B, T] int, 0 for padding, or None.
-        chunk: tokens (times steps) solved at once, a power of two.
-        implementation: None, "chunked" or "reference".
+        q, k: [B, T, Hk, K], floating; Hk divides H (grouped heads are not repeated, but for decays per channel).
+        v: [B, T, H, V], floating.
+        beta: [B, T, H], of any range; nothing is clamped.
+        log_decay: None, [H], [B, T, H] or, per channel, [B, T, H, K]; <= 0, however low. Like beta it is read in
+            the accumulating dtype, promote(dtype of q, k and v, float32).
+        scale: factor on y.
+        erase: [B, T, Hk or H, K], with which the prediction is read instead of with k.
+        steps: n; where it is not 1, k, v, beta and erase are [B, T, n, ...] (for n = 1 they may be).
+        state: [B, H, K, V], what earlier tokens left; None for zeros.
+        segment_ids: [B, T] integers. A new non-zero id starts from zeros, 0 is padding: it neither writes nor
+            decays, and y is 0 there. `state` belongs to a row's first segment, the one returned to its last.
+        chunk: steps that the chunked form solves as one system, a power of two.
+        implementation: None (the best for the call), "chunked" or "reference".
 
     Returns:
-        y [B, T, H, V] in the dtype of v, 0 at padding, and the state after it, [B, H, K, V] in float32 (float64).
+        (y [B, T, H, V] in the dtype of v, state [B, H, K, V] in the accumulating dtype).
 
-    Raises ValueError for shapes, dtypes or an implementation that do not fit.
-    DeltaNet (Schlag et al., arXiv 2102.11174; chunks: 2406.06484), Gated DeltaNet (2412.06464), KDA (decays per
-    channel, 2510.26692), DeltaProduct (steps, 2502.10297).
+    Raises: ValueError for shapes, dtypes, options or an implementation that do not fit.
+
+    Source: DeltaNet (Schlag et al. 2102.11174; in chunks Yang et al. 2406.06484), Gated DeltaNet (2412.06464), Kimi
+    Delta Attention (decays per channel, 2510.26692), DeltaProduct (several steps, 2502.10297).
     """
     if k.ndim == 4 and steps == 1:
         k, v, beta = (x[:, :, None] for x in (k, v, beta))
         erase = None if erase is None else erase[:, :, None]
-    d = dims(
-        {"k": "B T n Hk K", "q": "B T Hk K", "v": "B T n H V", "beta": "B T n H"}, k=k, q=q, v=v, beta=beta
-    )
+    specs = {"k": "B T n Hk K", "q": "B T Hk K", "v": "B T n H V", "beta": "B T n H", "state": "B H K V"}
+    specs["log_decay"] = decay_spec(log_decay)
+    floats = dict(k=k, q=q, v=v, beta=beta, log_decay=log_decay, state=state)
+    d = dims(specs, **floats)
     if d.n != steps:
-        raise ValueError(f"k: expected steps={steps} steps in (B, T, steps, Hk, K), got {k.shape}")
+        raise ValueError(f"k: expected shape (B, T, steps={steps}, Hk, K), got {tuple(k.shape)}")
     if erase is not None:
         _check_vector("erase", erase, (d.B, d.T, d.n), d)
-    log_decay, state, run_ids = _check(d, q, k, v, log_decay, state, segment_ids, chunk)
+    log_decay, state, run_ids = _prepare(d, floats, segment_ids, chunk)
     args = q, k, v, beta, log_decay, k if erase is None else erase
     options = dict(scale=scale, state=state, run_ids=run_ids)
-    picked = dispatch.pick("delta_rule", implementation, {"chunked": None, "reference": None})
-    if picked == "reference" or d.T == 1:
+    name = pick("delta_rule", implementation, {"chunked": None, "reference": None})
+    if name == "reference" or d.T == 1:
         return delta_rule_reference(*args, **options)
     return delta_rule_chunked(*args, **options, chunk=chunk)
 
@@ -86,67 +95,96 @@ def diagonal_plus_rank_one(
     chunk=64,
     implementation=None,
 ):
-    """Recurrence with a transition of a diagonal and a rank one of vectors of its own.
+    """Recurrence whose transition is a diagonal plus a product of two vectors, neither of which need be the key.
 
         S_t = (diag(exp(log_decay_t)) + left_t right_t^T) S_{t-1} + k_t v_t^T
         y_t = scale S_t^T q_t
 
-    `right` reads the state before the step's decay. RWKV-7 (Peng et al., arXiv 2503.14456), whose state is the
-    transpose of this one, has log_decay = log w, right = kappa, left = -a * kappa, and its replaced key for k.
-    `delta_rule` is the case right = exp(log_decay) a, left = -beta k with a write of beta k v^T.
+    `right` reads the state as it was before the step's decay. RWKV-7 (Peng et al. 2503.14456, whose
+    state is this one's transpose, diag(w) - kappa^T (a * kappa) on its right) has log_decay = log w, right = kappa,
+    left = -a * kappa and the key k as it is written. `delta_rule` is the case left = -beta k, right = exp(log_decay)
+    a, with beta k written.
 
     Args:
-        q, k: [B, T, Hk, K], v: [B, T, H, V]; Hk divides H. Floating, one dtype.
-        left, right: [B, T, Hk or H, K]. The transition's norm is the caller's care.
-        log_decay, state, segment_ids, chunk, implementation: as for `delta_rule`.
+        q, k: [B, T, Hk, K], v: [B, T, H, V], floating; Hk divides H.
+        left, right: [B, T, Hk or H, K]. That the transition does not grow is the caller's care.
+        log_decay, scale, state, segment_ids, chunk, implementation: as for `delta_rule`.
 
-    Returns y [B, T, H, V] and the state [B, H, K, V], as `delta_rule` does.
-    Raises ValueError for shapes, dtypes or an implementation that do not fit.
+    Returns: (y [B, T, H, V] in the dtype of v, state [B, H, K, V] in the accumulating dtype).
+
+    Raises: ValueError for shapes, dtypes, options or an implementation that do not fit.
     """
-    d = dims({"k": "B T Hk K", "q": "B T Hk K", "v": "B T H V"}, k=k, q=q, v=v)
+    specs = {"k": "B T Hk K", "q": "B T Hk K", "v": "B T H V", "state": "B H K V"}
+    specs["log_decay"] = decay_spec(log_decay)
+    floats = dict(k=k, q=q, v=v, log_decay=log_decay, state=state)
+    d = dims(specs, **floats)
     _check_vector("left", left, (d.B, d.T), d)
     _check_vector("right", right, (d.B, d.T), d)
-    log_decay, state, run_ids = _check(d, q, k, v, log_decay, state, segment_ids, chunk)
+    log_decay, state, run_ids = _prepare(d, floats, segment_ids, chunk)
     args = q, k, v, left, right, log_decay
     options = dict(scale=scale, state=state, run_ids=run_ids)
-    picked = dispatch.pick("diagonal_plus_rank_one", implementation, {"chunked": None, "reference": None})
-    if picked == "reference" or d.T == 1:
+    name = pick("diagonal_plus_rank_one", implementation, {"chunked": None, "reference": None})
+    if name == "reference" or d.T == 1:
         return rank_one_reference(*args, **options)
     return rank_one_chunked(*args, **options, chunk=chunk)
 
 
+def delta_rule_flops(batch, seq, heads, key_heads, key_dim, value_dim, chunk=64, per_channel=False, steps=1) -> int:
+    """FLOPs of the chunked form's forward pass, a multiply-add being two: with a decay per head or per channel (and
+    some per cent less without). The arguments are B, T, H, Hk, K, V, C, n of `delta_rule`.
+    """
+    if seq == 1:
+        return batch * heads * (1 + 6 * steps + 2) * key_dim * value_dim
+    return _flops(batch, seq * steps, heads, key_heads, key_dim, value_dim, chunk, per_channel, False)
+
+
+def diagonal_plus_rank_one_flops(batch, seq, heads, key_heads, key_dim, value_dim, chunk=64, per_channel=False) -> int:
+    """`delta_rule_flops` for `diagonal_plus_rank_one`, with Hk heads of `left` and `right`."""
+    if seq == 1:
+        return 9 * batch * heads * key_dim * value_dim
+    return _flops(batch, seq, heads, key_heads, key_dim, value_dim, chunk, per_channel, True)
+
+
+def _flops(batch, length, heads, key_heads, key_dim, value_dim, chunk, per_channel, rank_one):
+    blocks, chunks, c = plan(length, chunk, batch * heads)
+    scores = 4 if rank_one else 2
+    tile, square = c * key_dim, c * c
+    head = (4 if rank_one else 3) * matmul(tile, value_dim) + scores * matmul(square, value_dim)
+    head += unit_lower_inverse_flops(c) + 2 * key_dim * value_dim + 6 * c * value_dim + 5 * square
+    if per_channel:  # the levels of a score, and what reads and writes the state
+        head += scores * (square * key_dim + (2 * (c.bit_length() - 1) + 2) * tile) + (scores + 1) * tile
+    else:
+        head += 7 * square
+    shared = 0 if per_channel else scores * matmul(square, key_dim)
+    return batch * blocks * chunks * (heads * head + key_heads * shared)
+
+
 def _check_vector(name, x, lead, d):
-    heads = (d.Hk, d.H)
-    if x.ndim != len(lead) + 2 or x.shape[:-2] != lead or x.shape[-2] not in heads or x.shape[-1] != d.K:
+    if x.shape not in ((*lead, d.Hk, d.K), (*lead, d.H, d.K)):
         shown = ", ".join(map(str, lead))
-        raise ValueError(f"{name}: expected shape ({shown}, Hk={d.Hk} or H={d.H}, K={d.K}), got {x.shape}")
+        raise ValueError(f"{name}: expected shape ({shown}, Hk={d.Hk} or H={d.H}, K={d.K}), got {tuple(x.shape)}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
 
 
-def _check(d, q, k, v, log_decay, state, segment_ids, chunk):
-    """log_decay [B, T, H, 1 or K] or None, the state in the accumulating dtype, the runs of the segments."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+def _prepare(d, floats, segment_ids, chunk):
+    """log_decay [B, T, H, 1 or K] or None, the state, the segments' runs or None, after the checks left to make."""
+    for name, x in floats.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
-    if d.H % d.Hk:
-        raise ValueError(f"v: expected a multiple of Hk={d.Hk} heads, got H={d.H}")
-    if chunk < 1 or chunk & (chunk - 1):
-        raise ValueError(f"chunk: expected a power of two, got {chunk}")
-    acc = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
+    if d.T < 1:
+        raise ValueError("q: expected at least one token, got T=0")
+    if d.Hk < 1 or d.H % d.Hk:
+        raise ValueError(f"v: expected a number of heads divisible by Hk={d.Hk}, got H={d.H}")
+    if not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1):
+        raise ValueError(f"chunk: expected a power of two, got {chunk!r}")
+    acc = jnp.promote_types(jnp.result_type(floats["q"], floats["k"], floats["v"]), jnp.float32)
+    log_decay, state, run_ids = floats["log_decay"], floats["state"], None
     if log_decay is not None:
-        allowed = {1: (d.H,), 3: (d.B, d.T, d.H), 4: (d.B, d.T, d.H, d.K)}
-        if log_decay.shape != allowed.get(log_decay.ndim):
-            expected = f"(H={d.H},), (B={d.B}, T={d.T}, H={d.H}) or (B, T, H, K={d.K})"
-            raise ValueError(f"log_decay: expected shape {expected}, got {log_decay.shape}")
-        log_decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-        log_decay = jnp.broadcast_to(log_decay.astype(acc), (d.B, d.T, *log_decay.shape[-2:]))
-    if state is None:
-        state = jnp.zeros((d.B, d.H, d.K, d.V), acc)
-    elif state.shape != (d.B, d.H, d.K, d.V):
-        raise ValueError(
-            f"state: expected shape (B={d.B}, H={d.H}, K={d.K}, V={d.V}), got {tuple(state.shape)}"
-        )
-    run_ids = None
+        log_decay = log_decay.astype(acc) if log_decay.ndim == 4 else log_decay.astype(acc)[..., None]
+        log_decay = jnp.broadcast_to(log_decay, (d.B, d.T, d.H, log_decay.shape[-1]))
     if segment_ids is not None:
         packing.check(segment_ids, d.B, d.T)
         run_ids = packing.runs(segment_ids)
-    return log_decay, state.astype(acc), run_ids
+    state = jnp.zeros((d.B, d.H, d.K, d.V), acc) if state is None else state.astype(acc)
+    return log_decay, state, run_ids

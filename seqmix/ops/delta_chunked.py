@@ -75,8 +75,9 @@ def _run(q, left, right, value, key, beta, log_decay, state, run_ids, chunk):
     """y [B, T, H, V] in the dtype of the state and without scale, and the state."""
     batch, time, heads, _ = value.shape
     blocks, chunks, size = plan(time, chunk, batch * heads)
+    dtype, acc = jnp.result_type(q, left, value), state.dtype
 
-    def cut(x, dtype=jnp.result_type(q, left, value)):
+    def cut(x, dtype):
         """[blocks, B, H, N, C, X] of x [B, T, H, X]. Padding neither writes nor decays."""
         if x is None:
             return None
@@ -85,9 +86,9 @@ def _run(q, left, right, value, key, beta, log_decay, state, run_ids, chunk):
         x = jnp.pad(x.astype(dtype), ((0, 0), (0, blocks * chunks * size - time), (0, 0), (0, 0)))
         return jnp.moveaxis(x.reshape(batch, blocks, chunks, size, *x.shape[2:]), (1, 4), (0, 2))
 
-    acc = state.dtype
-    arrays = cut(q), cut(left), cut(right), cut(value), cut(key), cut(beta, acc), cut(log_decay, acc)
-    c = _Chunks(*arrays, *([None] * 4 if run_ids is None else _masks(run_ids, blocks, chunks, size)))
+    operands = [cut(x, dtype) for x in (q, left, right, value, key)]
+    masks = [None] * 4 if run_ids is None else _masks(run_ids, blocks, chunks, size)
+    c = _Chunks(*operands, cut(beta, acc), cut(log_decay, acc), *masks)
     if blocks == 1:
         state, y = jax.checkpoint(_block)(state, jax.tree.map(lambda x: x[0], c))
         y = y[None]
@@ -111,29 +112,29 @@ def _masks(run_ids, blocks, chunks, size):
 
 def _block(state, c):
     """The state after N chunks, and S_t^T q_t [B, H, N, C, V] in them."""
-    inverse, target, (right, seen) = _system(c)
+    inverse, target, right, right_rows = _system(c)
     to_end = _sums(c.decay, reverse=True)
-    left, rows = _decayed(c.left, to_end, c.leaves)
+    left, left_rows = _decayed(c.left, to_end, c.leaves)
     key = None if c.key is None else _decayed(c.key, to_end, c.leaves)[0]
     value = None if c.key is None else c.value
     decay = None if c.decay is None else jnp.exp(jnp.sum(c.decay, axis=-2))[..., None]  # [..., K or 1, 1]
     if c.kept is not None:
-        decay = jnp.where(c.kept, 1 if decay is None else decay, 0)
+        decay = jnp.where(c.kept, 1.0 if decay is None else decay, 0.0)
 
     # The inverse is float32 for all dtypes: its roundings would be the largest of all. Beside 16-bit products,
     # TF32 on GPUs and three passes on TPUs are exact enough.
     precision = jax.lax.Precision.HIGH if c.q.dtype.itemsize < 4 else jax.lax.Precision.HIGHEST
 
     def advance(s, chunk):
-        inverse, target, right, seen, left, rows, key, value, decay = chunk
-        target = target + _times(_product("bhck,bhkv->bhcv", right, s), seen)
+        inverse, target, right, right_rows, left, left_rows, key, value, decay = chunk
+        target = target + _times(_product("bhck,bhkv->bhcv", right, s), right_rows)
         u = jnp.matmul(inverse, target, precision=precision)
-        new = _times(s, decay) + _product("bhck,bhcv->bhkv", left, _times(u, rows))
+        new = _times(s, decay) + _product("bhck,bhcv->bhkv", left, _times(u, left_rows))
         if key is not None:
-            new = new + _product("bhck,bhcv->bhkv", key, _times(value, rows))
+            new = new + _product("bhck,bhcv->bhkv", key, _times(value, left_rows))
         return new, (s.astype(right.dtype), u.astype(right.dtype))
 
-    xs = inverse, target, right, seen, left, rows, key, value, decay
+    xs = inverse, target, right, right_rows, left, left_rows, key, value, decay
     state, ys = jax.lax.scan(advance, state, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), xs))
     entering, u = (jnp.moveaxis(x, 0, 2) for x in ys)
     q, rows = _decayed(c.q, _sums(c.decay), c.entered)
@@ -142,15 +143,15 @@ def _block(state, c):
 
 
 def _system(c):
-    """(I + A)^-1, b + E v, and (x, rows) with c (D' right) S = rows * (x S)."""
+    """(I + A)^-1, b + E v, and x and rows with c (D' right) S = rows * (x S)."""
     early = c.beta is None  # reads before its own step's decay
     system = _scores(c, c.right, c.left, system=True, early=early)
     right, rows = _decayed(c.right, _sums(c.decay, early=early), c.entered)
     if early:
         target = _mix(_scores(c, c.right, c.key, early=True), c.value)
-        return unit_lower_inverse(-system), target, (right, rows)
+        return unit_lower_inverse(-system), target, right, rows
     rows = -_times(c.beta, rows)
-    return unit_lower_inverse(c.beta * system), c.beta * c.value, (right, rows)
+    return unit_lower_inverse(c.beta * system), c.beta * c.value, right, rows
 
 
 def _scores(c, x, y, system=False, early=False):
@@ -203,7 +204,7 @@ def _decayed(x, log, mask):
     elif log is not None:
         rows = jnp.exp(log)
     if mask is not None:
-        rows = jnp.where(mask, 1 if rows is None else rows, 0)
+        rows = jnp.where(mask, 1.0 if rows is None else rows, 0.0)
     return x, rows
 
 

@@ -29,11 +29,7 @@ def delta_mixing_matrix(q, k, beta, log_decay=None, *, erase=None, scale=1.0, se
     erase = k if erase is None else erase
     if k.ndim == 5:  # one step after the other; the decay before the first
         k, beta, erase = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, beta, erase))
-        g = (
-            None
-            if g is None
-            else jnp.repeat(g, steps, 1) * (jnp.arange(k.shape[1]) % steps == 0)[:, None, None]
-        )
+        g = None if g is None else jnp.repeat(g, steps, 1) * (jnp.arange(k.shape[1]) % steps == 0)[:, None, None]
     seen = _visible(segment_ids, k.shape[1] // steps, steps)
     beta = jnp.moveaxis(beta.astype(acc), 1, -1)  # [B, H, T]
     scores = functools.partial(_scores, g=g, heads=beta.shape[1])

@@ -23,9 +23,7 @@ def pick(op: str, implementation: str | None, reasons: dict[str, str | None]) ->
     elif implementation not in reasons:
         near = difflib.get_close_matches(implementation, reasons, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"implementation: expected one of {', '.join(reasons)} for {op}, got {implementation!r}{hint}"
-        )
+        raise ValueError(f"implementation: expected one of {', '.join(reasons)} for {op}, got {implementation!r}{hint}")
     elif reasons[implementation] is not None:
         raise ValueError(f"implementation: {op} cannot run {implementation!r}: {reasons[implementation]}")
     seen = _chosen.setdefault(op, set())

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from seqmix.core.flops import matmul
+
 _BASE = 16  # size up to which blocks are inverted by masked products of whole blocks
 
 
@@ -24,6 +26,17 @@ def _unit_lower_inverse_jvp(primals, tangents):
     (a,), (da,) = primals, tangents
     inverse = unit_lower_inverse(a)
     return inverse, -_dot(_dot(inverse, jnp.tril(da, -1)), inverse)
+
+
+def unit_lower_inverse_flops(size: int) -> int:
+    """FLOPs of `unit_lower_inverse` of one matrix, a multiply-add being two."""
+    half = min(size, _BASE)
+    levels = half.bit_length() - 1
+    total = 4 * levels * size * half + max(levels - 1, 0) * (size // half) * 2 * matmul(half, half, half)
+    while half < size:
+        total += size // (2 * half) * 2 * matmul(half, half, half)
+        half *= 2
+    return total
 
 
 def _dot(x, y):

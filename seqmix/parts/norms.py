@@ -1,4 +1,4 @@
-"""RMS normalisation of a mixer's channels: per head or over groups of heads, with a gate before or after."""
+"""Normalisation of a mixer's channels: RMS per head or over groups of heads, with a gate before or after; L2."""
 
 import jax
 import jax.numpy as jnp
@@ -46,3 +46,12 @@ def rms_norm(x, scale=None, *, eps=1e-5, groups=None, gate=None, gate_first=Fals
     h = h if scale is None else h * scale
     h = h if gate_first else h * weight
     return h.astype(x.dtype)
+
+
+def l2_norm(x, *, eps=1e-6):
+    """x / sqrt(sum x^2 + eps) over the last axis: vectors of length one, or 0 and differentiable where x is 0.
+
+    Computed in float32 (float64 for float64 inputs); returns the dtype of x.
+    """
+    h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (h * jax.lax.rsqrt(jnp.sum(h * h, axis=-1, keepdims=True) + eps)).astype(x.dtype)

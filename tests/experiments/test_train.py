@@ -203,11 +203,22 @@ def test_another_config_is_refused(flags, unbroken, change, field):
     assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file() and p.name != "lock"}
 
 
-def test_generate_is_deterministic_by_seed(unbroken):
+def test_generate_is_deterministic_by_seed(unbroken, capfd):
+    from experiments import generate
+
     args = (f"--workdir={unbroken[0]}", "--prompt=the state", "--max-tokens=24", "--top-k=40", "--top-p=0.9")
-    first, again, other = (launch("generate", *args, f"--seed={seed}").stdout for seed in (1, 1, 2))
-    assert first == again != other
-    assert first.startswith("the state")
+    made = []
+    for seed in (1, 1, 2):
+        assert generate.main([*args, f"--seed={seed}"]) == 0
+        made.append(capfd.readouterr().out)
+    assert made[0] == made[1] != made[2]
+    assert made[0].startswith("the state") and made[0].endswith("\n")
+
+
+def test_generate_answers_a_typo_in_one_line(unbroken):
+    done = launch("generate", f"--workdir={unbroken[0]}", "--promt=x", check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: --promt: unknown flag, did you mean --prompt?\n"
 
 
 @pytest.mark.parametrize("bad", ["--temperature=0", "--max-tokens=0", "--top-p=1.5", "--top-k=-1", "--tokens=3"])

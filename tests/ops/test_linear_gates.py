@@ -157,8 +157,8 @@ def test_the_implementation_can_be_named_and_is_recorded():
     q = jnp.ones((1, 2, 1, 2))
     linear_attention(q, q, q, implementation="reference")
     linear_attention(q, q, q)
-    assert dispatch.chosen("linear_attention") == ("chunked", "reference")
-    with pytest.raises(ValueError, match="implementation: expected one of chunked, reference for linear_attention"):
+    assert {"chunked", "reference"} <= set(dispatch.chosen("linear_attention"))
+    with pytest.raises(ValueError, match="implementation: expected one of .*chunked, reference for linear_attention"):
         linear_attention(q, q, q, implementation="chunk")
 
 

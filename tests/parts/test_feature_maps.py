@@ -1,5 +1,7 @@
 """Feature maps: what the products of features are."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from seqmix.core import param
 from seqmix.parts.feature_maps import NAMED, Elu, Hedgehog, RandomFeatures, Relu, Taylor2, named
 
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # halves compile time
+
 
 def pair(size, heads=2, seed=0, scale=1.0):
     rng = np.random.default_rng(seed)
@@ -15,7 +19,7 @@ def pair(size, heads=2, seed=0, scale=1.0):
 
 
 def make(phi, heads, size, seed=0):
-    return param.materialise(phi.params(heads, size), jax.random.key(seed))
+    return quick(lambda key: param.materialise(phi.params(heads, size), key))(jax.random.key(seed))
 
 
 def products(phi, params, q, k):
@@ -29,7 +33,7 @@ def scores(q, k):
     return jnp.einsum("bthk,bshk->bhts", q, k)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 16])
 def test_taylor_products_are_the_series_of_the_exponential(size, x64):
     q, k = pair(size, scale=2.0)
     s = scores(q, k) / size**0.5
@@ -107,7 +111,7 @@ def test_features_are_positive_finite_and_differentiable(name):
     phi = named(name)
     params = make(phi, 2, 4)
 
-    @jax.jit
+    @quick
     def run(q, k):
         f = lambda q, k: jnp.sum(products(phi, params, q, k))
         return phi.apply(params, q, k), jax.grad(f, (0, 1))(q, k)

@@ -78,8 +78,8 @@ def test_only_what_has_taps_is_convolved():
 
 def test_the_way_out_norms_gates_and_projects():
     rng = np.random.default_rng(0)
-    mixed, gate = rng.normal(size=(2, 1, 3, 2, 4))
-    out = rng.normal(size=(2, 4, 5))
+    mixed, gate = rng.normal(size=(2, 1, 3, 2, 4)).astype(np.float32)
+    out = rng.normal(size=(2, 4, 5)).astype(np.float32)
     want = mixed / np.sqrt(np.mean(mixed**2, (-2, -1), keepdims=True)) * gate
     options = dict(gate=gate, groups=1, activation=lambda g: g, eps=0.0)
     y = qkv.way_out({"out": out}, mixed, **options)

@@ -1,5 +1,7 @@
 """Based: the quadratic form, the state of mapped keys, the stack with a window."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from seqmix.mixers.linear.based import Based
 from seqmix.models import LM
 from seqmix.parts.feature_maps import Taylor2
 
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # halves compile time
 SMALL = Based(d_model=6, heads=2, key_dim=3, value_dim=4, chunk=4)
 
 
@@ -35,7 +38,7 @@ def test_forward_and_its_gradients_are_those_of_the_quadratic_form(x64):
     p, x, cotangent = weights(SMALL), tokens(2, 11), tokens(2, 11, seed=8)
 
     def run(f):
-        return jax.jit(jax.value_and_grad(lambda p, x: (jnp.sum(f(p, x) * cotangent), f(p, x)), (0, 1), has_aux=True))
+        return quick(jax.value_and_grad(lambda p, x: (jnp.sum(f(p, x) * cotangent), f(p, x)), (0, 1), has_aux=True))
 
     (_, got), got_grads = run(lambda p, x: SMALL.forward(p, x)[0])(p, x)
     (_, want), grads = run(lambda p, x: quadratic(p, x, SMALL.eps))(p, x)
@@ -47,14 +50,14 @@ def test_forward_and_its_gradients_are_those_of_the_quadratic_form(x64):
 def test_prefill_leaves_the_state_of_mapped_keys_and_steps_go_on_from_it(x64):
     """The released code's fused prefill keeps a state of keys as they are, which its decoding cannot read."""
     p, x = weights(SMALL), tokens(2, 8)
-    y, state = jax.jit(SMALL.prefill)(p, x[:, :6], SMALL.init_state(p, 2, 8, jnp.float64))
+    y, state = quick(SMALL.prefill)(p, x[:, :6], SMALL.init_state(p, 2, 8, jnp.float64))
     k, v = (jnp.einsum("btd,dhk->bthk", x[:, :6], p[name]) for name in "kv")
     _, phi = Taylor2().apply({}, k, k)
     np.testing.assert_allclose(state["kv"], jnp.einsum("bthf,bthv->bhfv", phi, v), atol=1e-11)
     np.testing.assert_allclose(state["k"], jnp.sum(phi, 1), atol=1e-11)
     got = [y]
     for t in (6, 7):
-        y, state = jax.jit(SMALL.step)(p, x[:, t : t + 1], state)
+        y, state = quick(SMALL.step)(p, x[:, t : t + 1], state)
         got.append(y)
     np.testing.assert_allclose(jnp.concatenate(got, 1), quadratic(p, x, SMALL.eps), rtol=0, atol=1e-11)
 
@@ -80,16 +83,16 @@ def test_a_stack_alternates_it_with_a_narrow_exact_window(x64):
     model = LM(vocab=11, d_model=8, n_layers=2, mixers=mixers, compute_dtype="float64")
     p = param.materialise(model.params(), jax.random.key(0))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 11, (2, 9)))
-    want = jax.jit(model.forward)(p, ids)[0]
-    y, state = jax.jit(model.prefill)(p, ids[:, :7], model.init_state(p, 2, 9))
-    got, step = [y], jax.jit(model.step)
+    want = quick(model.forward)(p, ids)[0]
+    y, state = quick(model.prefill)(p, ids[:, :7], model.init_state(p, 2, 9))
+    got, step = [y], quick(model.step)
     for t in (7, 8):
         y, state = step(p, ids[:, t : t + 1], state)
         got.append(y)
     np.testing.assert_allclose(jnp.concatenate(got, 1), want, rtol=0, atol=1e-10)
     assert [s["k"].shape[2] for s in state["layers"][:1]] == [2]  # heads; no tokens are kept
     # What the first token holds reaches the last through the global layers alone: the window has 3 tokens.
-    far = jax.jit(model.forward)(p, ids.at[:, 0].set((ids[:, 0] + 1) % 11))[0]
+    far = quick(model.forward)(p, ids.at[:, 0].set((ids[:, 0] + 1) % 11))[0]
     assert float(jnp.max(jnp.abs(far[:, -1] - want[:, -1]))) > 1e-6
 
 

@@ -1,5 +1,7 @@
 """Hedgehog: its equation, weights shared with attention, and how well it learns a softmax."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from seqmix.mixers.linear.hedgehog import Hedgehog
 from seqmix.parts import feature_maps
 from seqmix.parts.feature_attention import attention_weights
 
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # halves compile time
 SMALL = Hedgehog(d_model=6, heads=2, key_dim=4, value_dim=3, rope=False, chunk=4)
 
 
@@ -28,12 +31,17 @@ def test_forward_is_the_equation(x64):
         w = u @ p["features"][side]["weight"][h] + p["features"][side]["bias"][h]
         return jnp.concatenate([jax.nn.softmax(w), jax.nn.softmax(-w)], -1)
 
-    want = 0
-    for h in range(2):
-        q, k, v = (x @ p[name][:, h] for name in "qkv")
-        w = jnp.tril(phi("q", h, q) @ jnp.swapaxes(phi("k", h, k), -1, -2))
-        want = want + (w / (jnp.sum(w, -1, keepdims=True) + 1e-12)) @ v @ p["out"][h]
-    np.testing.assert_allclose(SMALL.forward(p, x)[0], want, rtol=0, atol=1e-12)
+    @quick
+    def want():
+        y = 0
+        for h in range(2):
+            q, k, v = (x @ p[name][:, h] for name in "qkv")
+            w = jnp.tril(phi("q", h, q) @ jnp.swapaxes(phi("k", h, k), -1, -2))
+            y = y + (w / (jnp.sum(w, -1, keepdims=True) + 1e-12)) @ v @ p["out"][h]
+        return y
+
+    want = want()
+    np.testing.assert_allclose(quick(SMALL.forward)(p, x)[0], want, rtol=0, atol=1e-12)
     assert float(jnp.max(jnp.abs(want))) > 0.2
 
 
@@ -50,7 +58,7 @@ def test_rotary_positions_make_it_relative(x64):
     p = param.materialise(mixer.params(), jax.random.key(0))
     x = tokens(1, 6)
     place = jnp.arange(6.0)[None]
-    run = lambda place: mixer.mixing_matrix(p, x, positions=place)
+    run = quick(lambda place: mixer.mixing_matrix(p, x, positions=place))
     np.testing.assert_allclose(run(place + 2 * np.pi), run(place), atol=1e-6)  # weights are drawn in float32
     assert float(jnp.max(jnp.abs(run(2 * place) - run(place)))) > 1e-2
 
@@ -74,7 +82,7 @@ def test_it_learns_the_softmax_of_a_few_keys_three_times_closer_than_fixed_maps(
         gap = jnp.where(seen, log_teacher - jnp.log(jnp.where(seen, student, 1) + 1e-12), 0)
         return jnp.mean(jnp.sum(teacher * gap, -1))
 
-    @jax.jit
+    @quick
     def fit(params, keys):
         optimiser = optax.adam(0.03)
 
@@ -86,15 +94,17 @@ def test_it_learns_the_softmax_of_a_few_keys_three_times_closer_than_fixed_maps(
 
         return jax.lax.scan(step, (params, optimiser.init(params)), keys)[0][0]
 
-    def measure(name, params=None):
-        phi = feature_maps.named(name)
-        params = param.materialise(phi.params(1, size), jax.random.key(0)) if params is None else params
-        return float(divergence(phi, params, jax.random.key(5)))
+    @quick
+    def measure(learned):
+        fixed = {name: feature_maps.named(name) for name in ("elu", "relu", "random", "hedgehog")}
+        params = {name: param.materialise(phi.params(1, size), jax.random.key(0)) for name, phi in fixed.items()}
+        of = lambda phi, p: divergence(phi, p, jax.random.key(5))
+        return of(fixed["hedgehog"], learned), {name: of(phi, params[name]) for name, phi in fixed.items()}
 
     start = param.materialise(feature_maps.Hedgehog().params(1, size), jax.random.key(0))
-    learned = measure("hedgehog", fit(start, jax.random.split(jax.random.key(1), 250)))
-    for name in ("elu", "relu", "random", "hedgehog"):
-        assert learned < measure(name) / 3, name
+    learned, others = measure(fit(start, jax.random.split(jax.random.key(1), 250)))
+    for name, fixed in others.items():
+        assert learned < fixed / 3, name
 
 
 def test_fields_that_do_not_fit_are_named():

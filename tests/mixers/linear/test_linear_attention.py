@@ -1,5 +1,7 @@
 """Linear attention: the paper's recurrence, other maps, both directions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from seqmix.core import param
 from seqmix.mixers.dense.attention import Attention
 from seqmix.mixers.linear.linear_attention import LinearAttention
 
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # halves compile time
 SMALL = LinearAttention(d_model=6, heads=2, key_dim=3, value_dim=4, chunk=4)
 
 
@@ -43,7 +46,7 @@ def test_forward_and_its_gradients_are_those_of_the_recurrence(x64):
     p, x, cotangent = weights(SMALL), tokens(2, 7), tokens(2, 7, seed=8)
 
     def run(f):
-        return jax.jit(jax.value_and_grad(lambda p, x: (jnp.sum(f(p, x) * cotangent), f(p, x)), (0, 1), has_aux=True))
+        return quick(jax.value_and_grad(lambda p, x: (jnp.sum(f(p, x) * cotangent), f(p, x)), (0, 1), has_aux=True))
 
     (_, got), got_grads = run(lambda p, x: SMALL.forward(p, x)[0])(p, x)
     (_, want), grads = run(lambda p, x: by_the_paper(p, x, SMALL.eps))(p, x)
@@ -55,9 +58,9 @@ def test_forward_and_its_gradients_are_those_of_the_recurrence(x64):
 
 def test_decoding_equals_forward_with_a_state_that_does_not_grow(x64):
     p, x = weights(SMALL), tokens(2, 9)
-    want = SMALL.forward(p, x)[0]
-    y, state = jax.jit(SMALL.prefill)(p, x[:, :5], SMALL.init_state(p, 2, 9, jnp.float64))
-    got, step = [y], jax.jit(SMALL.step)
+    want = quick(SMALL.forward)(p, x)[0]
+    y, state = quick(SMALL.prefill)(p, x[:, :5], SMALL.init_state(p, 2, 9, jnp.float64))
+    got, step = [y], quick(SMALL.step)
     for t in range(5, 9):
         y, state = step(p, x[:, t : t + 1], state)
         got.append(y)
@@ -70,16 +73,16 @@ def test_the_first_token_is_its_own_value(x64):
     mixer = LinearAttention(d_model=6, heads=2, key_dim=3, value_dim=4, chunk=4, eps=0.0)
     p, x = weights(mixer), tokens(2, 5)
     v = jnp.einsum("bd,dhv->bhv", x[:, 0], p["v"])
-    np.testing.assert_allclose(mixer.forward(p, x)[0][:, 0], jnp.einsum("bhv,hvd->bd", v, p["out"]), atol=1e-12)
+    np.testing.assert_allclose(quick(mixer.forward)(p, x)[0][:, 0], jnp.einsum("bhv,hvd->bd", v, p["out"]), atol=1e-12)
 
 
 def test_without_causality_each_token_reads_its_whole_segment(x64):
     mixer = LinearAttention(d_model=6, heads=2, key_dim=3, value_dim=4, chunk=4, causal=False)
     p, x = weights(mixer), tokens(2, 7)
-    y = mixer.forward(p, x)[0]
-    flipped = mixer.forward(p, x[:, ::-1])[0]
+    run = quick(mixer.forward)
+    y, flipped = run(p, x)[0], run(p, x[:, ::-1])[0]
     np.testing.assert_allclose(flipped[:, ::-1], y, rtol=0, atol=1e-12)  # it has no order
-    np.testing.assert_allclose(y[:, -1], SMALL.forward(p, x)[0][:, -1], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(y[:, -1], quick(SMALL.forward)(p, x)[0][:, -1], rtol=0, atol=1e-12)
     assert not mixer.decodes
     with pytest.raises(ValueError, match="LinearAttention does not decode without causality"):
         mixer.init_state(p, 2, 7)
@@ -90,12 +93,13 @@ def test_many_random_features_are_softmax_attention(x64):
     soft = Attention(d_model=6, heads=2, head_dim=4, rope=False)
     p, x = weights(soft), tokens(2, 8)
     p |= {"q": 0.5 * p["q"], "k": 0.5 * p["k"]}  # the variance grows as the exponential of |q + k|^2
-    want = soft.mixing_matrix(p, x)
+    want = quick(soft.mixing_matrix)(p, x)
     errors = []
     for features in (8, 10000):
         mixer = LinearAttention(d_model=6, heads=2, key_dim=4, value_dim=4, feature_map="random", features=features)
-        drawn = param.materialise(mixer.params(), jax.random.key(0))["features"]
-        errors.append(float(jnp.max(jnp.abs(mixer.mixing_matrix(p | {"features": drawn}, x) - want))))
+        drawn = quick(functools.partial(param.materialise, mixer.params()))(jax.random.key(0))["features"]
+        got = quick(mixer.mixing_matrix)(p | {"features": drawn}, x)
+        errors.append(float(jnp.max(jnp.abs(got - want))))
     assert errors[1] < 0.04 < errors[0]
 
 

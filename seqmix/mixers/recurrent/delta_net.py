@@ -1,0 +1,128 @@
+"""DeltaNet: linear transformers with the delta rule (Yang et al., arXiv 2406.06484; the rule: 2102.11174).
+
+    q, k     = l2norm(silu(conv(x W_q))), l2norm(silu(conv(x W_k)))      [B, T, H, K]
+    v        = silu(conv(x W_v))                                         [B, T, H, V]
+    beta     = beta_max sigmoid(x W_beta)                                [B, T, H]
+    S_t      = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,        mixed_t = K^-1/2 S_t^T q_t
+    y        = W_out (rmsnorm(mixed) * scale)                            norm per head, one scale for all heads
+
+Convolutions are depthwise, causal, of conv_width taps, without bias. beta_max = 2 allows negative eigenvalues of the
+transition (2411.12537). K^-1/2 is not in the paper but in its code; the norm undoes it, up to norm_eps. As an option
+of that code, `gate` multiplies what is normed by silu(x W_gate). Equations checked against flash-linear-attention's
+layer.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from seqmix.core.flops import matmul
+from seqmix.core.mixer import Mixer
+from seqmix.ops.delta import delta_rule, delta_rule_flops
+from seqmix.ops.delta_matrix import delta_mixing_matrix
+from seqmix.parts import delta_heads
+from seqmix.parts.norms import norm_params
+from seqmix.parts.qkv import head_size, out_param, project, way_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNet(Mixer):
+    """DeltaNet's token mixer. Raises ValueError for fields that do not fit."""
+
+    heads: int = 8  # H
+    key_dim: int | None = None  # K; None: d_model / heads (128 as published)
+    value_dim: int | None = None  # V; None: d_model / heads
+    conv_width: int = 4  # taps of the convolutions over q, k and v; 0: none
+    beta_max: float = 1.0  # of the step towards a value, in (0, 2]
+    gate: bool = False  # an output gate
+    norm_eps: float = 1e-5  # added to the mean square
+    chunk: int = 64  # tokens that the op solves as one system, a power of two
+    implementation: str | None = None  # of delta_rule; None: the best there is
+
+    linear_in_v: ClassVar[bool] = True
+    context_form: ClassVar[str] = "state"
+
+    def __post_init__(self):
+        delta_heads.check(self)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """K and V."""
+        return head_size(self, "key_dim"), head_size(self, "value_dim")
+
+    def params(self) -> dict:
+        self.positive(d_model=self.d_model)
+        H, (_, V) = self.heads, self.sizes
+        more = {"gate": (H, V)} if self.gate else {}
+        return {
+            **delta_heads.params(self, **more),
+            "norm": norm_params((V,), ("head_dim",)),
+            "out": out_param(H, V, self.d_model),
+        }
+
+    # Training and scoring
+
+    def forward(self, params, x, *, segment_ids=None, positions=None, rng=None, **inputs):
+        self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
+        y, _ = self._run(params, x, {"kv": None}, segment_ids)
+        return y, {}
+
+    def _run(self, params, x, state, segment_ids):
+        """y and the state after it; entries of the state may be None."""
+        heads, beta, conv = delta_heads.inputs(self, params, x, conv=state.get("conv"), segment_ids=segment_ids)
+        options = {"chunk": self.chunk, "implementation": self.implementation, "segment_ids": segment_ids}
+        mixed, kv = delta_rule(*heads, beta, scale=self._scale, state=state["kv"], **options)
+        y = self.merge(params, self._context(params, x), mixed)
+        return y, {"conv": conv, "kv": kv} if self.conv_width else {"kv": kv}
+
+    @property
+    def _scale(self) -> float:
+        return self.sizes[0] ** -0.5
+
+    # The mixing matrix, over G = heads groups
+
+    def project(self, params, x, *, segment_ids=None, positions=None, **inputs):
+        self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
+        (_, _, v), _, _ = delta_heads.inputs(self, params, x, segment_ids=segment_ids)
+        return v, self._context(params, x)
+
+    def _context(self, params, x):
+        return {"gate": project(params, x, ("gate",))[0]} if self.gate else {}
+
+    def merge(self, params, context, mixed):
+        gate, scale = context.get("gate"), params["norm"]["scale"]
+        return way_out(params, mixed, gate=gate, scale=scale, eps=self.norm_eps)
+
+    def mixing_matrix(self, params, x, *, segment_ids=None, positions=None, **inputs):
+        """K^-1/2 tril(Q K^T) (I + tril(diag(beta) K K^T, -1))^-1 diag(beta), [B, H, T, T]."""
+        self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
+        (q, k, _), beta, _ = delta_heads.inputs(self, params, x, segment_ids=segment_ids)
+        return delta_mixing_matrix(q, k, beta, scale=self._scale, segment_ids=segment_ids)
+
+    # Decoding
+
+    def init_state(self, params, batch, max_len, dtype=jnp.float32, **inputs):
+        """Zeros: "kv" [B, H, K, V] in float32 at least; with conv_width "conv", the last inputs in `dtype`."""
+        self.check_inputs(inputs)
+        return delta_heads.zero_state(self, batch, dtype)
+
+    def prefill(self, params, x, state, *, segment_ids=None, positions=None, **inputs):
+        self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
+        y, new = self._run(params, x, state, segment_ids)
+        return y, new | {"kv": new["kv"].astype(state["kv"].dtype)}
+
+    def state_axes(self):
+        return delta_heads.state_axes(self)
+
+    def state_size(self, context: int) -> int:
+        return delta_heads.state_elements(self)
+
+    # Costs
+
+    def flops(self, batch: int, seq: int) -> float:
+        H, (K, V), tokens = self.heads, self.sizes, batch * seq
+        projections = matmul(tokens, self.d_model, (1 + self.gate) * H * V)
+        op = delta_rule_flops(batch, seq, H, H, K, V, self.chunk)
+        # Of v: 5 for the norm and its scale, 5 for the gate.
+        return projections + delta_heads.flops(self, batch, seq) + op + tokens * H * V * (5 + 5 * self.gate)
