@@ -145,6 +145,47 @@ ROWS = (
         small=dict(d_model=8, heads=2, key_dim=4, chunk=4),
         medium=dict(d_model=128, heads=4, key_dim=16, chunk=16),
     ),
+    Row(
+        name="mamba",
+        target="seqmix.mixers.recurrent.mamba:Mamba",
+        title="Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+        paper="2312.00752",
+        small=dict(d_model=8, d_state=4, dt_rank=2, conv_width=3, chunk=4),
+        medium=dict(d_model=256, d_state=8, chunk=64),
+    ),
+    Row(
+        name="deltanet",
+        target="seqmix.mixers.recurrent.delta_net:DeltaNet",
+        title="Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
+        paper="2406.06484",
+        small=dict(d_model=8, heads=2, conv_width=3, chunk=4),
+        variants=(dict(conv_width=0, gate=True, beta_max=2.0),),
+        medium=dict(d_model=128, heads=4),
+    ),
+    Row(
+        name="gated_deltanet",
+        target="seqmix.mixers.recurrent.gated_delta_net:GatedDeltaNet",
+        title="Gated Delta Networks: Improving Mamba2 with Delta Rule",
+        paper="2412.06464",
+        small=dict(d_model=8, heads=2, conv_width=3, chunk=4),
+        medium=dict(d_model=128, heads=4),
+    ),
+    Row(
+        name="kda",
+        target="seqmix.mixers.recurrent.kimi_delta:KimiDeltaAttention",
+        title="Kimi Linear: An Expressive, Efficient Attention Architecture",
+        paper="2510.26692",
+        small=dict(d_model=8, heads=2, gate_rank=3, conv_width=3, chunk=4),
+        medium=dict(d_model=128, heads=4),
+    ),
+    Row(
+        name="rwkv7",
+        target="seqmix.mixers.recurrent.rwkv7:RWKV7",
+        title='RWKV-7 "Goose" with Expressive Dynamic State Evolution',
+        paper="2503.14456",
+        small=dict(d_model=8, head_dim=4, decay_rank=2, rate_rank=2, gate_rank=3, chunk=4),
+        medium=dict(d_model=256, head_dim=32),
+    ),
 )
 
 

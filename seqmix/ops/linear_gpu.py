@@ -1,4 +1,4 @@
-"""Linear attention through the Hopper kernels of `pallas_kernels/linear_attention`: when they can run, and their gradient.
+"""Linear attention through the Hopper kernels of `pallas_kernels`: when they can run, and their gradient.
 
 Residuals are the call's own arguments: the backward kernels compute states and scores anew.
 """
