@@ -139,8 +139,9 @@ class LM:
         def body(carry, xs):
             return self._period_forward(carry, xs, segment_ids, positions, tuple(capture))
 
-        shared = self._initial_shared(body, x, params["layers"], keys)
-        (x, _), (aux, captured) = jax.lax.scan(self._rematted(body), (x, shared), (params["layers"], keys))
+        xs = (params["layers"], keys)
+        carry = (x, self._initial_shared(body, x, xs))
+        (x, _), (aux, captured) = jax.lax.scan(self._rematted(body), carry, xs)
         aux = self._merge_aux(aux)
         for name, value in captured.items():
             aux[f"capture/{name}"] = value.reshape(self.n_layers, *x.shape)
@@ -169,11 +170,11 @@ class LM:
             x = x + gated_mlp(p["mlp"], self._norm(p["mlp_norm"], x))
         return constrain(x, "batch", "time", None)
 
-    def _initial_shared(self, body, x, layers, keys):
+    def _initial_shared(self, body, x, xs):
         """Zeros of the shapes that one period writes: within a period, writers come before readers."""
         if not any("shared" in m.takes for m in self.mixers):
             return {}
-        first = jax.tree.map(lambda a: a[0], (layers, keys))
+        first = jax.tree.map(lambda a: a[0], xs)
         (_, shared), _ = jax.eval_shape(body, (x, {}), first)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shared)
 
@@ -230,7 +231,7 @@ class LM:
         """{"layers": a state per period position, stacked over periods}; dtype None: compute_dtype."""
         dtype = jnp.dtype(self.compute_dtype if dtype is None else dtype)
         for m in self.mixers:
-            if not m.decodes or "shared" in m.takes:
+            if not m.decodes:
                 raise ValueError(f"mixers: expected mixers that decode, got {type(m).__name__}")
         states = []
         for i, mixer in enumerate(self.period):
@@ -242,27 +243,32 @@ class LM:
         """Hidden [B, T, D] of tokens [B, T] after those in `state`, and the new state; segment id 0 pads."""
         _check_tokens(tokens, segment_ids, positions)
         kwargs = {"segment_ids": segment_ids, "positions": positions}
-        return self._decode(params, tokens, state, lambda m, p, h, s: m.prefill(p, h, s, **kwargs))
+        return self._decode(params, tokens, state, lambda m, *args, **kw: m.prefill(*args, **kwargs, **kw))
 
     def step(self, params, tokens, state):
         """Hidden [B, 1, D] of one token a row, tokens [B, 1], and the state after it."""
         dims("B T", tokens=tokens)
         if tokens.shape[1] != 1:
             raise ValueError(f"tokens: expected shape (B, 1), got {tokens.shape}")
-        return self._decode(params, tokens, state, lambda m, p, h, s: m.step(p, h, s))
+        return self._decode(params, tokens, state, lambda m, *args, **kw: m.step(*args, **kw))
 
     def _decode(self, params, tokens, state, advance):
-        def body(x, xs):
-            layers, states = xs
+        def body(carry, xs):
+            (x, shared), (layers, states) = carry, xs
             new = []
             for i, mixer in enumerate(self.period):
                 p = layers[str(i)]
-                y, s = advance(mixer, p["mixer"], self._norm(p["mixer_norm"], x), states[i])
+                inputs = {"shared": shared} if "shared" in mixer.takes else {}
+                y, s = advance(mixer, p["mixer"], self._norm(p["mixer_norm"], x), states[i], **inputs)
+                if inputs:
+                    shared = shared | s.get("shared", {})
+                    s = {key: value for key, value in s.items() if key != "shared"}
                 new.append(s)
                 x = self._add_mlp(p, x + y.astype(x.dtype))
-            return x, tuple(new)
+            return (x, shared), tuple(new)
 
-        x, states = jax.lax.scan(body, self._embed(params, tokens), (params["layers"], state["layers"]))
+        x, xs = self._embed(params, tokens), (params["layers"], state["layers"])
+        (x, _), states = jax.lax.scan(body, (x, self._initial_shared(body, x, xs)), xs)
         return self._norm(params["final_norm"], x), {"layers": states}
 
     # Costs

@@ -47,8 +47,8 @@ def selective_scan(
     Returns:
       (y [B, T, D] in the dtype of u, state [B, D, N] in the widest dtype of the arguments, at least float32).
     Raises:
-      ValueError for shapes that disagree, groups that do not divide D, a chunk below 1, or an unknown
-      implementation.
+      ValueError for shapes that disagree, integers or complex numbers, groups that do not divide D, a chunk
+      below 1, or an unknown implementation.
 
     Source: Mamba (arXiv 2312.00752, eq. 2 with the zero-order hold for A); B is discretised by Euler's rule,
     as in the authors' released code. A decay that does not depend on n is cheaper as `linear_attention`.
@@ -64,6 +64,9 @@ def selective_scan(
         "state": "B D N",
     }
     d = dims(spec, u=u, dt=dt, A=A, B=B, C=C, D=D, state=state)
+    for name, array in {"u": u, "dt": dt, "A": A, "B": B, "C": C}.items():
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name}: expected a floating dtype, got {array.dtype}")
     if d.D % d.G:
         raise ValueError(f"B: expected groups that divide D={d.D}, got {d.G}")
     if d.T < 1:
@@ -184,6 +187,7 @@ def _through(A, dt, opened):
 
 def _run(plan, u, dt, A, B, C, opened, state):
     """(y [B, T, G, E] in the dtype of A, outgoing state, each chunk's incoming state [B, n, G, N, E])."""
+    time = u.shape[1]
     tokens = u, dt, B, C, opened = jax.tree.map(plan.split, (u, dt, B, C, opened))
     shape, index, lean = (*u.shape[:2], *A.shape), jnp.arange(plan.chunk), _slim(A, 1)
 
@@ -204,18 +208,17 @@ def _run(plan, u, dt, A, B, C, opened, state):
         ends, _ = lax.scan(lambda h, i: (advance(h, i)[0], None), _slim(zero), index)
         incoming = incoming_states(ends.reshape(shape), *_through(A, dt, opened), state, reverse=False)
     (last, y), _ = lax.scan(read, (_slim(incoming), jnp.zeros_like(u, dtype=A.dtype)), index)
-    return y.reshape(y.shape[0], -1, *y.shape[3:]), last.reshape(shape)[:, -1], incoming
+    return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :time], last.reshape(shape)[:, -1], incoming
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(plan, u, dt, A, B, C, opened, state):
-    y, state, _ = _run(plan, u, dt, A, B, C, opened, state)
-    return y[:, : u.shape[1]], state
+    return _run(plan, u, dt, A, B, C, opened, state)[:2]
 
 
 def _forward(plan, u, dt, A, B, C, opened, state):
     y, state, incoming = _run(plan, u, dt, A, B, C, opened, state)
-    return (y[:, : u.shape[1]], state), (u, dt, A, B, C, opened, incoming)
+    return (y, state), (u, dt, A, B, C, opened, incoming)
 
 
 def _backward(plan, residuals, cotangents):

@@ -17,9 +17,9 @@ import pytest
 from seqmix import catalog
 from seqmix.core import param
 from seqmix.core.mixer import Mixer
+from tests.quick import QUICK
 
 BATCH, MEMORY = 4, 6
-QUICK = {"xla_backend_optimization_level": 0}  # halves the time to compile; what comes out is slower, not other
 TOYS = (
     catalog.Row(
         name="leaky",

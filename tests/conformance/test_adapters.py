@@ -9,7 +9,8 @@ from flax import nnx
 from seqmix.core import param
 from seqmix.interop import linen as in_linen
 from seqmix.interop import nnx as in_nnx
-from tests.conformance.cases import CASES, QUICK, over
+from tests.conformance.cases import CASES, over
+from tests.quick import QUICK
 
 FIRST = {type(c.mixer): c.mixer for c in reversed(CASES)}.values()  # one of a row: adapters do not see fields
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmix.core import param
-from tests.conformance.cases import BATCH, QUICK, close, documents, mixed_ids, over
+from tests.conformance.cases import BATCH, close, documents, mixed_ids, over
+from tests.quick import QUICK
 
 
 @over()

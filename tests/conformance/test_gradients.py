@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from seqmix.core import param
-from tests.conformance.cases import QUICK, close_trees, mixed_ids, over
+from tests.conformance.cases import close_trees, mixed_ids, over
+from tests.quick import QUICK
 
 
 @over()

@@ -1,17 +1,20 @@
 """Mixers linear in their values: the mixing matrix, from its closed form, is what forward applies."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tests.conformance.cases import close, documents, mixed_ids, over
+from tests.quick import QUICK
 
 
 @over(lambda m: m.linear_in_v)
 def test_merging_what_the_matrix_mixes_is_forward(case, x64):
     params, x, inputs, ids = case.params(), case.x(), case.inputs(), mixed_ids(case)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def by_matrix(params, x):
         kwargs = {"segment_ids": ids, **inputs, **case.static}
         values, context = case.mixer.project(params, x, **kwargs)

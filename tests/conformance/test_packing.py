@@ -40,7 +40,8 @@ def test_padding_on_any_side_equals_none(case, x64):
     """A prompt alone at its own length, and in a longer row with padding right, left and inside of it."""
     u, n, params, rows = case.unit, case.part, case.params(), np.zeros(BATCH, int)
     prompt = case.x(time=n)[:1]
-    want = case.forward(params, np.tile(prompt, (BATCH, 1, 1)), None, case.inputs(rows=rows))
+    alone, inputs = np.tile(prompt, (BATCH, 1, 1)), case.inputs(rows=rows)
+    want = case.forward(params, alone, None, inputs)
     ids = np.zeros((BATCH, case.time), np.int32)
     ids[0, :n] = 1
     ids[1, -n:] = 1
@@ -48,7 +49,7 @@ def test_padding_on_any_side_equals_none(case, x64):
     x = case.x(seed=2)
     for row in range(3):
         x[row, ids[row] == 1] = prompt[0]
-    y = case.forward(params, x, ids, case.inputs(rows=rows))
+    y = case.forward(params, x, ids, inputs)
     for row in range(3):
         close(y[row, ids[row] == 1], want[0])
     assert np.all(y[ids == 0] == 0)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from seqmix.core import param, sharding
-from tests.conformance.cases import QUICK, close, close_trees, mixed_ids, over
+from tests.conformance.cases import close, close_trees, mixed_ids, over
+from tests.quick import QUICK
 
 
 @over()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CACHE = tempfile.mkdtemp(prefix="seqmix-compiled-")
+CACHE = os.path.join(tempfile.gettempdir(), f"seqmix-compiled-{os.getpid()}")
 STEPS = 30
 TINY = (
     f"--steps={STEPS}",
@@ -63,7 +63,7 @@ def launch(module, *args, check=True, **options):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         **options,
     )
     if check:
@@ -131,13 +131,13 @@ def interrupt(flags, workdir, number, after):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    limit = time.monotonic() + 240
+    limit = time.monotonic() + 500
     while process.poll() is None and time.monotonic() < limit:
         if log.exists() and log.read_text().count('"train"') >= after:
             process.send_signal(number)
             break
         time.sleep(0.005)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     return process.returncode, errors
 
 

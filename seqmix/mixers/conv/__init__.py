@@ -1,0 +1,1 @@
+"""A kernel over time that does not depend on the tokens."""
