@@ -1,7 +1,23 @@
 """Pure functions of arrays, in layout [B, T, H, K]: `from seqmix import ops; ops.linear_attention(...)`."""
 
 from seqmix.ops.conv import short_conv
+from seqmix.ops.delta import delta_rule, diagonal_plus_rank_one
+from seqmix.ops.fft_conv import long_conv
 from seqmix.ops.linear import linear_attention
+from seqmix.ops.logsumexp import logsumexp_scan
+from seqmix.ops.scan import linear_scan
+from seqmix.ops.selective import selective_scan
 from seqmix.ops.softmax import attention, merge
 
-__all__ = ["attention", "linear_attention", "merge", "short_conv"]
+__all__ = [
+    "attention",
+    "delta_rule",
+    "diagonal_plus_rank_one",
+    "linear_attention",
+    "linear_scan",
+    "logsumexp_scan",
+    "long_conv",
+    "merge",
+    "selective_scan",
+    "short_conv",
+]

@@ -30,7 +30,7 @@ from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.core.sharding import constrain
 from seqmix.ops.conv import short_conv, short_conv_flops
-from seqmix.ops.long_conv import long_conv, long_conv_flops, long_conv_prefill
+from seqmix.ops.fft_conv import long_conv, long_conv_flops, long_conv_prefill
 
 TARGET, FAST, SLOW = 1e-2, 0.3, 1.5  # the window falls to TARGET after FAST to SLOW of max_len
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmix.ops.long_conv import fft_size, long_conv, long_conv_flops, long_conv_prefill, long_conv_step
+from seqmix.ops.fft_conv import fft_size, long_conv, long_conv_flops, long_conv_prefill, long_conv_step
 
 B, D = 2, 3
 
