@@ -186,6 +186,33 @@ ROWS = (
         small=dict(d_model=8, head_dim=4, decay_rank=2, rate_rank=2, gate_rank=3, chunk=4),
         medium=dict(d_model=256, head_dim=32),
     ),
+    Row(
+        name="hyena",
+        target="seqmix.mixers.conv.hyena:Hyena",
+        title="Hyena Hierarchy: Towards Larger Convolutional Language Models",
+        paper="2302.10866",
+        small=dict(d_model=8, max_len=64, filter_width=4),
+        variants=(dict(order=3, filter_features=5, shift=0.1),),
+        medium=dict(d_model=256, max_len=64, filter_width=16),
+    ),
+    Row(
+        name="rat",
+        target="seqmix.mixers.composite.rat:RAT",
+        title="RAT: Bridging RNN Efficiency and Attention Accuracy via Chunk-based Sequence Modeling",
+        paper="2507.04416",
+        small=dict(d_model=8, heads=2, groups=2, chunk=3),
+        variants=(dict(heads=4, chunk=2, block=4),),
+        medium=dict(d_model=256, heads=4),
+    ),
+    Row(
+        name="mega",
+        target="seqmix.mixers.composite.mega:Mega",
+        title="Mega: Moving Average Equipped Gated Attention",
+        paper="2209.10655",
+        small=dict(d_model=8, key_dim=4, chunk=4, block=4),
+        variants=(dict(d_state=3, value_dim=6, chunk=64),),
+        medium=dict(d_model=128, key_dim=32),
+    ),
 )
 
 
@@ -196,7 +223,7 @@ def find(name: str) -> Row:
             return row
     known = [known for row in ROWS for known in (row.name, row.class_name)]
     near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(name.lower(), known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(row.name for row in ROWS)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"catalog.ROWS has the {len(ROWS)} known ones"
     raise ValueError(f"name: no mixer is called {name!r}; {hint}")
 
 

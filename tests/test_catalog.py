@@ -41,10 +41,10 @@ def test_every_mixer_file_has_a_row_and_names_are_unique():
 
 def test_unknown_names_are_told_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'mamba2'"):
-        catalog.find("mamba3")
+        catalog.find("mamba22")
     with pytest.raises(ValueError, match="did you mean 'Attention'"):
         catalog.load("Atention")
-    with pytest.raises(ValueError, match="known: .*attention, mamba2"):
+    with pytest.raises(ValueError, match=f"{len(catalog.ROWS)} known ones"):
         catalog.find("zzz")
 
 

@@ -134,7 +134,7 @@ def delta_rule_flops(batch, seq, heads, key_heads, key_dim, value_dim, chunk=64,
     some per cent less without). The arguments are B, T, H, Hk, K, V, C, n of `delta_rule`.
     """
     if seq == 1:
-        return batch * heads * (1 + 6 * steps + 2) * key_dim * value_dim
+        return 4 * (steps + 1) * batch * heads * key_dim * value_dim
     return _flops(batch, seq * steps, heads, key_heads, key_dim, value_dim, chunk, per_channel, False)
 
 

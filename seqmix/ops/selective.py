@@ -74,6 +74,11 @@ def selective_scan(
     if segment_ids is not None:
         packing.check(segment_ids, d.B, d.T)
     check_chunk(chunk)
+    real = None if segment_ids is None else (segment_ids != 0)[..., None]
+    if segment_ids is not None:
+        # A step of size 0 neither writes nor decays; the rest is cleared of what may stand at padding.
+        u, dt = (jnp.where(real, a, 0) for a in (u, dt))
+        B, C = (jnp.where(real[..., None], a, 0) for a in (B, C))
     acc = functools.reduce(jnp.promote_types, (a.dtype for a in (u, dt, A, B, C)), jnp.float32)
     state = jnp.zeros_like(u, shape=(d.B, d.D, d.N), dtype=acc) if state is None else state.astype(acc)
     chosen = dispatch.pick("selective_scan", implementation, {"chunked": None, "reference": None})
@@ -84,7 +89,7 @@ def selective_scan(
     if D is not None:
         y = y + D.astype(acc) * u.astype(acc)
     if segment_ids is not None:
-        y = jnp.where((segment_ids != 0)[..., None], y, 0)
+        y = jnp.where(real, y, 0)
     return y.astype(u.dtype), state
 
 
@@ -121,9 +126,6 @@ def _by_chunks(u, dt, A, B, C, state, segment_ids, chunk):
     batch, time, groups, _ = B.shape
     opened = None
     if segment_ids is not None:
-        # A step of size 0 neither writes nor decays; the others are cleared of what may stand at padding.
-        real = segment_ids != 0
-        u, dt, B, C = (jnp.where(real.reshape(batch, time, *[1] * (a.ndim - 2)), a, 0) for a in (u, dt, B, C))
         opened = packing.starts(packing.runs(segment_ids))[..., None, None]
         opened = jnp.broadcast_to(opened, (batch, time, groups, 1))
     u, dt = (a.reshape(batch, time, groups, -1) for a in (u, dt))

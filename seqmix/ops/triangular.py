@@ -13,10 +13,10 @@ def unit_lower_inverse(a):
     """(I + a)^-1 of strictly lower triangular matrices a [..., N, C, C], C a power of two, in the dtype of a.
 
     Inverses of diagonal blocks are merged by pairs, [[I+P, 0], [L, I+Q]]^-1 = [[X, 0], [-Y L X, Y]] with
-    X = (I+P)^-1 and Y = (I+Q)^-1, from blocks of one on: every intermediate is a block of the result, so that
-    nothing grows that the result does not hold (a Neumann series, which needs as few products, loses six
-    digits for equal keys). Entries of `a` on or above the diagonal are not read. Products are taken at full
-    precision. The derivative is -X da X, with no look at how X was made.
+    X = (I+P)^-1 and Y = (I+Q)^-1, from blocks of one on. Every intermediate is a block of the result, so nothing
+    grows that does not stand in it; the terms of a Neumann series, which takes as few products, pass 1e15 for 64
+    equal keys. Entries of `a` on or above the diagonal are not read. Products are taken at full precision. The
+    derivative is -X da X, with no look at how X was made.
     """
     return _inverse(a)
 

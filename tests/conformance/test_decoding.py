@@ -29,7 +29,7 @@ def _chunks(case, lengths, rng):
         yield chunk
 
 
-@DECODES
+@over(lambda m: m.decodes and m.packable)
 def test_random_splits_and_steps_equal_forward(case, x64):
     """Each row has a length of its own, and its room is just what it needs: padding must not take any."""
     params, x, rng, every = case.params(), case.x(), np.random.default_rng(0), np.arange(BATCH)
@@ -70,7 +70,7 @@ def test_a_plain_split_equals_forward(case, x64):
     close(np.concatenate(got, axis=1), want[:, :t])
 
 
-@DECODES
+@over(lambda m: m.decodes and m.packable)
 def test_padding_alone_returns_the_state(case, x64):
     params, n = case.params(), case.part
     ids = np.ones((BATCH, n), np.int32)
@@ -101,7 +101,8 @@ def test_a_state_belongs_to_the_first_segment_and_leaves_with_the_last(case, x64
 def test_gradients_through_the_state_equal_those_of_forward(case, x64):
     """By the chain rule over two calls of prefill, the second's gradient by the state entering the first."""
     params, x, n = case.params(), case.x(), case.part
-    w, ids = case.x(seed=3), np.ones((BATCH, n), np.int32)
+    ones = lambda time: np.ones((BATCH, time), np.int32) if case.mixer.packable else None
+    w, ids = case.x(seed=3), ones(n)
     w[:, 2 * n :] = 0
     start = jax.tree.map(jnp.asarray, case.init_state(params, case.time))
     nothing = jax.tree.map(lambda s: jnp.zeros_like(s) if is_float(s) else None, start)
@@ -118,7 +119,7 @@ def test_gradients_through_the_state_equal_those_of_forward(case, x64):
         by_params.append(p)
         by_x.insert(0, x_part)
         carried.append(by_state)
-    _, want, want_x = case.pull(params, x, np.ones(x.shape[:2], np.int32), case.inputs(), w)
+    _, want, want_x = case.pull(params, x, ones(case.time), case.inputs(), w)
     close(np.concatenate(by_x, axis=1), want_x[:, : n * len(halves)])
     if "memory" not in case.mixer.takes:  # whose keys and values are made before the state
         close_trees(jax.tree.map(lambda *parts: sum(parts), *by_params), want)

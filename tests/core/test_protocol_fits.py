@@ -98,30 +98,15 @@ def test_trilinear_scores_are_linear_in_the_first_value():
 
 
 def test_a_choice_travels_between_layers_in_training_and_decoding():
-    layers = Select(d_model=4), Follow(d_model=4)
-    params = [make(m) for m in layers]
-    h, shared = X, {}
-    for m, p in zip(layers, params, strict=True):
-        y, aux = m.forward(p, h, shared=shared)
-        h, shared = h + y, shared | aux.get("shared", {})
-
-    @jax.jit
-    def decode(x, states):
-        shared, new = {}, []
-        for m, p, state in zip(layers, params, states, strict=True):
-            y, state = m.prefill(p, x, state, shared=shared)
-            x, shared = x + y, shared | state.pop("shared", {})
-            new.append(state)
-        return x, new
-
-    got, states = decode(X[:, :3], [m.init_state(p, 2, 6) for m, p in zip(layers, params, strict=True)])
-    parts = [got]
+    model = LM(vocab=5, d_model=4, n_layers=4, mixers=(Select(), Follow()), compute_dtype="float32")
+    params, tokens = make(model), np.array([[0, 3, 1, 4, 2, 2], [1, 0, 2, 3, 4, 0]])
+    want, _ = jax.jit(model.forward)(params, tokens)
+    got, state = jax.jit(model.prefill)(params, tokens[:, :3], model.init_state(params, 2, 6))
+    step, parts = jax.jit(model.step), [got]
     for t in range(3, 6):
-        got, states = decode(X[:, t : t + 1], states)
+        got, state = step(params, tokens[:, t : t + 1], state)
         parts.append(got)
-    close(jnp.concatenate(parts, axis=1), h)
-    model = LM(vocab=5, d_model=4, n_layers=4, mixers=(Select(), Follow()))
-    assert model.forward(make(model), jnp.zeros((1, 6), jnp.int32))[0].shape == (1, 6, 4)
+    close(jnp.concatenate(parts, axis=1), want)
 
 
 def test_centroids_are_written_by_the_train_step():

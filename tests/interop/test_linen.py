@@ -156,8 +156,8 @@ def test_annotations_are_for_hosts_whose_rules_know_the_names():
 
 def test_classes_are_made_once_and_unknown_ones_are_told_the_nearest():
     assert smx.Attention is smx.Attention and smx.Attention.__name__ == "Attention"
-    with pytest.raises(AttributeError, match="did you mean 'Mamba2'"):
-        smx.Mamba3  # noqa: B018
+    with pytest.raises(AttributeError, match="did you mean 'Attention'"):
+        smx.Atention  # noqa: B018
     with pytest.raises(TypeError, match="hedas"):
         smx.Attention(hedas=2)
     assert "Mamba2" in dir(smx) and not hasattr(smx, "_private")

@@ -160,8 +160,8 @@ def test_annotations_are_for_hosts_whose_rules_know_the_names():
 
 
 def test_unknown_mixers_are_told_the_nearest():
-    with pytest.raises(AttributeError, match="did you mean 'Mamba2'"):
-        smx.Mamba3  # noqa: B018
+    with pytest.raises(AttributeError, match="did you mean 'Attention'"):
+        smx.Atention  # noqa: B018
     with pytest.raises(ValueError, match="d_model"):
         smx.Attention(0, heads=2, head_dim=4, rngs=rngs())
     assert "Mamba2" in dir(smx) and not hasattr(smx, "_private")

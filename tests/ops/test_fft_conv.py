@@ -37,8 +37,13 @@ def toeplitz(x, kernel, ahead=None, skip=None):
 def value_and_gradients(f, x, kernel, ahead, skip):
     given = {k: v for k, v in dict(x=x, kernel=kernel, ahead=ahead, skip=skip).items() if v is not None}
     weights = np.random.default_rng(9).normal(size=x.shape)
-    y, pull = jax.vjp(lambda a: f(a.pop("x"), a.pop("kernel"), **a), given)
-    return y, pull(jnp.asarray(weights, y.dtype))[0]
+
+    @jax.jit
+    def run(given):
+        y, pull = jax.vjp(lambda a: f(**a), given)
+        return y, pull(jnp.asarray(weights, y.dtype))[0]
+
+    return run(given)
 
 
 def close(got, want, tolerance=1e-12):
@@ -50,14 +55,16 @@ def close(got, want, tolerance=1e-12):
 
 @pytest.mark.parametrize("time", [1, 63, 64, 65, 200])
 def test_it_is_the_toeplitz_product_with_all_gradients(x64, time):
-    for lags, ahead in ((time, None), (5, None), (time + 7, time + 3), (7, time), (time, 1)):
+    # Fewer lags than tokens, as many, and more; the other combinations at one length.
+    rare = ((5, None), (7, 65), (65, 1)) if time == 65 else ()
+    for lags, ahead in ((time, None), (time + 7, time + 3), *rare):
         arrays = draw(time, lags, ahead)
         close(value_and_gradients(long_conv, *arrays), value_and_gradients(toeplitz, *arrays))
 
 
 def test_it_is_causal_to_rounding(x64):
     x, kernel, _, skip = draw(100, 100)
-    influence = jax.jacobian(lambda x: long_conv(x, kernel, skip=skip)[0, :, 0])(x)[:, 0, :, 0]
+    influence = jax.jit(jax.jacobian(lambda x: long_conv(x, kernel, skip=skip)[0, :, 0]))(x)[:, 0, :, 0]
     assert np.abs(np.triu(influence, 1)).max() < 1e-12
     assert np.abs(np.tril(influence)).max() > 1
 
@@ -81,7 +88,8 @@ def test_low_precision_is_transformed_in_float32():
         with jax.enable_x64(True):
             exact = [a if a is None else np.asarray(a, np.float64) for a in arrays]
             want = value_and_gradients(toeplitz, *exact)
-        assert np.sqrt(np.mean((np.asarray(y, np.float64) - want[0]) ** 2) / np.mean(want[0] ** 2)) < bound
+        want = np.asarray(want[0])
+        assert np.sqrt(np.mean((np.asarray(y, np.float64) - want) ** 2) / np.mean(want**2)) < bound
 
 
 def test_sizes_are_the_least_of_their_kind():
@@ -90,7 +98,7 @@ def test_sizes_are_the_least_of_their_kind():
         assert fft_size(least) == next(n for n in allowed if n >= least)
 
 
-@pytest.mark.parametrize("lags", [4, 12, 20])
+@pytest.mark.parametrize("lags", [4, 20])
 def test_any_split_over_prefill_and_steps_is_the_forward_pass(x64, lags):
     x, kernel, _, skip = draw(12, lags)
     weights = np.random.default_rng(1).normal(size=x.shape)
@@ -108,10 +116,10 @@ def test_any_split_over_prefill_and_steps_is_the_forward_pass(x64, lags):
         return jnp.concatenate(ys, 1)
 
     whole = lambda x, kernel, skip: long_conv(x, kernel, skip=skip)
-    close(decode(x, kernel, skip), whole(x, kernel, skip))
-    close(decode(x, kernel, skip, sizes=(12,), room=12), whole(x, kernel, skip))
-    total = lambda f: jax.jit(jax.grad(lambda *a: jnp.sum(weights * f(*a)), (0, 1, 2)))
-    close(total(decode)(x, kernel, skip), total(whole)(x, kernel, skip))
+    total = lambda f: jax.jit(jax.grad(lambda *a: (jnp.sum(weights * f(*a)), f(*a)), (0, 1, 2), has_aux=True))
+    want = total(whole)(x, kernel, skip)
+    close(total(decode)(x, kernel, skip), want)
+    close(jax.jit(lambda *a: decode(*a, sizes=(12,), room=12))(x, kernel, skip), want[1])
 
 
 def test_ragged_prompts_decode_wherever_their_padding_stands(x64):
@@ -120,11 +128,11 @@ def test_ragged_prompts_decode_wherever_their_padding_stands(x64):
     spoilt = np.where(mask[..., None], x, np.nan)
     state = jnp.zeros((B, 16, D)), jnp.zeros(B, jnp.int32)
     ys = []
-    for start, stop in ((0, 4), (4, 10)):
+    for start, stop in ((0, 5), (5, 10)):
         now = slice(start, stop)
-        y, *state = long_conv_prefill(spoilt[:, now], *state, kernel, skip=skip, mask=mask[:, now])
+        y, *state = jax.jit(long_conv_prefill)(spoilt[:, now], *state, kernel, skip=skip, mask=mask[:, now])
         ys.append(y)
-    y, buffer, length = long_conv_step(spoilt[:, 10], *state, kernel, skip=skip, mask=mask[:, 10])
+    y, buffer, length = jax.jit(long_conv_step)(spoilt[:, 10], *state, kernel, skip=skip, mask=mask[:, 10])
     got = np.concatenate([*ys, y[:, None]], 1)
     np.testing.assert_array_equal(length, mask.sum(1))
     for b in range(B):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmix.parts.norms import norm_params, rms_norm
+from seqmix.parts.norms import l2_norm, norm_params, rms_norm
 
 rng = np.random.default_rng(0)
 X, GATE, SCALE = (
@@ -53,6 +53,19 @@ def test_low_precision_is_normalised_in_float32():
 def test_the_scale_starts_at_one_and_does_not_decay():
     scale = norm_params((4, 3), ("heads", "head_dim"))["scale"]
     assert not scale.decay and np.all(scale.initializer(jax.random.key(0), scale.shape, scale.dtype) == 1)
+
+
+def test_l2_norm_makes_vectors_of_length_one_and_is_differentiable_at_zero():
+    with jax.enable_x64(True):
+        got = l2_norm(jnp.asarray(X), eps=0.0)
+        np.testing.assert_allclose(got, X / np.linalg.norm(X, axis=-1, keepdims=True), rtol=0, atol=1e-14)
+        np.testing.assert_allclose(l2_norm(jnp.asarray(X)), got, rtol=0, atol=1e-6 / np.min(np.sum(X**2, -1)))
+        zero = jnp.zeros((2, 3))
+        np.testing.assert_array_equal(l2_norm(zero), zero)
+        np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(l2_norm(x)))(zero), 1e3 * np.ones((2, 3)), rtol=1e-12)
+    y = l2_norm(jnp.asarray(1e4 * X, jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), got, rtol=2**-7)
 
 
 @pytest.mark.parametrize(

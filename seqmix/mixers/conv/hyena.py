@@ -10,7 +10,7 @@
 
 delta is fixed and evenly spaced over the D (N - 1) channels of all filters, so that windows fall to 0.01 within 1.5
 to 0.3 of max_len. As in the released code the filters are not normalised, weight decay is off for their weights, and
-z is a weight with a hundredth of their learning rate. Equations checked against that code, HazyResearch/safari.
+z is a weight with a hundredth of their learning rate. Equations as that code (HazyResearch/safari) has them.
 
 There is no state of constant size: decoding keeps the inputs of every long convolution, and a step evaluates the
 filters again, O(max_len). A kernel reaches over every boundary, so rows cannot be packed or padded.

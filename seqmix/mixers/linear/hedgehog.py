@@ -119,7 +119,7 @@ class Hedgehog(Mixer):
     # Decoding
 
     def init_state(self, params, batch, max_len, dtype=jnp.float32, **inputs):
-        """Zeros in float32 at least: "kv" [B, H, 2 K, V] and "k" [B, H, 2 K], sums over phi(k); "length" [B] with rope."""
+        """Zeros in float32 at least: "kv" [B, H, 2 K, V], "k" [B, H, 2 K], sums over phi(k); "length" [B] with rope."""
         self.check_inputs(inputs)
         K, V = self.sizes
         state = zero_state(batch, self.heads, self._map.dim(K), V, dtype)

@@ -13,36 +13,26 @@ from seqmix.mixers.dense.attention import Attention
 from seqmix.mixers.linear.hedgehog import Hedgehog
 from seqmix.parts import feature_maps
 from seqmix.parts.feature_attention import attention_weights
+from tests.mixers.equations import agrees_with, compiled, tokens
 
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # halves compile time
 SMALL = Hedgehog(d_model=6, heads=2, key_dim=4, value_dim=3, rope=False, chunk=4)
 
 
-def tokens(batch, time, width=6, seed=7):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal((batch, time, width)))
-
-
-def test_forward_is_the_equation(x64):
-    rng = np.random.default_rng(0)
-    p = param.map_params(lambda w: jnp.asarray(0.6 * rng.standard_normal(w.shape)), SMALL.params())
-    x = tokens(2, 7)
-
+def by_the_equation(p, x):
     def phi(side, h, u):
         w = u @ p["features"][side]["weight"][h] + p["features"][side]["bias"][h]
         return jnp.concatenate([jax.nn.softmax(w), jax.nn.softmax(-w)], -1)
 
-    @quick
-    def want():
-        y = 0
-        for h in range(2):
-            q, k, v = (x @ p[name][:, h] for name in "qkv")
-            w = jnp.tril(phi("q", h, q) @ jnp.swapaxes(phi("k", h, k), -1, -2))
-            y = y + (w / (jnp.sum(w, -1, keepdims=True) + 1e-12)) @ v @ p["out"][h]
-        return y
+    y = 0
+    for h in range(2):
+        q, k, v = (x @ p[name][:, h] for name in "qkv")
+        w = jnp.tril(phi("q", h, q) @ jnp.swapaxes(phi("k", h, k), -1, -2))
+        y = y + (w / (jnp.sum(w, -1, keepdims=True) + 1e-12)) @ v @ p["out"][h]
+    return y
 
-    want = want()
-    np.testing.assert_allclose(quick(SMALL.forward)(p, x)[0], want, rtol=0, atol=1e-12)
-    assert float(jnp.max(jnp.abs(want))) > 0.2
+
+def test_forward_and_its_gradients_are_those_of_the_equation(x64):
+    agrees_with(SMALL, by_the_equation)
 
 
 def test_it_takes_the_weights_of_an_attention_layer():
@@ -55,10 +45,10 @@ def test_it_takes_the_weights_of_an_attention_layer():
 def test_rotary_positions_make_it_relative(x64):
     """Hedgehog maps rotated queries, so its weights see positions; a shift of all of them by a whole turn is none."""
     mixer = Hedgehog(d_model=6, heads=2, key_dim=2, chunk=4)  # one frequency, of 1 radian a token
-    p = param.materialise(mixer.params(), jax.random.key(0))
-    x = tokens(1, 6)
+    p = compiled(functools.partial(param.materialise, mixer.params()))(jax.random.key(0))
+    x = tokens(mixer, 6, batch=1)
     place = jnp.arange(6.0)[None]
-    run = quick(lambda place: mixer.mixing_matrix(p, x, positions=place))
+    run = compiled(lambda place: mixer.mixing_matrix(p, x, positions=place))
     np.testing.assert_allclose(run(place + 2 * np.pi), run(place), atol=1e-6)  # weights are drawn in float32
     assert float(jnp.max(jnp.abs(run(2 * place) - run(place)))) > 1e-2
 
@@ -82,7 +72,7 @@ def test_it_learns_the_softmax_of_a_few_keys_three_times_closer_than_fixed_maps(
         gap = jnp.where(seen, log_teacher - jnp.log(jnp.where(seen, student, 1) + 1e-12), 0)
         return jnp.mean(jnp.sum(teacher * gap, -1))
 
-    @quick
+    @compiled
     def fit(params, keys):
         optimiser = optax.adam(0.03)
 
@@ -94,7 +84,7 @@ def test_it_learns_the_softmax_of_a_few_keys_three_times_closer_than_fixed_maps(
 
         return jax.lax.scan(step, (params, optimiser.init(params)), keys)[0][0]
 
-    @quick
+    @compiled
     def measure(learned):
         fixed = {name: feature_maps.named(name) for name in ("elu", "relu", "random", "hedgehog")}
         params = {name: param.materialise(phi.params(1, size), jax.random.key(0)) for name, phi in fixed.items()}
