@@ -7,7 +7,7 @@ from experiments import config
 
 
 def mamba2_130m() -> config.Train:
-    """24 Mamba-2 layers of width 768, no MLPs, tied embeddings: 128.9M weights.
+    """24 Mamba-2 layers of width 768, no MLPs, tied embeddings: 129.0M weights.
 
     python -m experiments.train --config=mamba2_130m
     """

@@ -106,8 +106,8 @@ def verify(path):
     """The manifest of a checkpoint whose files all match it; raises Damaged naming one that does not."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        listed = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        listed = {name: (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise Damaged("manifest.json is missing or unreadable") from None
     for name, (size, digest) in listed.items():
         file = path / name
@@ -136,6 +136,8 @@ def lock(workdir):
     """Takes the working directory's lock; keep the returned file open. Raises Refused when another run holds
     it.
     """
+    if Path(workdir).exists() and not Path(workdir).is_dir():
+        raise Refused(f"workdir {workdir}: expected a directory, got a file")
     try:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         file = open(Path(workdir) / "lock", "a")  # noqa: SIM115
@@ -160,7 +162,9 @@ def check_config(workdir, config):
     found = serialize.difference(held, config, ignore=FREE_FIELDS)
     if found:
         field, old, new = found
-        raise Refused(f"workdir {workdir} holds another config: {field} is {old!r} there and {new!r} here")
+        raise Refused(
+            f"workdir {workdir} holds another config: {field} is {old!r} there and {new!r} here; give another --workdir"
+        )
 
 
 def check_data(workdir, fingerprint):
@@ -179,9 +183,12 @@ def load_config(workdir):
     if not path.is_file():
         raise Refused(f"--workdir: expected the directory of a run, found no config.json in {workdir}")
     try:
-        return serialize.from_json(json.loads(path.read_text()))
+        config = serialize.from_json(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise Refused(f"{path}: {error}") from None
+    if not hasattr(config, "model"):
+        raise Refused(f"{path}: expected the config of a run, got {type(config).__name__}")
+    return config
 
 
 def _load(path, abstract):

@@ -190,7 +190,8 @@ def _walk(root, skip=NO_SOURCE):
     """The files under a folder, without hidden ones and without the folders named in `skip`."""
     for folder, below, names in os.walk(root, followlinks=True):
         below[:] = [name for name in below if name not in skip and not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        yield from (path for path in paths if path.is_file())  # no pipes, sockets or dangling links
 
 
 def _read(root, paths):

@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+MOST_TOKENS = 2**24  # room for more would be a mistake: a state with a cache is allocated for all of them
+
 
 def check(*, max_tokens, temperature=1.0, top_k=0, top_p=1.0, greedy=False):
     """Raises ValueError in one line for sampling settings out of range."""
-    if max_tokens < 1:
-        raise ValueError(f"max-tokens: expected at least 1, got {max_tokens}")
+    if not 1 <= max_tokens <= MOST_TOKENS:
+        raise ValueError(f"max-tokens: expected 1 to {MOST_TOKENS:,}, got {max_tokens:,}")
     if not (math.isfinite(temperature) and temperature > 0) and not greedy:
         raise ValueError(f"temperature: expected a positive number (or --greedy), got {temperature}")
     if top_k < 0:

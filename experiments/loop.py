@@ -63,6 +63,15 @@ class Trainer:
         peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
         self.peak = peak * mesh.devices.size if peak else None
         self._eval = None
+        self._try_model()
+
+    def _try_model(self):
+        """Traces the loss, without compiling: what a mixer or an op refuses comes up before anything is written."""
+        shape = (self.cfg.data.batch_size // self.cfg.optim.accumulate, self.cfg.data.seq_len)
+        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "segment_ids")}
+        batch |= {"positions": batch["tokens"], "mask": jax.ShapeDtypeStruct(shape, jnp.float32)}
+        with sharding.use_mesh(self.mesh):
+            jax.eval_shape(self._loss, self.params, batch)
 
     def init(self):
         """The state before step 0, made in place on the mesh."""

@@ -37,12 +37,12 @@ def prepare(cfg, workdir):
     checkpoint.check_config(workdir, config)
     mesh = loop.make_mesh(cfg)
     progress.say(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind}")
+    trainer = loop.Trainer(cfg, mesh)
     with progress.phase("reading the data"):
         dataset = data.load(cfg.data, cfg.model.vocab, math.lcm(*(mixer.align for mixer in cfg.model.period)))
     progress.say(dataset.summary)
     checkpoint.check_data(workdir, dataset.fingerprint)
 
-    trainer = loop.Trainer(cfg, mesh)
     if not trainer.packs:
         progress.say("warning: a mixer of this model cannot pack, so the documents of a row see each other")
     saved = checkpoint.Checkpoints(workdir, cfg.checkpoint.keep, warn=progress.say)

@@ -17,6 +17,8 @@ def dims(spec, **arrays) -> SimpleNamespace:
     for name, array in arrays.items():
         if array is None:
             continue
+        if not hasattr(array, "shape"):
+            raise ValueError(f"{name}: expected an array, got {type(array).__name__}")
         letters = (spec if isinstance(spec, str) else spec[name]).split()
         shape = tuple(array.shape)
         sizes = [int(letter) if letter.isdigit() else bound.get(letter) for letter in letters]

@@ -60,7 +60,7 @@ class LM:
             raise ValueError(f"mlp_hidden: expected {period} widths, got {len(self.mlp_hidden)}")
         if self.remat not in REMAT:
             raise ValueError(f"remat: expected one of {', '.join(REMAT)}, got {self.remat!r}")
-        if not jnp.issubdtype(jnp.dtype(self.compute_dtype), jnp.floating):
+        if not _is_floating(self.compute_dtype):
             raise ValueError(f"compute_dtype: expected a floating dtype, got {self.compute_dtype!r}")
         for m in self.mixers:
             self._check_mixer(m)
@@ -295,6 +295,13 @@ class LM:
         if "head" in tree:
             out["head"] = param.count(tree["head"])
         return out | {"norms": self.count() - sum(out.values())}
+
+
+def _is_floating(name) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(name), jnp.floating)
+    except TypeError:
+        return False
 
 
 def _check_tokens(tokens, segment_ids, positions):

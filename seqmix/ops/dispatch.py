@@ -21,7 +21,7 @@ def pick(op: str, implementation: str | None, reasons: dict[str, str | None]) ->
         if implementation is None:
             raise ValueError(f"implementation: {op} has none for this call: {reasons}")
     elif implementation not in reasons:
-        near = difflib.get_close_matches(implementation, reasons, 1)
+        near = difflib.get_close_matches(str(implementation), reasons, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"implementation: expected one of {', '.join(reasons)} for {op}, got {implementation!r}{hint}")
     elif reasons[implementation] is not None:

@@ -17,6 +17,8 @@ from seqmix.core.shapes import dims
 def decay_spec(log_decay):
     """The named dimensions of a decay, for `dims`; raises ValueError if it can have none."""
     specs = {1: "H", 3: "B T H", 4: "B T H K"}
+    if log_decay is not None and not hasattr(log_decay, "ndim"):
+        raise ValueError(f"log_decay: expected an array or None, got {type(log_decay).__name__}")
     if log_decay is None or log_decay.ndim in specs:
         return None if log_decay is None else specs[log_decay.ndim]
     raise ValueError(f"log_decay: expected shape (H), (B, T, H) or (B, T, H, K), got {tuple(log_decay.shape)}")

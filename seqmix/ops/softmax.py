@@ -167,12 +167,20 @@ def _rules(scale, causal, window, sinks, soft_cap) -> Rules:
     if not isinstance(sinks, int) or sinks < 0 or (sinks and not causal):
         needs = "0" if not causal else "an integer >= 0"
         raise ValueError(f"sinks: expected {needs} with causal={causal}, got {sinks!r}")
-    for name, value in (("scale", scale), ("soft_cap", soft_cap)):
-        if value is not None and (not isinstance(value, int | float) or not math.isfinite(value)):
-            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    scale, soft_cap = _finite("scale", scale), None if soft_cap is None else _finite("soft_cap", soft_cap)
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
-    return Rules(float(scale), bool(causal), window, sinks, None if soft_cap is None else float(soft_cap))
+    return Rules(scale, bool(causal), window, sinks, soft_cap)
+
+
+def _finite(name, value) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+        number = math.nan
+    if isinstance(value, str) or not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, known when tracing, got {value!r}")
+    return number
 
 
 def _tokens(time, keys, segment_ids, kv_segment_ids, q_positions, kv_positions):

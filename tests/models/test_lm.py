@@ -222,6 +222,7 @@ def test_parts_sum_to_the_count():
         (dict(mlp_hidden=(1, 2, 3)), "mlp_hidden"),
         (dict(remat="some"), "remat"),
         (dict(compute_dtype="int32"), "compute_dtype"),
+        (dict(compute_dtype="float33"), "compute_dtype"),
         (dict(vocab=0), "vocab"),
     ],
 )

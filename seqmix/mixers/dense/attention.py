@@ -142,7 +142,10 @@ class Attention(Mixer):
     # Decoding
 
     def init_state(self, params, batch, max_len, dtype=jnp.float32, **inputs):
-        """A cache of max_len tokens a row, or of the window and the sinks where that is less."""
+        """A cache of max_len tokens a row, or of the window and the sinks where that is less.
+
+        Without a window, a row that grows beyond max_len keeps its newest tokens: from there on y is that of a window.
+        """
         self._need_decoding()
         self.check_inputs(inputs)
         sizes = self._kv_heads, self._head_dim, self._head_dim

@@ -13,41 +13,34 @@ from tests.mixers.recurrent.delta_loops import heads, normed, recurrence
 SMALL = DeltaNet(d_model=6, heads=2, key_dim=4, value_dim=3, conv_width=3, beta_max=2.0, chunk=4)
 
 
-def test_forward_and_its_gradients_are_those_of_the_equations(x64):
-    def equations(p, x):
-        q, k, v, beta = heads(p, x, beta_max=2.0)
-        return jnp.einsum(
-            "bthv,hvd->btd", normed(p, recurrence(q, k, v, beta, jnp.ones((*x.shape[:2], 2, 1)))), p["out"]
-        )
+def by_the_equations(p, x):
+    mixed = recurrence(*heads(p, x, beta_max=2.0), jnp.ones((*x.shape[:2], 2, 1)))
+    return jnp.einsum("bthv,hvd->btd", normed(p, mixed), p["out"])
 
-    agrees_with(SMALL, equations)
+
+def test_forward_and_its_gradients_are_those_of_the_equations(x64):
+    agrees_with(SMALL, by_the_equations)
 
 
 def memory(size=4):
-    """A mixer of one head whose tokens are [one-hot key, value, whether to write], and its weights.
+    """A mixer of one head whose tokens are [one-hot key, value, 1 to write or -1 to read], and its weights.
 
     silu keeps 0, so that keys stay one-hot; beta is 1 or 0 to the last bit.
     """
     width = 2 * size + 1
     mixer = DeltaNet(d_model=width, heads=1, key_dim=size, value_dim=size, conv_width=0, chunk=4)
-    p = weights(mixer)
-    read = np.zeros((width, 1, size))
-    read[:size, 0] = 30 * np.eye(size)
-    value, beta = np.zeros((width, 1, size)), np.zeros((width, 1))
+    key, value, beta = np.zeros((width, 1, size)), np.zeros((width, 1, size)), np.zeros((width, 1))
+    key[:size, 0] = 30 * np.eye(size)
     value[size : 2 * size, 0] = np.eye(size)
     beta[-1] = 80
-    return mixer, p | {
-        "q": jnp.asarray(read),
-        "k": jnp.asarray(read),
-        "v": jnp.asarray(value),
-        "beta": jnp.asarray(beta),
-    }
+    made = {"q": key, "k": key, "v": value, "beta": beta}
+    return mixer, weights(mixer) | {name: jnp.asarray(w) for name, w in made.items()}
 
 
 def token(key, value=None, size=4):
-    return np.concatenate(
-        [np.eye(size)[key], np.zeros(size) if value is None else value, [-1.0 if value is None else 1.0]]
-    )
+    """One that writes a value under a key, or without one reads it."""
+    written = np.zeros(size) if value is None else value
+    return np.concatenate([np.eye(size)[key], written, [-1.0 if value is None else 1.0]])
 
 
 def read(mixer, p, rows):
