@@ -95,7 +95,8 @@ class Checkpoints:
                 restored = _load(path / "params", params)
                 return step, restored, None if rest is None else _load(path / "rest", rest), manifest
             except Damaged as error:
-                self.warn(f"warning: checkpoint {path} is damaged ({error}); trying the one before it")
+                then = "" if step == steps[0] else "; trying the one before it"
+                self.warn(f"warning: checkpoint {path} is damaged ({error}){then}")
                 last = error
         if steps:
             raise Refused(f"no checkpoint in {self.root} verifies (last reason: {last}); not starting afresh")

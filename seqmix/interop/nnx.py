@@ -76,10 +76,6 @@ def _is_variable(leaf) -> bool:
     return isinstance(leaf, nnx.Variable)
 
 
-def _build(mixer_class, d_model: int, *, rngs: nnx.Rngs, annotate: bool = False, **fields) -> MixerModule:
-    return MixerModule(mixer_class(d_model=d_model, **fields), rngs=rngs, annotate=annotate)
-
-
 def __getattr__(name: str):
     """A function (d_model, *, rngs, annotate=False, **fields) -> MixerModule for a mixer's class name."""
     if name.startswith("_"):
@@ -88,7 +84,11 @@ def __getattr__(name: str):
         mixer_class = catalog.load(name)
     except ValueError as error:
         raise AttributeError(str(error)) from None
-    return functools.update_wrapper(functools.partial(_build, mixer_class), mixer_class, updated=())
+
+    def build(d_model: int, *, rngs: nnx.Rngs, annotate: bool = False, **fields) -> MixerModule:
+        return MixerModule(mixer_class(d_model=d_model, **fields), rngs=rngs, annotate=annotate)
+
+    return functools.update_wrapper(build, mixer_class, updated=())
 
 
 def __dir__():
