@@ -159,7 +159,7 @@ class RandomFeatures:
 
         phi(x) = exp(W h - |h|^2 / 2) / sqrt(features),   h = x / K^(1/4)
 
-    FAVOR+ of Performers (Choromanski et al., arXiv 2009.14794, lemma 1 and section 2.3). The rows of W are those of
+    FAVOR+ of Performers (Choromanski et al., arXiv 2009.14794, section 2). The rows of W are those of
     Gaussian matrices, made orthogonal within blocks of K; drawn per head with the weights, stored with them, not
     trained. A query's features are divided by their largest, which cancels in normalised attention; a key's are at
     most e^(|w|^2 / 2), of some e^(K / 2), and are not divided by the largest of all keys, as in the published code,

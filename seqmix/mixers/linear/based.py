@@ -1,4 +1,4 @@
-"""Based: linear attention by the Taylor series of the exponential (Arora et al., arXiv 2402.18668, section 4.1).
+"""Based: linear attention by the Taylor series of the exponential (Arora et al., arXiv 2402.18668, section 4).
 
     q, k, v  = x W_q, x W_k, x W_v                        [B, T, H, K], [.., K], [.., V], K small (16)
     mixed_t  = sum_{s <= t} w_ts v_s / (sum_{s <= t} w_ts + eps),    w = 1 + u + u^2 / 2,  u = q_t . k_s / sqrt(K)

@@ -7,9 +7,9 @@
 
 The weights q, k, v, out are those of `mixers.dense.attention` with the same heads, so that a trained attention layer
 is converted by copying them and fitting phi, row by row, to its softmax (`mixing_matrix` of both: the paper's
-distillation minimises their cross-entropy). For that, positions are rotary as there; the paper converts models with
-learned ones (rope=False). q . k is not divided by sqrt(K) here, as W can. `form` names what stands for the paper's
-[exp(u), exp(-u)]: softmax over each half (LoLCATs' code, the default), over both, or the exponentials themselves
+distillation minimises their cross-entropy). For that, positions are rotary as there; GPT-2 and BERT, which the paper
+converts, have learned ones (rope=False). q . k is not divided by sqrt(K) here, as W can. `form` names what stands for
+the paper's [exp(u), exp(-u)]: softmax over each half (LoLCATs' code, the default), over both, or the exponentials themselves
 (`parts.feature_maps.Hedgehog`). Equations checked against LoLCATs' and flash-linear-attention's code.
 """
 

@@ -7,7 +7,7 @@
     y_t      = h_t C_t + D u_t
     out      = W_out (y * silu(z))
 
-A is discretised by the zero-order hold, B by Euler's rule, as in the authors' code (the paper's equation 4 holds both).
+A is discretised by the zero-order hold, B by Euler's rule, as in the authors' code (equation 4 has the hold for both).
 Their W_in and W_x are held here as one weight per part. A_log starts at log(1 .. N) in every channel, softplus(dt_bias)
 log-uniform in [dt_min, dt_max]; other projections are drawn normally. Equations checked against the released code.
 """
