@@ -53,13 +53,6 @@ def test_kinds_of_decay_agree_where_they_mean_the_same(x64):
     assert_close(run(arrays | dict(log_decay=np.zeros(H))), run(plain), 1e-13)
 
 
-def test_a_group_of_heads_shares_keys_as_if_they_were_repeated(x64):
-    arrays = draw("head", 19, erase=HK)
-    repeated = {name: np.repeat(arrays[name], H // HK, axis=2) for name in ("q", "k", "erase")}
-    run = forward(chunk=8)
-    assert_close(run(arrays), run(arrays | repeated), 1e-13)
-
-
 def test_it_runs_under_vmap():
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in draw("channel", 9).items()}
     pair = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), arrays)
@@ -104,14 +97,11 @@ def test_the_transition_of_rwkv7_equals_its_loop_in_values_and_all_gradients(x64
     )
 
 
-@pytest.mark.parametrize("kind", ["none", "head"])
-def test_the_delta_rule_is_a_case_of_the_diagonal_plus_rank_one(kind, x64):
-    arrays = draw(kind, 19, size=(B, H, H, K, V))
+def test_the_delta_rule_is_a_case_of_the_diagonal_plus_rank_one(x64):
+    arrays = draw("head", 19, size=(B, H, H, K, V))
     expected = forward(chunk=8)(arrays)
-    beta = arrays.pop("beta")[..., None]
-    decay = np.exp(arrays["log_decay"])[..., None] if kind == "head" else 1.0
-    k = arrays.pop("k")
-    arrays |= dict(k=beta * k, left=-beta * k, right=decay * k)
+    beta, k = arrays.pop("beta")[..., None], arrays.pop("k")
+    arrays |= dict(k=beta * k, left=-beta * k, right=np.exp(arrays["log_decay"])[..., None] * k)
     assert_close(jit(lambda arrays: diagonal_plus_rank_one(**arrays, chunk=8))(arrays), expected, 1e-13)
 
 
