@@ -250,5 +250,6 @@ def markdown() -> str:
 def _growth(mixer) -> str:
     if not mixer.decodes:
         return "none"
-    long = 1 << 20
-    return "constant" if mixer.state_size(long) == mixer.state_size(2 * long) else "grows with the context"
+    sizes = {"memory": 1} if "memory" in mixer.takes else {}
+    short, long = (mixer.state_size(context, **sizes) for context in (1 << 20, 1 << 21))
+    return "constant" if short == long else "grows with the context"
