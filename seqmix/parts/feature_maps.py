@@ -69,7 +69,7 @@ class Hedgehog:
     """A learned spiky map (Zhang et al., The Hedgehog & the Porcupine, arXiv 2402.04347), u = W x + b per head:
 
         halves: phi(x) = [softmax(u), softmax(-u)]       over the features of each half (LoLCATs' code)
-        whole:  phi(x) = softmax([2 u, -2 u])            over all of them (flash-linear-attention's)
+        whole:  phi(x) = softmax([2 u, -2 u])            over all of them (said to be flash-linear-attention's)
         exp:    phi(x) = [exp(u), exp(-u)]               the equation; keys overflow float32 beyond |u| = 88
 
     These are different maps: halves and whole scale each key by a number of its own. Queries and keys have weights
@@ -139,7 +139,8 @@ class Taylor2:
             h = _acc(x) * x.shape[-1] ** -0.25
             size = h.shape[-1]
             # All pairs at distance r round the circle of channels; at half of it each would come twice.
-            pairs = [(h * jnp.roll(h, -r, axis=-1))[..., : size // 2 if 2 * r == size else size] for r in _half(size)]
+            count = lambda r: size // 2 if 2 * r == size else size
+            pairs = [(h * jnp.roll(h, -r, axis=-1))[..., : count(r)] for r in range(1, size // 2 + 1)]
             one = jnp.ones_like(h[..., :1])
             return jnp.concatenate([one, h, h * h * 0.5**0.5, *pairs], axis=-1).astype(x.dtype)
 
@@ -147,10 +148,6 @@ class Taylor2:
 
     def flops(self, key_dim: int) -> int:
         return 2 * (3 * key_dim + key_dim * (key_dim // 2))
-
-
-def _half(size):
-    return range(1, size // 2 + 1)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ is converted by copying them and fitting phi, row by row, to its softmax (`mixin
 distillation minimises their cross-entropy). For that, positions are rotary as there; GPT-2 and BERT, which the paper
 converts, have learned ones (rope=False). q . k is not divided by sqrt(K) here, as W can. `form` names what stands for
 the paper's [exp(u), exp(-u)]: softmax over each half (LoLCATs' code, the default), over both, or the exponentials
-themselves (`parts.feature_maps.Hedgehog`). Equations checked against LoLCATs' and flash-linear-attention's code.
+themselves (`parts.feature_maps.Hedgehog`). Equations checked against LoLCATs' code.
 """
 
 from dataclasses import dataclass

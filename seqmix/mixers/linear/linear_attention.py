@@ -6,8 +6,8 @@
 
 with phi from `parts.feature_maps` by its name: elu (the paper's, elu + 1), relu, hedgehog (2402.04347), taylor2
 (2402.18668), random (Performers, 2009.14794). Without `causal` the sums go over the whole segment. No positions, no
-biases and no norm of the output. The published code projects with biases; eps is its 1e-6. Equations checked against
-the paper's and the released fast-transformers code.
+biases and no norm of the output. The published code is remembered to project with biases and to have eps 1e-6; it
+was not opened. Equations checked against the paper's.
 """
 
 from dataclasses import dataclass
