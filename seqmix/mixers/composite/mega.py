@@ -12,8 +12,8 @@ The averages run on from chunk to chunk of `chunk` tokens, attention does not; o
 Chunks are counted from the start of a segment, so that segments may start anywhere (in the paper, of a row). The bias
 by distance is the rotary one (RoFormer's rotation of two learned vectors), which is a product of queries and keys;
 not here are the table of biases, attention by the Laplace function or squared relu, and the two-sided average. The
-paper's block subtracts the stream from h before its norm; here x is what the mixer is given. Equations as the
-released code (facebookresearch/mega) has them.
+paper's block subtracts the stream from h before its norm; here x is what the mixer is given. Equations after a
+summary of the released code (facebookresearch/mega), which was not opened itself.
 """
 
 from dataclasses import dataclass

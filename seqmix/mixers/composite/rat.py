@@ -10,8 +10,8 @@
 q and kt are rotated (`parts.rotary`) by the number of their chunk. A chunk of 1 with g = 0 is softmax attention, one
 as long as the sequence a gated recurrence. Chunks are counted from the start of a segment, so that segments may
 start anywhere. b starts as log U(1, chunk - 1). The norm before and the residual after belong to the block. Decoding
-keeps the last kt and vt of each whole chunk, and the running ones. Equations as the released code
-(CLAIRE-Labo/RAT) has them.
+keeps the last kt and vt of each whole chunk, and the running ones. Equations after a summary of the
+released code (CLAIRE-Labo/RAT), which was not opened itself.
 """
 
 from dataclasses import dataclass

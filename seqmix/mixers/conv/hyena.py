@@ -9,8 +9,9 @@
     z_j    = [j / (L - 1), cos(2 pi f j / L), -sin(2 pi f j / L)],       f from 1e-4 to (features - 3) / 2
 
 delta is fixed and evenly spaced over the D (N - 1) channels of all filters, so that windows fall to 0.01 within 1.5
-to 0.3 of max_len. As in the released code the filters are not normalised, weight decay is off for their weights, and
-z is a weight with a hundredth of their learning rate. Equations as that code (HazyResearch/safari) has them.
+to 0.3 of max_len. The filters are not normalised, weight decay is off for their weights, and
+z is a weight with a hundredth of their learning rate. Both, and the equations, after a summary of the
+released code (HazyResearch/safari), which was not opened itself.
 
 There is no state of constant size: decoding keeps the inputs of every long convolution, and a step evaluates the
 filters again, O(max_len). A kernel reaches over every boundary, so rows cannot be packed or padded.

@@ -15,7 +15,6 @@ straddles two shards; concatenating z, x, B, C, dt (and conv's x, B, C) gives th
 number of weights is theirs. The published code draws W_in uniformly, with a third of the variance used here.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,6 +29,7 @@ from seqmix.core.sharding import constrain
 from seqmix.ops.conv import short_conv, short_conv_flops
 from seqmix.ops.linear import linear_attention, linear_attention_flops
 from seqmix.ops.linear_reference import linear_mixing_matrix
+from seqmix.parts import time_steps
 from seqmix.parts.norms import norm_params, rms_norm
 
 
@@ -64,10 +64,7 @@ class Mamba2(Mixer):
     def __post_init__(self):
         sizes = ("d_state", "head_dim", "expand", "n_groups", "conv_width", "chunk")
         self.positive(**{name: getattr(self, name) for name in sizes})
-        for low, high in (("dt_min", "dt_max"), ("a_min", "a_max")):
-            if not 0 < getattr(self, low) <= getattr(self, high):
-                got = f"{getattr(self, low)} and {getattr(self, high)}"
-                raise ValueError(f"Mamba2.{low}: expected 0 < {low} <= {high}, got {got}")
+        time_steps.check_ranges(self, ("dt_min", "dt_max"), ("a_min", "a_max"))
         if self.d_model == 0:
             return
         inner = self.expand * self.d_model
@@ -91,29 +88,23 @@ class Mamba2(Mixer):
         group, axes = (self.n_groups, self.d_state), ("kv_heads", "state")
         shapes = {"x": ((H, P), ("heads", "head_dim")), "B": (group, axes), "C": (group, axes)}
         uniform = _uniform(W**-0.5)  # as PyTorch draws the weights and biases of a depthwise convolution
+        a_log = time_steps.a_log_init(self.a_min, self.a_max)
+        dt_bias = time_steps.dt_bias_init(self.dt_min, self.dt_max, self.dt_floor)
         tree = {
             "in": {
                 **{k: Param((D, *s), ("embed", *a)) for k, (s, a) in {"z": shapes["x"], **shapes}.items()},
                 "dt": Param((D, H), ("embed", "heads")),
             },
             "conv": {k: Param((W, *s), (None, *a), uniform) for k, (s, a) in shapes.items()},
-            "A_log": Param((H,), ("heads",), self._init_a_log, decay=False),
+            "A_log": Param((H,), ("heads",), a_log, decay=False),
             "D": Param((H,), ("heads",), param.ones, decay=False),
-            "dt_bias": Param((H,), ("heads",), self._init_dt_bias, decay=False),
+            "dt_bias": Param((H,), ("heads",), dt_bias, decay=False),
             "norm": norm_params((H, P), ("heads", "head_dim")),
             "out": Param((H, P, D), ("heads", "head_dim", "embed"), fan_in=H * P),
         }
         if self.conv_bias:
             tree["conv_bias"] = {k: Param(s, a, uniform, decay=False) for k, (s, a) in shapes.items()}
         return tree
-
-    def _init_a_log(self, key, shape, dtype):
-        return jnp.log(jax.random.uniform(key, shape, dtype, self.a_min, self.a_max))
-
-    def _init_dt_bias(self, key, shape, dtype):
-        low, high = math.log(self.dt_min), math.log(self.dt_max)
-        dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), self.dt_floor)
-        return dt + jnp.log(-jnp.expm1(-dt))  # the inverse of softplus
 
     # Training and scoring
 

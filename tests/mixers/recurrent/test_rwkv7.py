@@ -124,6 +124,23 @@ def test_with_rates_of_one_it_corrects_as_the_delta_rule_does(x64):
     np.testing.assert_allclose(compiled(SMALL.mixing_matrix)(p, x), want, rtol=0, atol=1e-9)  # l2norm adds 1e-12
 
 
+def test_the_value_residual_decodes_in_a_stack():
+    """The first layer's values travel along the stack in prefill and step as they do in forward."""
+    model = LM(
+        vocab=9, d_model=6, n_layers=3, mixers=(RWKV7(head_dim=3, value_residual=True),), compute_dtype="float32"
+    )
+    params = compiled(functools.partial(param.materialise, model.params()))(jax.random.key(0))
+    params = jax.tree.map(lambda w: w + 0.1 * jnp.sin(jnp.arange(w.size)).reshape(w.shape), params)
+    ids = jax.random.randint(jax.random.key(1), (2, 7), 0, 9)
+    y, state = compiled(model.prefill)(params, ids[:, :4], model.init_state(params, 2, 7))
+    got, step = [y], compiled(model.step)
+    for t in range(4, 7):
+        y, state = step(params, ids[:, t : t + 1], state)
+        got.append(y)
+    want, _ = compiled(model.forward)(params, ids)
+    np.testing.assert_allclose(np.concatenate(got, axis=1), want, rtol=1e-4, atol=1e-5)  # float32, other sums
+
+
 def test_decays_are_bounded_and_start_spread_out():
     mixer = RWKV7(d_model=128)
     p = compiled(functools.partial(param.materialise, mixer.params()))(jax.random.key(0))
