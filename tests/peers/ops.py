@@ -1,0 +1,359 @@
+"""The ops beside the naive references of flash-linear-attention, Mamba and Mamba-2.
+
+Each runs over 37 tokens in chunks of 16 from a given state, with decays a token between about e^-0.001 and e^-20.
+"""
+
+import numpy as np
+
+from seqmix import ops
+from seqmix.parts.feature_maps import Taylor2
+from tests.peers.compare import LENGTH, Comparison
+
+B, T, H, K, V, CHUNK = 2, LENGTH, 4, 8, 6, 16
+
+
+def _normal(**shapes):
+    """Arrays of these shapes, normally distributed."""
+    return lambda rng: {name: rng.normal(size=shape) for name, shape in shapes.items()}
+
+
+def _decays(rng, *shape):
+    return -np.exp(2 * rng.normal(size=shape) - 1)
+
+
+def _unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _with_decay(*shape, **more):
+    """q, k, v, a state and decays of this shape."""
+    rest = _normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V), state=(B, H, K, V), **more)
+    return lambda rng: rest(rng) | {"log_decay": _decays(rng, *shape)}
+
+
+def _delta(key_heads=H, steps=(), decay=None):
+    """Inputs of a delta rule: keys of length one, beta in (0, 1)."""
+
+    def arrays(rng):
+        made = _normal(q=(B, T, key_heads, K), v=(B, T, *steps, H, V), state=(B, H, K, V))(rng)
+        made["k"] = _unit(rng.normal(size=(B, T, *steps, key_heads, K)))
+        made["beta"] = rng.uniform(size=(B, T, *steps, H))
+        return made if decay is None else made | {"log_decay": _decays(rng, *decay)}
+
+    return arrays
+
+
+def _heads_first(*tensors):
+    return [x.transpose(1, 2) for x in tensors]
+
+
+def _linear(implementation, q, k, v, state, log_decay=None):
+    options = dict(scale=K**-0.5, state=state, chunk=CHUNK, implementation=implementation)
+    return ops.linear_attention(q, k, v, log_decay, **options)
+
+
+def _fla(name, function, label, arrays, run_ours, run_theirs, **more):
+    return Comparison(label, "fla-core", f"fla/ops/{name}/naive.py", function, arrays, run_ours, run_theirs, **more)
+
+
+# linear_attention
+
+
+def _normalised(rng):
+    made = {name: rng.uniform(0.1, 1, size=(B, T, H, K)) for name in "qk"}
+    made |= _normal(v=(B, T, H, V), state=(B, H, K, V))(rng)
+    return made | {"state_z": rng.uniform(size=(B, H, K))}
+
+
+def _linear_normalised(implementation, q, k, v, state, state_z):
+    options = dict(normalize=True, eps=1e-10, state=(state, state_z), chunk=CHUNK, implementation=implementation)
+    y, (state, state_z) = ops.linear_attention(q, k, v, scale=K**-0.5, **options)
+    return y, state, state_z
+
+
+def _their_normalised(fn, q, k, v, state, state_z):
+    options = dict(normalize=True, initial_state=(state, state_z[:, None]), output_final_state=True)
+    y, (state, state_z) = fn(q, k, v, **options)
+    return y, state, state_z[:, 0]
+
+
+def _retention(implementation, q, k, v):
+    decay = np.log1p(-(2.0 ** (-5 - np.arange(H)))).astype(q.dtype)
+    return ops.linear_attention(q, k, v, decay, scale=K**-0.5, chunk=CHUNK, implementation=implementation)[:1]
+
+
+def _based(implementation, q, k, v):
+    q, k = Taylor2().apply({}, q, k)
+    return ops.linear_attention(q, k, v, normalize=True, eps=1e-6, chunk=CHUNK, implementation=implementation)[:1]
+
+
+def _ssd(rng):
+    """48 tokens: the peer wants whole blocks."""
+    time, groups = 48, 2
+    made = _normal(q=(B, time, groups, K), k=(B, time, groups, K), v=(B, time, H, V), state=(B, H, K, V))(rng)
+    return made | {"log_decay": _decays(rng, B, time, H)}
+
+
+def _linear_unscaled(implementation, q, k, v, log_decay, state):
+    return ops.linear_attention(q, k, v, log_decay, state=state, chunk=CHUNK, implementation=implementation)
+
+
+def _their_ssd(fn, q, k, v, log_decay, state):
+    q, k = (x.repeat_interleave(H // x.shape[2], dim=2) for x in (q, k))
+    y, state = fn(v, log_decay, k, q, CHUNK, initial_states=state.transpose(2, 3)[:, None])
+    return y, state.transpose(2, 3)
+
+
+def _their_with_state(fn, q, k, v, log_decay, state):
+    return fn(q, k, v, log_decay, initial_state=state, output_final_state=True)
+
+
+LINEAR = (
+    _fla(
+        "linear_attn",
+        "naive_recurrent_linear_attn",
+        "linear_attention, no decay",
+        _normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V), state=(B, H, K, V)),
+        _linear,
+        lambda fn, q, k, v, state: fn(q, k, v, initial_state=state, output_final_state=True),
+    ),
+    _fla(
+        "linear_attn",
+        "naive_recurrent_linear_attn",
+        "linear_attention, normalised",
+        _normalised,
+        _linear_normalised,
+        _their_normalised,
+    ),
+    _fla(
+        "retention",
+        "naive_retention",
+        "linear_attention, RetNet's decays",
+        _normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V)),
+        _retention,
+        lambda fn, q, k, v: (fn(*_heads_first(q, k, v)).transpose(1, 2),),
+    ),
+    _fla(
+        "simple_gla",
+        "naive_recurrent_simple_gla",
+        "linear_attention, a decay per head",
+        _with_decay(B, T, H),
+        _linear,
+        lambda fn, q, k, v, log_decay, state: fn(q, k, v, log_decay, initial_state=state, output_final_state=True),
+    ),
+    _fla(
+        "gla",
+        "naive_recurrent_gla",
+        "linear_attention, a decay per channel",
+        _with_decay(B, T, H, K),
+        _linear,
+        _their_with_state,
+    ),
+    _fla(
+        "based",
+        "naive_parallel_based",
+        "linear_attention, Based's feature map",
+        _normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V)),
+        _based,
+        lambda fn, q, k, v: (fn(*_heads_first(q, k, v)).transpose(1, 2),),
+        dtype="float64",
+    ),
+    Comparison(
+        "linear_attention, Mamba-2's SSD with groups",
+        "mamba-ssm",
+        "mamba_ssm/modules/ssd_minimal.py",
+        "ssd_minimal_discrete",
+        _ssd,
+        _linear_unscaled,
+        _their_ssd,
+        dtype="float64",
+        missing=("mamba_ssm.ops.triton.ssd_combined",),
+    ),
+)
+
+# delta_rule and diagonal_plus_rank_one
+
+
+def _delta_rule(implementation, q, k, v, beta, state, log_decay=None):
+    options = dict(scale=K**-0.5, state=state, chunk=CHUNK, implementation=implementation)
+    return ops.delta_rule(q, k, v, beta, log_decay, **options, steps=k.shape[2] if k.ndim == 5 else 1)
+
+
+def _their_delta_rule(fn, q, k, v, beta, state):
+    y, state = fn(*_heads_first(q, k, v, beta), initial_state=state)
+    return y.transpose(1, 2), state
+
+
+def _their_delta_product(fn, q, k, v, beta, log_decay, state):
+    k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
+    options = dict(initial_state=state, output_final_state=True, num_householder=3)
+    return fn(q, k, v, log_decay, beta, K**-0.5, **options)
+
+
+def _rank_one(decay):
+    """left right^T takes a part of the state out, as the delta rule does, but along two different directions."""
+
+    def arrays(rng):
+        made = _normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V), state=(B, H, K, V))(rng)
+        made |= {name: _unit(rng.normal(size=(B, T, H, K))) for name in ("left", "right")}
+        return made | ({"log_decay": _decays(rng, B, T, H, K)} if decay else {})
+
+    return arrays
+
+
+def _diagonal_plus_rank_one(implementation, q, k, v, left, right, state, log_decay=None):
+    options = dict(scale=K**-0.5, state=state, chunk=CHUNK, implementation=implementation)
+    return ops.diagonal_plus_rank_one(q, k, v, left, right, log_decay, **options)
+
+
+def _their_rank_one(fn, q, k, v, left, right, state, log_decay=None):
+    decay = [] if log_decay is None else [log_decay]
+    y, state = fn(*_heads_first(q, k, v, right, left, *decay), initial_state=state)
+    return y.transpose(1, 2), state
+
+
+def _their_gated_delta(fn, q, k, v, beta, log_decay, state):
+    return fn(q, k, v, beta=beta, g=log_decay, initial_state=state, output_final_state=True)
+
+
+DELTA = (
+    _fla("delta_rule", "delta_rule_recurrence", "delta_rule", _delta(), _delta_rule, _their_delta_rule),
+    _fla(
+        "gated_delta_rule",
+        "naive_recurrent_gated_delta_rule",
+        "delta_rule, a decay per head",
+        _delta(decay=(B, T, H)),
+        _delta_rule,
+        _their_gated_delta,
+    ),
+    _fla(
+        "kda",
+        "naive_recurrent_kda",
+        "delta_rule, a decay per channel, grouped heads",
+        _delta(key_heads=2, decay=(B, T, H, K)),
+        _delta_rule,
+        _their_gated_delta,
+    ),
+    _fla(
+        "gated_delta_product",
+        "naive_recurrent_gated_delta_product",
+        "delta_rule, three steps a token",
+        _delta(steps=(3,), decay=(B, T, H)),
+        _delta_rule,
+        _their_delta_product,
+    ),
+    _fla(
+        "generalized_delta_rule/iplr",
+        "iplr_recurrence",
+        "diagonal_plus_rank_one, no decay",
+        _rank_one(decay=False),
+        _diagonal_plus_rank_one,
+        _their_rank_one,
+    ),
+    _fla(
+        "generalized_delta_rule/dplr",
+        "dplr_recurrence",
+        "diagonal_plus_rank_one (RWKV-7's state)",
+        _rank_one(decay=True),
+        _diagonal_plus_rank_one,
+        _their_rank_one,
+    ),
+)
+
+# Elementwise recurrences, convolution, softmax attention
+
+D, N, W = 6, 5, 4
+_IDS = np.array([[1] * 9 + [2] * 20 + [3] * 8, [1] * 30 + [2] * 7], np.int32)
+
+
+def _scan(rng):
+    return _normal(x=(B, T, D), state=(B, D))(rng) | {"log_a": _decays(rng, B, T, D)}
+
+
+def _selective(rng):
+    made = _normal(u=(B, T, D), B=(B, T, 2, N), C=(B, T, 2, N), D=(D,))(rng)
+    return made | {"dt": np.exp(rng.normal(size=(B, T, D)) - 1), "A": _decays(rng, D, N)}
+
+
+def _our_selective(implementation, u, dt, A, B, C, D):
+    return ops.selective_scan(u, dt, A, B, C, D, chunk=CHUNK, implementation=implementation)
+
+
+def _their_selective(fn, u, dt, A, B, C, D):
+    u, dt = (x.transpose(1, 2) for x in (u, dt))
+    y, state = fn(u, dt, A, B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1), D, return_last_state=True)
+    return y.transpose(1, 2), state
+
+
+def _their_conv(fn, x, weight, bias, state):
+    options = dict(initial_states=state.transpose(1, 2), return_final_states=True)
+    y, state = fn(x.transpose(1, 2), weight.T, bias, **options)
+    return y.transpose(1, 2), state.transpose(1, 2)
+
+
+def _their_packed_conv(fn, x, weight, bias):
+    import torch
+
+    return (fn(x.transpose(1, 2), weight.T, bias, seq_idx=torch.tensor(_IDS)).transpose(1, 2),)
+
+
+def _conv(label, arrays, run_ours, run_theirs):
+    return Comparison(
+        label,
+        "causal-conv1d",
+        "causal_conv1d/causal_conv1d_interface.py",
+        "causal_conv1d_ref",
+        arrays,
+        run_ours,
+        run_theirs,
+        dtype="float64",
+        missing=("causal_conv1d.cpp_functions",),
+        implementations=(None,),  # it has but one
+    )
+
+
+OTHERS = (
+    _fla(
+        "hgrn",
+        "naive_recurrent_hgrn",
+        "linear_scan",
+        _scan,
+        lambda name, x, log_a, state: ops.linear_scan(x, log_a, state=state, chunk=CHUNK, implementation=name),
+        lambda fn, x, log_a, state: fn(x, log_a, initial_state=state, output_final_state=True),
+    ),
+    Comparison(
+        "selective_scan, with groups",
+        "mamba-ssm",
+        "mamba_ssm/ops/selective_scan_interface.py",
+        "selective_scan_ref",
+        _selective,
+        _our_selective,
+        _their_selective,
+        missing=("mamba_ssm.utils.torch", "mamba_ssm.ops.triton.layer_norm", "selective_scan_cuda"),
+    ),
+    _conv(
+        "short_conv",
+        _normal(x=(B, T, D), weight=(W, D), bias=(D,), state=(B, W - 1, D)),
+        lambda _, x, weight, bias, state: ops.short_conv(x, weight, bias, state=state),
+        _their_conv,
+    ),
+    _conv(
+        "short_conv, packed",
+        _normal(x=(B, T, D), weight=(W, D), bias=(D,)),
+        lambda _, x, weight, bias: ops.short_conv(x, weight, bias, segment_ids=_IDS)[:1],
+        _their_packed_conv,
+    ),
+    _fla(
+        "attn",
+        "naive_parallel_attn",
+        "attention, grouped heads, window, sink logits",
+        _normal(q=(B, T, H, K), k=(B, T, 2, K), v=(B, T, 2, V), sink=(H,)),
+        lambda name, q, k, v, sink: (
+            ops.attention(q, k, v, window=9, sink_logits=sink, block=CHUNK, implementation=name),
+        ),
+        lambda fn, q, k, v, sink: fn(q, k, v, window_size=9, sink_bias=sink)[:1],
+        dtype="float64",
+    ),
+)
+
+COMPARISONS = (*LINEAR, *DELTA, *OTHERS)
