@@ -51,6 +51,6 @@ format: $(VENV)/installed
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-# The README's table of mechanisms, from the catalogue.
+# The tables of mechanisms in README.md and WORKSPACE.md, from the catalogue.
 table: $(VENV)/installed
 	@$(RUN) tools/table.py
