@@ -86,7 +86,7 @@ ROWS = (
         variants=(dict(decay="paper", lrpe=True),),
         medium=dict(d_model=128, heads=8, chunk=64),
         state="heads * key_dim * value_dim",
-        checked=("fla-core: naive_retention (op)",),
+        checked=("lightning-attn: linear_attn (op)",),
     ),
     Row(
         name="gla",
@@ -96,7 +96,7 @@ ROWS = (
         small=dict(d_model=8, heads=2, gate_rank=3, chunk=4, conv_width=3),
         medium=dict(d_model=128, heads=4, chunk=64),
         state="heads * key_dim * value_dim + max(conv_width - 1, 0) * heads * (2 * key_dim + value_dim)",
-        checked=("fla-core: naive_recurrent_gla (op)",),
+        checked=("flash-linear-attention: GatedLinearAttention",),
     ),
     Row(
         name="hgrn2",
@@ -106,7 +106,7 @@ ROWS = (
         small=dict(d_model=8, heads=2, chunk=4, lower_bound=0.2, learned_bound=True),
         medium=dict(d_model=128, heads=8, chunk=64),
         state="heads * key_dim * value_dim",
-        checked=("fla-core: naive_recurrent_gla (op)",),
+        checked=("flash-linear-attention: HGRN2Attention",),
     ),
     Row(
         name="gateloop",
@@ -128,7 +128,7 @@ ROWS = (
         variants=(dict(tied=False),),
         medium=dict(d_model=256),
         state="width",
-        checked=("fla-core: naive_recurrent_hgrn (op)",),
+        checked=("flax-gated-linear-rnn: GatedLinearRNN",),
     ),
     Row(
         name="rglru",
@@ -190,7 +190,7 @@ ROWS = (
         variants=(dict(conv_width=0, gate=True, beta_max=2.0),),
         medium=dict(d_model=128, heads=4),
         state="heads * key_dim * value_dim + (conv_width - 1) * heads * (2 * key_dim + value_dim)",
-        checked=("fla-core: delta_rule_recurrence (op)",),
+        checked=("flash-linear-attention: DeltaNet",),
     ),
     Row(
         name="gated_deltanet",
@@ -200,7 +200,7 @@ ROWS = (
         small=dict(d_model=8, heads=2, conv_width=3, chunk=4),
         medium=dict(d_model=128, heads=4),
         state="heads * key_dim * value_dim + (conv_width - 1) * heads * (2 * key_dim + value_dim)",
-        checked=("fla-core: naive_recurrent_gated_delta_rule (op)",),
+        checked=("flash-linear-attention: GatedDeltaNet",),
     ),
     Row(
         name="kda",
@@ -210,7 +210,7 @@ ROWS = (
         small=dict(d_model=8, heads=2, gate_rank=3, conv_width=3, chunk=4),
         medium=dict(d_model=128, heads=4),
         state="heads * key_dim * value_dim + (conv_width - 1) * heads * (2 * key_dim + value_dim)",
-        checked=("fla-core: naive_recurrent_kda (op)",),
+        checked=("flash-linear-attention: KimiDeltaAttention",),
     ),
     Row(
         name="rwkv7",

@@ -33,9 +33,10 @@ class Comparison:
     arrays: Callable  # random generator -> {name: array}, each of which is differentiated by
     run_ours: Callable  # (implementation, **arrays) -> tuple of arrays
     run_theirs: Callable  # (function, **tensors) -> tuple of tensors in the same layout
-    dtype: str = "float32"  # what the peer computes in
+    dtype: str = "float64"  # float32 where the peer's constants are not better
     missing: tuple[str, ...] = ()  # modules that the file imports and the function does not use
     environment: tuple[tuple[str, str], ...] = ()  # variables that the file reads
+    framework: str = "torch"  # or jax
     implementations: tuple[str | None, ...] = ("chunked", "reference")
 
     def __str__(self):
@@ -46,16 +47,20 @@ class Comparison:
 
     def load(self):
         """The peer's function; the test is skipped where torch, einops or the package is not installed."""
-        for needed in ("torch", "einops"):
-            pytest.importorskip(needed)
-        top, _, inside = self.file.partition("/")
-        found = importlib.util.find_spec(top)
-        if found is None:
-            pytest.skip(f"{self.package} is not installed")
-        path = Path(found.submodule_search_locations[0]) / inside
-        if not path.exists():
-            pytest.skip(f"{self.package} {self.version()} has no {self.file}")
-        return getattr(_load_alone(self.file, path, self.missing, self.environment), self.function)
+        with _floats(self.dtype):
+            return getattr(load_file(self.package, self.file, self.missing, self.environment), self.function)
+
+
+def load_file(package: str, file: str, missing=(), environment=()):
+    """The module of a file of an installed package, or a skipped test."""
+    for needed in ("torch", "einops"):
+        pytest.importorskip(needed)
+    top, _, inside = file.partition("/")
+    found = importlib.util.find_spec(top)
+    for folder in found.submodule_search_locations if found else ():
+        if (Path(folder) / inside).exists():
+            return _load_alone(file, Path(folder) / inside, missing, environment)
+    pytest.skip(f"{package} is not installed, or has no {file}")
 
 
 @functools.cache
@@ -68,6 +73,26 @@ def _load_alone(file: str, path: Path, missing, environment):
     return module
 
 
+@contextmanager
+def _floats(dtype):
+    """Casts to float32, which most references make, cast to float64 where that is asked for."""
+    pytest.importorskip("torch")
+    import torch
+
+    wide = getattr(torch, dtype)
+    with (
+        mock.patch.object(torch, "float32", wide),
+        mock.patch.object(torch, "float", wide),
+        mock.patch.object(torch.Tensor, "float", lambda x: x.to(wide)),
+    ):
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(wide)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+
+
 class _Anything:
     """What a stand-in's attributes are: a decorator, a part of an annotation, a module of such."""
 
@@ -76,11 +101,14 @@ class _Anything:
             raise AttributeError(attribute)
         return self
 
-    def __call__(self, decorated):
-        return decorated
+    def __call__(self, *args, **options):
+        return args[0] if args and callable(args[0]) else self
 
     def __or__(self, other):
         return self
+
+    def keys(self):
+        return ()  # of no options: f(**anything)
 
 
 @contextmanager
@@ -103,16 +131,17 @@ def measure(comparison: Comparison) -> tuple[float, float]:
     """The largest relative errors of the values and of the gradients, over our implementations.
 
     An error is relative to the largest entry of the array. Gradients are those of the sum of all outputs, each times
-    a fixed array of noise.
+    an array of noise.
     """
-    peer = comparison.load()
+    peer, by_theirs = comparison.load(), {"torch": _by_torch, "jax": _by_jax}[comparison.framework]
     with jax.enable_x64(comparison.dtype == "float64"):
-        rng = np.random.default_rng(0)
-        arrays = {name: a.astype(comparison.dtype) for name, a in comparison.arrays(rng).items()}
-        want, cotangents, want_grads = _theirs(comparison, peer, arrays, rng)
+        arrays = comparison.arrays(np.random.default_rng(0))
+        arrays = {name: a.astype(comparison.dtype) for name, a in arrays.items()}
+        with _floats(comparison.dtype):
+            want, want_grads = by_theirs(functools.partial(comparison.run_theirs, peer), arrays)
         values = grads = 0.0
         for implementation in comparison.implementations:
-            got, got_grads = _ours(comparison, implementation, arrays, cotangents)
+            got, got_grads = _by_jax(functools.partial(comparison.run_ours, implementation), arrays)
             assert len(got) == len(want)
             values = max(values, *map(relative_error, got, want))
             grads = max(grads, *(relative_error(got_grads[name], want_grads[name]) for name in arrays))
@@ -124,21 +153,28 @@ def relative_error(got, want) -> float:
     return float(np.max(np.abs(got - want)) / np.max(np.abs(want)))
 
 
-def _theirs(comparison, peer, arrays, rng):
+def _noise(i, y):
+    """What output i is weighed with: the same whoever computes it."""
+    return np.random.default_rng(i).normal(size=tuple(y.shape))
+
+
+def _by_torch(run, arrays):
+    """The outputs, and the gradients by each array."""
     import torch
 
     tensors = {name: torch.tensor(a, requires_grad=True) for name, a in arrays.items()}
-    outputs = comparison.run_theirs(peer, **tensors)
-    cotangents = [rng.normal(size=tuple(y.shape)).astype(comparison.dtype) for y in outputs]
-    sum((torch.tensor(w) * y).sum() for w, y in zip(cotangents, outputs, strict=True)).backward()
-    return [y.detach().numpy() for y in outputs], cotangents, {name: t.grad.numpy() for name, t in tensors.items()}
+    outputs = run(**tensors)
+    sum((torch.tensor(_noise(i, y), dtype=y.dtype) * y).sum() for i, y in enumerate(outputs)).backward()
+    return [y.detach().numpy() for y in outputs], {name: t.grad.numpy() for name, t in tensors.items()}
 
 
-def _ours(comparison, implementation, arrays, cotangents):
+def _by_jax(run, arrays):
+    """The same."""
+
     def objective(arrays):
-        outputs = comparison.run_ours(implementation, **arrays)
-        return sum(jnp.sum(w * y) for w, y in zip(cotangents, outputs, strict=True)), outputs
+        outputs = run(**arrays)
+        return sum(jnp.sum(jnp.asarray(_noise(i, y), y.dtype) * y) for i, y in enumerate(outputs)), outputs
 
-    run = jax.jit(jax.value_and_grad(objective, has_aux=True), compiler_options=QUICK)
-    (_, outputs), grads = run(arrays)
+    call = jax.jit(jax.value_and_grad(objective, has_aux=True), compiler_options=QUICK)
+    (_, outputs), grads = call(arrays)
     return [np.asarray(y) for y in outputs], {name: np.asarray(g) for name, g in grads.items()}

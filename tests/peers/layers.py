@@ -7,10 +7,12 @@ import dataclasses
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from seqmix.core import param
 from seqmix.mixers.recurrent.gateloop import GateLoop
+from seqmix.mixers.recurrent.glru import GLRU
 from seqmix.mixers.recurrent.mamba import Mamba
 from seqmix.mixers.recurrent.retnet import RetNet
 from seqmix.mixers.recurrent.rg_lru import RGLRU
@@ -21,7 +23,7 @@ from tests.peers.ops import OTHERS
 B, T = 2, LENGTH
 
 
-def _layer(mixer, package, file, function, run_theirs, **more):
+def layer(mixer, package, file, function, run_theirs, **more):
     """`run_theirs(layer, x, weights)`: y, from the weights by their names in our tree."""
     leaves, tree = jax.tree.flatten(mixer.params(), is_leaf=lambda leaf: isinstance(leaf, param.Param))
     names = [param.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(param.abstract(mixer.params()))]
@@ -34,22 +36,22 @@ def _layer(mixer, package, file, function, run_theirs, **more):
         params = jax.tree.unflatten(tree, [weights[name] for name in names])
         return dataclasses.replace(mixer, implementation=implementation).forward(params, tokens)[:1]
 
-    def theirs(layer, tokens, **weights):
-        return (run_theirs(layer, tokens, weights),)
+    def theirs(their_layer, tokens, **weights):
+        return (run_theirs(their_layer, tokens, weights),)
 
     return Comparison(f"{type(mixer).__name__}, the mixer", package, file, function, arrays, ours, theirs, **more)
 
 
-def _linear(weight):
+def linear(weight):
     """Our [D, ...], or with heads in front [H, K, D], as torch's [out, in]."""
     return weight.reshape(weight.shape[0], -1).T
 
 
-def _linear_out(weight):
+def linear_out(weight):
     return weight.reshape(-1, weight.shape[-1]).T
 
 
-def _call(layer, weights, *args, **options):
+def call(layer, weights, *args, **options):
     import torch
 
     return torch.func.functional_call(layer, weights, args, options)
@@ -75,11 +77,11 @@ def _retention(layer, x, p):
     mask = mask / mask.sum(-1, keepdim=True).sqrt()
     args = SimpleNamespace(layernorm_eps=0.0, multiway=False)
     made = layer(args, x.shape[-1], heads * value_dim, heads)
-    neighbours = lambda w: _linear(w.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2))
+    neighbours = lambda w: linear(w.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2))
     weights = {"q_proj.weight": neighbours(p["q"]), "k_proj.weight": neighbours(p["k"])}
-    weights |= {"v_proj.weight": _linear(p["v"]), "g_proj.weight": _linear(p["gate"])}
-    weights["out_proj.weight"] = _linear_out(p["out"])
-    return _call(made, weights, x, ((torch.sin(angles), torch.cos(angles)), mask))
+    weights |= {"v_proj.weight": linear(p["v"]), "g_proj.weight": linear(p["gate"])}
+    weights["out_proj.weight"] = linear_out(p["out"])
+    return call(made, weights, x, ((torch.sin(angles), torch.cos(angles)), mask))
 
 
 # GateLoop beside lucidrains' GateLoopedAttention
@@ -93,13 +95,13 @@ def _gate_loop(layer, x, p):
     made = layer(x.shape[-1], checkpoint_gate_looped_attn=False, frac_gradient_state_transition=1.0)
     both = torch.stack([p["mag"][..., 0], p["phase"][..., 0]], dim=-1)  # [D, H, 2]
     weights = {
-        "to_qkv.weight": torch.cat([_linear(p[name]) for name in ("q", "k", "v")]),
-        "to_a.0.weight": _linear(both),
+        "to_qkv.weight": torch.cat([linear(p[name]) for name in ("q", "k", "v")]),
+        "to_a.0.weight": linear(both),
         "to_a.0.bias": torch.zeros(2 * x.shape[-1], dtype=x.dtype),
-        "to_gates.0.weight": _linear(p["gate"]),
-        "to_out.weight": _linear_out(p["out"]),
+        "to_gates.0.weight": linear(p["gate"]),
+        "to_out.weight": linear_out(p["out"]),
     }
-    return _call(made, weights, x)
+    return call(made, weights, x)
 
 
 # RG-LRU beside recurrentgemma's: the recurrence and the gates are theirs, what is around them stands here
@@ -120,7 +122,7 @@ def _rg_lru(layer, x, p):
     weights = {"a_param": torch.log(torch.expm1(-log_a))}  # softplus of theirs is minus our log_sigmoid
     for name, gate_name in (("a", "a_gate"), ("i", "input_gate")):
         weights |= {f"{gate_name}.w": p[f"{name}/weight"], f"{gate_name}.b": p[f"{name}/bias"]}
-    h, _ = _call(layer(width, RG_LRU.heads), weights, u, torch.arange(1, T + 1).expand(B, T))
+    h, _ = call(layer(width, RG_LRU.heads), weights, u, torch.arange(1, T + 1).expand(B, T))
     return (h * F.gelu(gate, approximate="tanh")) @ p["out"].flatten(0, 1)
 
 
@@ -149,7 +151,7 @@ def _mamba(layer, x, p):
         "D": p["D"],
         "out_proj.weight": p["out"].T,
     }
-    return _call(made, weights, x)
+    return call(made, weights, x)
 
 
 # RWKV-7 beside the time mixing of the rwkv package, which goes token by token
@@ -178,18 +180,33 @@ def _rwkv7(step, x, p):
     return torch.stack(rows)
 
 
+# GLRU beside its author's Flax module
+
+UNIT = GLRU(d_model=8, width=12, chunk=16)
+
+
+def _glru(their_layer, x, p):
+    side_by_side = lambda ys: jnp.concatenate([y.reshape(*y.shape[:-2], -1) for y in ys], axis=-1)
+    proj = {
+        "kernel": side_by_side([p[name] for name in ("z", "i", "o")]),
+        "bias": side_by_side([p[f"bias/{name}"] for name in ("z", "i", "o")]),
+    }
+    out = {"kernel": p["out"][:, 0], "bias": jnp.zeros(x.shape[-1], x.dtype)}
+    made = their_layer(d_model=UNIT.d_model, d_h=UNIT.width)
+    return made.apply({"params": {"proj": proj, "out_proj": out}}, x)[1]
+
+
 COMPARISONS = (
-    _layer(RETNET, "torchscale", "torchscale/component/multiscale_retention.py", "MultiScaleRetention", _retention),
-    _layer(
+    layer(RETNET, "torchscale", "torchscale/component/multiscale_retention.py", "MultiScaleRetention", _retention),
+    layer(
         GATELOOP,
         "gateloop-transformer",
         "gateloop_transformer/gateloop_transformer.py",
         "GateLoopedAttention",
         _gate_loop,
-        dtype="float64",
         missing=("rotary_embedding_torch",),
     ),
-    _layer(
+    layer(
         RG_LRU,
         "recurrentgemma",
         "recurrentgemma/torch/layers.py",
@@ -197,7 +214,7 @@ COMPARISONS = (
         _rg_lru,
         missing=("recurrentgemma.torch", "recurrentgemma.torch.array_typing"),
     ),
-    _layer(
+    layer(
         MAMBA,
         "mamba-ssm",
         "mamba_ssm/modules/mamba_simple.py",
@@ -205,12 +222,21 @@ COMPARISONS = (
         _mamba,
         missing=("mamba_ssm.ops.selective_scan_interface",),
     ),
-    _layer(
+    layer(
+        UNIT,
+        "flax-gated-linear-rnn",
+        "flax_gated_linear_rnn/gated_linear_rnn.py",
+        "GatedLinearRNN",
+        _glru,
+        framework="jax",
+    ),
+    layer(
         RWKV,
         "rwkv",
         "rwkv/model.py",
         "RWKV_x070_TMix_one",
         _rwkv7,
+        dtype="float32",
         environment=(("RWKV_V7_ON", "1"), ("RWKV_JIT_ON", "0")),
     ),
 )

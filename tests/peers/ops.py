@@ -1,4 +1,4 @@
-"""The ops beside the naive references of flash-linear-attention, Mamba and Mamba-2.
+"""The ops beside the naive references of flash-linear-attention, Mamba, Mamba-2 and others; delta rules: `delta_ops`.
 
 Each runs over 37 tokens in chunks of 16 from a given state, with decays a token between about e^-0.001 and e^-20.
 """
@@ -6,44 +6,29 @@ Each runs over 37 tokens in chunks of 16 from a given state, with decays a token
 import numpy as np
 
 from seqmix import ops
+from seqmix.mixers.recurrent.lightning import Lightning
 from seqmix.parts.feature_maps import Taylor2
-from tests.peers.compare import LENGTH, Comparison
+from tests.peers.compare import LENGTH, Comparison, load_file
 
 B, T, H, K, V, CHUNK = 2, LENGTH, 4, 8, 6, 16
 
 
-def _normal(**shapes):
+def normal(**shapes):
     """Arrays of these shapes, normally distributed."""
     return lambda rng: {name: rng.normal(size=shape) for name, shape in shapes.items()}
 
 
-def _decays(rng, *shape):
+def decays(rng, *shape):
     return -np.exp(2 * rng.normal(size=shape) - 1)
-
-
-def _unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def _with_decay(*shape, **more):
     """q, k, v, a state and decays of this shape."""
-    rest = _normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V), state=(B, H, K, V), **more)
-    return lambda rng: rest(rng) | {"log_decay": _decays(rng, *shape)}
+    rest = normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V), state=(B, H, K, V), **more)
+    return lambda rng: rest(rng) | {"log_decay": decays(rng, *shape)}
 
 
-def _delta(key_heads=H, steps=(), decay=None):
-    """Inputs of a delta rule: keys of length one, beta in (0, 1)."""
-
-    def arrays(rng):
-        made = _normal(q=(B, T, key_heads, K), v=(B, T, *steps, H, V), state=(B, H, K, V))(rng)
-        made["k"] = _unit(rng.normal(size=(B, T, *steps, key_heads, K)))
-        made["beta"] = rng.uniform(size=(B, T, *steps, H))
-        return made if decay is None else made | {"log_decay": _decays(rng, *decay)}
-
-    return arrays
-
-
-def _heads_first(*tensors):
+def heads_first(*tensors):
     return [x.transpose(1, 2) for x in tensors]
 
 
@@ -52,7 +37,7 @@ def _linear(implementation, q, k, v, state, log_decay=None):
     return ops.linear_attention(q, k, v, log_decay, **options)
 
 
-def _fla(name, function, label, arrays, run_ours, run_theirs, **more):
+def fla(name, function, label, arrays, run_ours, run_theirs, **more):
     return Comparison(label, "fla-core", f"fla/ops/{name}/naive.py", function, arrays, run_ours, run_theirs, **more)
 
 
@@ -61,7 +46,7 @@ def _fla(name, function, label, arrays, run_ours, run_theirs, **more):
 
 def _normalised(rng):
     made = {name: rng.uniform(0.1, 1, size=(B, T, H, K)) for name in "qk"}
-    made |= _normal(v=(B, T, H, V), state=(B, H, K, V))(rng)
+    made |= normal(v=(B, T, H, V), state=(B, H, K, V))(rng)
     return made | {"state_z": rng.uniform(size=(B, H, K))}
 
 
@@ -90,8 +75,8 @@ def _based(implementation, q, k, v):
 def _ssd(rng):
     """48 tokens: the peer wants whole blocks."""
     time, groups = 48, 2
-    made = _normal(q=(B, time, groups, K), k=(B, time, groups, K), v=(B, time, H, V), state=(B, H, K, V))(rng)
-    return made | {"log_decay": _decays(rng, B, time, H)}
+    made = normal(q=(B, time, groups, K), k=(B, time, groups, K), v=(B, time, H, V), state=(B, H, K, V))(rng)
+    return made | {"log_decay": decays(rng, B, time, H)}
 
 
 def _linear_unscaled(implementation, q, k, v, log_decay, state):
@@ -108,16 +93,30 @@ def _their_with_state(fn, q, k, v, log_decay, state):
     return fn(q, k, v, log_decay, initial_state=state, output_final_state=True)
 
 
+LIGHTNING = Lightning(d_model=H * K, heads=H, depth=0.3)
+
+
+def _lightning(implementation, q, k, v):
+    decay = LIGHTNING._log_decay(q.dtype)
+    return ops.linear_attention(q, k, v, decay, chunk=CHUNK, implementation=implementation)[:1]
+
+
+def _their_lightning(fn, q, k, v):
+    """With the package's slopes, made weaker by the depth as in its example of a layer."""
+    slopes = load_file("lightning-attn", "lightning_attn/utils/utils.py")._build_slope_tensor(H)
+    return (fn(*heads_first(q, k, v), slopes * (1 - LIGHTNING.depth + 1e-5)).transpose(1, 2),)
+
+
 LINEAR = (
-    _fla(
+    fla(
         "linear_attn",
         "naive_recurrent_linear_attn",
         "linear_attention, no decay",
-        _normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V), state=(B, H, K, V)),
+        normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V), state=(B, H, K, V)),
         _linear,
         lambda fn, q, k, v, state: fn(q, k, v, initial_state=state, output_final_state=True),
     ),
-    _fla(
+    fla(
         "linear_attn",
         "naive_recurrent_linear_attn",
         "linear_attention, normalised",
@@ -125,15 +124,15 @@ LINEAR = (
         _linear_normalised,
         _their_normalised,
     ),
-    _fla(
+    fla(
         "retention",
         "naive_retention",
         "linear_attention, RetNet's decays",
-        _normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V)),
+        normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V)),
         _retention,
-        lambda fn, q, k, v: (fn(*_heads_first(q, k, v)).transpose(1, 2),),
+        lambda fn, q, k, v: (fn(*heads_first(q, k, v)).transpose(1, 2),),
     ),
-    _fla(
+    fla(
         "simple_gla",
         "naive_recurrent_simple_gla",
         "linear_attention, a decay per head",
@@ -141,7 +140,7 @@ LINEAR = (
         _linear,
         lambda fn, q, k, v, log_decay, state: fn(q, k, v, log_decay, initial_state=state, output_final_state=True),
     ),
-    _fla(
+    fla(
         "gla",
         "naive_recurrent_gla",
         "linear_attention, a decay per channel",
@@ -149,14 +148,22 @@ LINEAR = (
         _linear,
         _their_with_state,
     ),
-    _fla(
+    fla(
         "based",
         "naive_parallel_based",
         "linear_attention, Based's feature map",
-        _normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V)),
+        normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V)),
         _based,
-        lambda fn, q, k, v: (fn(*_heads_first(q, k, v)).transpose(1, 2),),
-        dtype="float64",
+        lambda fn, q, k, v: (fn(*heads_first(q, k, v)).transpose(1, 2),),
+    ),
+    Comparison(
+        "linear_attention, Lightning's decays",
+        "lightning-attn",
+        "lightning_attn/ops/torch/linear_attention.py",
+        "linear_attn",
+        normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V)),
+        _lightning,
+        _their_lightning,
     ),
     Comparison(
         "linear_attention, Mamba-2's SSD with groups",
@@ -166,97 +173,7 @@ LINEAR = (
         _ssd,
         _linear_unscaled,
         _their_ssd,
-        dtype="float64",
         missing=("mamba_ssm.ops.triton.ssd_combined",),
-    ),
-)
-
-# delta_rule and diagonal_plus_rank_one
-
-
-def _delta_rule(implementation, q, k, v, beta, state, log_decay=None):
-    options = dict(scale=K**-0.5, state=state, chunk=CHUNK, implementation=implementation)
-    return ops.delta_rule(q, k, v, beta, log_decay, **options, steps=k.shape[2] if k.ndim == 5 else 1)
-
-
-def _their_delta_rule(fn, q, k, v, beta, state):
-    y, state = fn(*_heads_first(q, k, v, beta), initial_state=state)
-    return y.transpose(1, 2), state
-
-
-def _their_delta_product(fn, q, k, v, beta, log_decay, state):
-    k, v, beta = (x.flatten(1, 2) for x in (k, v, beta))
-    options = dict(initial_state=state, output_final_state=True, num_householder=3)
-    return fn(q, k, v, log_decay, beta, K**-0.5, **options)
-
-
-def _rank_one(decay):
-    """left right^T takes a part of the state out, as the delta rule does, but along two different directions."""
-
-    def arrays(rng):
-        made = _normal(q=(B, T, H, K), k=(B, T, H, K), v=(B, T, H, V), state=(B, H, K, V))(rng)
-        made |= {name: _unit(rng.normal(size=(B, T, H, K))) for name in ("left", "right")}
-        return made | ({"log_decay": _decays(rng, B, T, H, K)} if decay else {})
-
-    return arrays
-
-
-def _diagonal_plus_rank_one(implementation, q, k, v, left, right, state, log_decay=None):
-    options = dict(scale=K**-0.5, state=state, chunk=CHUNK, implementation=implementation)
-    return ops.diagonal_plus_rank_one(q, k, v, left, right, log_decay, **options)
-
-
-def _their_rank_one(fn, q, k, v, left, right, state, log_decay=None):
-    decay = [] if log_decay is None else [log_decay]
-    y, state = fn(*_heads_first(q, k, v, right, left, *decay), initial_state=state)
-    return y.transpose(1, 2), state
-
-
-def _their_gated_delta(fn, q, k, v, beta, log_decay, state):
-    return fn(q, k, v, beta=beta, g=log_decay, initial_state=state, output_final_state=True)
-
-
-DELTA = (
-    _fla("delta_rule", "delta_rule_recurrence", "delta_rule", _delta(), _delta_rule, _their_delta_rule),
-    _fla(
-        "gated_delta_rule",
-        "naive_recurrent_gated_delta_rule",
-        "delta_rule, a decay per head",
-        _delta(decay=(B, T, H)),
-        _delta_rule,
-        _their_gated_delta,
-    ),
-    _fla(
-        "kda",
-        "naive_recurrent_kda",
-        "delta_rule, a decay per channel, grouped heads",
-        _delta(key_heads=2, decay=(B, T, H, K)),
-        _delta_rule,
-        _their_gated_delta,
-    ),
-    _fla(
-        "gated_delta_product",
-        "naive_recurrent_gated_delta_product",
-        "delta_rule, three steps a token",
-        _delta(steps=(3,), decay=(B, T, H)),
-        _delta_rule,
-        _their_delta_product,
-    ),
-    _fla(
-        "generalized_delta_rule/iplr",
-        "iplr_recurrence",
-        "diagonal_plus_rank_one, no decay",
-        _rank_one(decay=False),
-        _diagonal_plus_rank_one,
-        _their_rank_one,
-    ),
-    _fla(
-        "generalized_delta_rule/dplr",
-        "dplr_recurrence",
-        "diagonal_plus_rank_one (RWKV-7's state)",
-        _rank_one(decay=True),
-        _diagonal_plus_rank_one,
-        _their_rank_one,
     ),
 )
 
@@ -267,12 +184,12 @@ _IDS = np.array([[1] * 9 + [2] * 20 + [3] * 8, [1] * 30 + [2] * 7], np.int32)
 
 
 def _scan(rng):
-    return _normal(x=(B, T, D), state=(B, D))(rng) | {"log_a": _decays(rng, B, T, D)}
+    return normal(x=(B, T, D), state=(B, D))(rng) | {"log_a": decays(rng, B, T, D)}
 
 
 def _selective(rng):
-    made = _normal(u=(B, T, D), B=(B, T, 2, N), C=(B, T, 2, N), D=(D,))(rng)
-    return made | {"dt": np.exp(rng.normal(size=(B, T, D)) - 1), "A": _decays(rng, D, N)}
+    made = normal(u=(B, T, D), B=(B, T, 2, N), C=(B, T, 2, N), D=(D,))(rng)
+    return made | {"dt": np.exp(rng.normal(size=(B, T, D)) - 1), "A": decays(rng, D, N)}
 
 
 def _our_selective(implementation, u, dt, A, B, C, D):
@@ -306,14 +223,13 @@ def _conv(label, arrays, run_ours, run_theirs):
         arrays,
         run_ours,
         run_theirs,
-        dtype="float64",
         missing=("causal_conv1d.cpp_functions",),
         implementations=(None,),  # it has but one
     )
 
 
 OTHERS = (
-    _fla(
+    fla(
         "hgrn",
         "naive_recurrent_hgrn",
         "linear_scan",
@@ -333,27 +249,26 @@ OTHERS = (
     ),
     _conv(
         "short_conv",
-        _normal(x=(B, T, D), weight=(W, D), bias=(D,), state=(B, W - 1, D)),
+        normal(x=(B, T, D), weight=(W, D), bias=(D,), state=(B, W - 1, D)),
         lambda _, x, weight, bias, state: ops.short_conv(x, weight, bias, state=state),
         _their_conv,
     ),
     _conv(
         "short_conv, packed",
-        _normal(x=(B, T, D), weight=(W, D), bias=(D,)),
+        normal(x=(B, T, D), weight=(W, D), bias=(D,)),
         lambda _, x, weight, bias: ops.short_conv(x, weight, bias, segment_ids=_IDS)[:1],
         _their_packed_conv,
     ),
-    _fla(
+    fla(
         "attn",
         "naive_parallel_attn",
         "attention, grouped heads, window, sink logits",
-        _normal(q=(B, T, H, K), k=(B, T, 2, K), v=(B, T, 2, V), sink=(H,)),
+        normal(q=(B, T, H, K), k=(B, T, 2, K), v=(B, T, 2, V), sink=(H,)),
         lambda name, q, k, v, sink: (
             ops.attention(q, k, v, window=9, sink_logits=sink, block=CHUNK, implementation=name),
         ),
         lambda fn, q, k, v, sink: fn(q, k, v, window_size=9, sink_bias=sink)[:1],
-        dtype="float64",
     ),
 )
 
-COMPARISONS = (*LINEAR, *DELTA, *OTHERS)
+COMPARISONS = (*LINEAR, *OTHERS)

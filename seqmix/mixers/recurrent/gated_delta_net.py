@@ -10,7 +10,7 @@
 Convolutions are depthwise, causal, of conv_width taps, without bias. With K = 3/4 and V = 3/2 of d_model / H, as by
 default, a layer has 6 D^2 weights. exp(A_log) starts uniform in [a_min, a_max], as in Mamba-2 (the released code
 draws from [0, 16]), softplus(dt_bias) log-uniform in [dt_min, dt_max]. beta_max = 2 allows negative eigenvalues
-(2411.12537). Equations checked against flash-linear-attention's layer.
+(2411.12537). It agrees with flash-linear-attention's layer (docs/peer_checks.md).
 """
 
 from dataclasses import dataclass

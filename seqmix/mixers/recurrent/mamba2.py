@@ -12,7 +12,8 @@ h // (H / n_groups).
 
 W_in is held as one weight per part, with heads as a dimension, so that heads are cut over a mesh and no part
 straddles two shards; concatenating z, x, B, C, dt (and conv's x, B, C) gives the published matrices, and the
-number of weights is theirs. The published code draws W_in uniformly, with a third of the variance used here.
+number of weights is theirs. The published code draws W_in uniformly, with a third of the variance used here. The
+op agrees with the paper's minimal listing (docs/peer_checks.md).
 """
 
 from dataclasses import dataclass
