@@ -57,7 +57,9 @@ def _growth(mixer) -> str:
         return "none"
     sizes = {"memory": 1} if "memory" in mixer.takes else {}
     short, long = (mixer.state_size(context, **sizes) for context in (1 << 20, 1 << 21))
-    return "constant" if short == long else "grows with the context"
+    if short == long:
+        return "constant"
+    return "grows with the context" if long > 1.5 * short else "grows with its logarithm"
 
 
 def _table(head, rows) -> str:
