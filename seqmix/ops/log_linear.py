@@ -118,7 +118,7 @@ def log_linear_flops(batch, seq, heads, key_heads, key_dim, value_dim, chunk=64,
     arguments are B, T, H, Hk, K, V, C of the ops.
     """
     near, far = read_levels(seq, chunk)
-    blocks, chunks, c = plan(seq, chunk, batch * heads * max(1, far - near))
+    c = plan(seq, chunk, 1)[2]
     tile, square = c * key_dim, c * c
     head = matmul(square, value_dim) + (8 + 3 * near) * square
     if delta:
@@ -127,7 +127,7 @@ def log_linear_flops(batch, seq, heads, key_heads, key_dim, value_dim, chunk=64,
     if delta:
         between += matmul(tile, value_dim) + matmul(square, value_dim)
     shared = (2 if delta else 1) * matmul(square, key_dim)
-    return batch * blocks * chunks * (heads * (head + max(0, far - near) * between) + key_heads * shared)
+    return batch * -(-seq // c) * (heads * (head + max(0, far - near) * between) + key_heads * shared)
 
 
 def _log_linear(op, q, k, v, beta, level_scales, log_decay, scale, state, segment_ids, chunk, implementation):
