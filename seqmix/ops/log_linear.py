@@ -46,7 +46,7 @@ def log_linear_attention(
         2^(NL - 1); T may not be more.
       log_decay: None, [H], [B, T, H] or [B, T, H, K], floating, <= 0, however low.
       scale: factor on y.
-      state: what earlier tokens left, as returned: the pair of the levels' states [B, L, H, K, V], 1 <= L < NL, and
+      state: what earlier tokens left, as returned: the pair of the levels' states [B, H, L, K, V], 1 <= L < NL, and
         of the row's length [B], integers. Positions then stay below 2^L (unchecked: tokens of a higher level would
         be missed), and scales of levels above L are not read. None: zeros, L = NL - 1.
       segment_ids: [B, T] integers. A new non-zero id starts from zeros, at position 0; 0 is padding: it neither
@@ -133,7 +133,7 @@ def log_linear_flops(batch, seq, heads, key_heads, key_dim, value_dim, chunk=64,
 def _log_linear(op, q, k, v, beta, level_scales, log_decay, scale, state, segment_ids, chunk, implementation):
     levels, length = _pair(state)
     specs = {"q": "B T Hk K", "k": "B T Hk K", "v": "B T H V", "beta": "B T H", "level_scales": "B T H NL"}
-    specs |= {"log_decay": decay_spec(log_decay), "state": "B L H K V"}
+    specs |= {"log_decay": decay_spec(log_decay), "state": "B H L K V"}
     floats = dict(q=q, k=k, v=v, level_scales=level_scales, log_decay=log_decay, state=levels)
     floats |= {} if op == "log_linear_attention" else dict(beta=beta)
     d = dims(specs, **floats)
@@ -158,7 +158,7 @@ def _log_linear(op, q, k, v, beta, level_scales, log_decay, scale, state, segmen
         y, levels, length = log_linear_chunked(*args, **options)
     else:
         if levels is None:
-            levels = jnp.zeros((d.B, d.NL - 1, d.H, d.K, d.V), acc)
+            levels = jnp.zeros((d.B, d.H, d.NL - 1, d.K, d.V), acc)
             length = jnp.zeros(d.B, jnp.int32)
         y, levels, length = log_linear_reference(*args, scale=scale, state=levels, length=length, run_ids=run_ids)
     return y, (levels, length)

@@ -15,7 +15,7 @@ so all but u is made once for all levels, and positions may stand in any place o
 aligned to it. Where they are aligned, a chunk reads no level whose blocks lie within it.
 (Guo et al. 2506.04761, whose chunks are aligned.)
 
-Layout and helpers are those of `ops/delta_chunked.py`; L levels come first, or right after B in the states.
+Layout and helpers are those of `ops/delta_chunked.py`; L levels come after the heads, before K, V or C.
 """
 
 import functools
@@ -49,7 +49,7 @@ def log_linear_chunked(q, k, v, beta, log_decay, level_scales, *, scale, state, 
     count = level_scales.shape[-1] - 1
     aligned = state is None and run_ids is None
     if state is None:
-        state = jnp.zeros((batch, count, heads, q.shape[-1], width), acc)
+        state = jnp.zeros((batch, heads, count, q.shape[-1], width), acc)
         length = jnp.zeros(batch, jnp.int32)
     place = _places(length, time, run_ids)
     beta = None if beta is None else beta[..., None]
@@ -59,9 +59,9 @@ def log_linear_chunked(q, k, v, beta, log_decay, level_scales, *, scale, state, 
         near, far = read_levels(time, chunk)
         first, last = min(near, count), min(far, count)
         read, rest = range(first + 1, last + 1), (*range(1, first + 1), *range(last + 1, count + 1))
-        y, middle = _pass(*args, state[:, first:last], levels=tuple(read), near=first)
-        _, others = _pass(*args, state[:, : len(rest)], levels=rest, near=0)
-        state = jnp.concatenate([others[:, :first], middle, others[:, first:]], axis=1)
+        y, middle = _pass(*args, state[:, :, first:last], levels=tuple(read), near=first)
+        _, others = _pass(*args, state[:, :, : len(rest)], levels=rest, near=0)
+        state = jnp.concatenate([others[:, :, :first], middle, others[:, :, first:]], axis=2)
     else:
         y, state = _pass(*args, state, levels=tuple(range(1, count + 1)), near=count)
     return (scale * y).astype(v.dtype), state, place[:, -1] + 1
@@ -86,7 +86,7 @@ def _places(length, time, run_ids):
 
 
 def _pass(q, k, v, beta, log_decay, level_scales, place, entered, run_ids, chunk, state, *, levels, near):
-    """(y without scale in the dtype of the state, state [B, len(levels), H, K, V]): pairs of tokens of one chunk at
+    """(y without scale in the dtype of the state, state [B, H, len(levels), K, V]): pairs of tokens of one chunk at
     levels up to `near`, pairs of different chunks at `levels`; the row's last position before it is entered [B].
     """
     batch, time, heads, _ = v.shape
@@ -100,37 +100,45 @@ def _pass(q, k, v, beta, log_decay, level_scales, place, entered, run_ids, chunk
     before = jnp.concatenate([entered[:, None], place[:, :-1, -1]], axis=1)
     place, before = (jnp.moveaxis(x.reshape(batch, blocks, chunks, -1), 1, 0) for x in (place, before))
     block = functools.partial(_block, levels=levels, near=near)
-    state, y = scan_blocks(block, jnp.moveaxis(state, 1, 0), (c, scales, place, before))
-    return joined(y, time, run_ids), jnp.moveaxis(state, 0, 1)
+    state, y = scan_blocks(block, state, (c, scales, place, before))
+    return joined(y, time, run_ids), state
 
 
 def _block(state, block, *, levels, near):
-    """The states [L, B, H, K, V] after N chunks, and y [B, H, N, C, V] in them; place [B, N, C], before [B, N, 1]."""
+    """The states [B, H, L, K, V] after N chunks, and y [B, H, N, C, V] in them; place [B, N, C], before [B, N, 1]."""
     c, scales, place, before = block
-    mixes, read, read_rows, system, value = _plain(c)
+    mixes, *plain = _plain(c)
     weighted = (mixes * _level_weights(scales, place, near)).astype(c.value.dtype)
     y = product("bhnij,bhnjv->bhniv", weighted, c.value)
     if not levels:
         return state, y
-    level = jnp.array(levels)[:, None, None, None]
-    after, later = place[..., -1:], (place >> (level - 1)) & 1 == 1
-    reads = later & (place >> level == before >> level)  # [L, B, N, C]
+    place, before, after = (x[:, None, None] for x in (place, before, place[..., -1:]))
+    level = jnp.array(levels)[:, None, None]
+    later = (place >> (level - 1)) & 1 == 1  # [B, 1, L, N, C]
+    reads = later & (place >> level == before >> level)
     writes = ~later & (place >> level == after >> level)
-    stays = before >> level == after >> level  # [L, B, N, 1]
-    weights = jnp.where(reads[:, :, None], jnp.stack([scales[..., at] for at in levels]), 0)  # [L, B, H, N, C]
+    stays = before >> level == after >> level  # [B, 1, L, N, 1]
+    weights = jnp.where(reads, jnp.stack([scales[..., at] for at in levels], axis=2), 0)  # [B, H, L, N, C]
     left, left_rows = decayed(c.left, decay_sums(c.decay, reverse=True), c.leaves)
-    shared = read, read_rows, left, left_rows, value, system, passing(c)
-    precision = solving(c.q.dtype)
-
-    def advance(s, chunk):
-        shared, masks = chunk
-        s, y = jax.vmap(functools.partial(_level, precision, shared))(s, *masks)
-        return s, jnp.sum(y, axis=0)
-
-    shared = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), shared)
-    masks = jnp.moveaxis(weights, 3, 0), *(jnp.moveaxis(x, 2, 0) for x in (writes, stays))
-    state, between = jax.lax.scan(advance, state, (shared, masks))
+    split = lambda x, axis: jnp.moveaxis(x, axis, 0)
+    xs = jax.tree.map(lambda x: split(x, 2), (*plain, left, left_rows, passing(c)))
+    xs = xs, tuple(split(x, 3)[..., None] for x in (weights, writes, stays))
+    state, between = jax.lax.scan(functools.partial(_advance, precision=solving(c.q.dtype)), state, xs)
     return state, y + jnp.moveaxis(between, 0, 2)
+
+
+def _advance(s, chunk, *, precision):
+    """The states [B, H, L, K, V] after a chunk, and what its tokens read of them, [B, H, C, V]."""
+    (read, read_rows, system, value, left, left_rows, decay), (weights, writes, stays) = chunk
+    over_levels = lambda x: None if x is None else x[:, :, None]
+    y = jnp.sum(weights * times(product("bhck,bhlkv->bhlcv", read, s), over_levels(read_rows)), axis=2)
+    u = jnp.where(writes, over_levels(value), 0)
+    if system is not None:
+        inverse, right, right_rows = system
+        carried = times(product("bhck,bhlkv->bhlcv", right, s), over_levels(right_rows))
+        u = jnp.einsum("bhij,bhljv->bhliv", inverse, u + jnp.where(stays, carried, 0), precision=precision)
+    s = jnp.where(stays, times(s, over_levels(decay)), 0)
+    return s + product("bhck,bhlcv->bhlkv", left, times(u, over_levels(left_rows))), y
 
 
 def _plain(c):
@@ -154,16 +162,3 @@ def _level_weights(scales, place, near):
     for at in range(1, near + 1):
         weights = jnp.where((apart >> (at - 1)) == 1, scales[..., at : at + 1], weights)
     return weights
-
-
-def _level(precision, shared, s, weights, writes, stays):
-    """The state of one level after a chunk, and what the chunk's tokens read of it: arrays without L and N."""
-    read, read_rows, left, left_rows, value, system, decay = shared
-    y = weights[..., None] * times(product("bhck,bhkv->bhcv", read, s), read_rows)
-    u = jnp.where(writes[:, None, :, None], value, 0)
-    stays = stays[:, None, :, None]
-    if system is not None:
-        inverse, right, right_rows = system
-        carried = times(product("bhck,bhkv->bhcv", right, s), right_rows)
-        u = jnp.matmul(inverse, u + jnp.where(stays, carried, 0), precision=precision)
-    return jnp.where(stays, times(s, decay), 0) + product("bhck,bhcv->bhkv", left, times(u, left_rows)), y

@@ -9,29 +9,30 @@ from seqmix.core.shapes import dims
 
 def log_linear_reference(q, k, v, beta, log_decay, level_scales, *, scale, state, length, run_ids):
     """Arguments as `ops/log_linear.py` hands them on: beta [B, T, H] or None (then nothing is erased), log_decay
-    [B, T, H, 1 or K] or None, level_scales [B, T, H, L + 1], state [B, L, H, K, V], length [B], run_ids [B, T] or
+    [B, T, H, 1 or K] or None, level_scales [B, T, H, L + 1], state [B, H, L, K, V], length [B], run_ids [B, T] or
     None. Returns y, the state and the length after it.
     """
     heads, acc = v.shape[2], state.dtype
-    level = jnp.arange(1, state.shape[1] + 1)
-    wide = lambda x: x[..., None, None, None]
-    read = lambda x, s: jnp.einsum("bhk,blhkv->blhv", x, s, precision=jax.lax.Precision.HIGHEST)
+    level = jnp.arange(1, state.shape[2] + 1)
+    read = lambda x, s: jnp.einsum("bhk,bhlkv->bhlv", x, s, precision=jax.lax.Precision.HIGHEST)
 
     def step(carry, token):
         s, place = carry
         q, k, v, beta, decay, scales, opens, real = token
         place = jnp.where(opens, 0, place)
-        first, half = place[:, None] % (1 << level) == 0, (place[:, None] >> (level - 1)) & 1
-        new = jnp.where(wide(first), 0, s) * decay[:, None, ..., None]
-        value = jnp.where(wide(half == 0)[..., 0], v[:, None], 0)
-        own = jnp.sum(q * k, axis=-1)[..., None] * v
+        since = place[:, None, None] % (1 << level)  # the start of the token's block of each level
+        later = (since >> (level - 1)) == 1  # [B, 1, L]
+        new = jnp.where((since == 0)[..., None, None], 0, s) * decay[:, :, None, :, None]
+        value = jnp.where(later[..., None], 0, v[:, :, None])
+        own = jnp.sum(q * k, axis=-1, keepdims=True) * v
         if beta is not None:
-            value, own = beta[:, None, :, None] * (value - read(k, new)), beta[..., None] * own
-        new = new + k[:, None, ..., None] * value[..., None, :]
-        weights = jnp.where(half[..., None] == 1, jnp.moveaxis(scales[..., 1:], -1, 1), 0)  # [B, L, H]
-        y = scales[..., :1] * own + jnp.sum(weights[..., None] * read(q, new), axis=1)
-        s = jnp.where(wide(real[:, None]), new, s)
-        return (s, place + real), jnp.where(real[:, None, None], scale * y, 0).astype(v.dtype)
+            value, own = beta[..., None, None] * (value - read(k, new)), beta[..., None] * own
+        new = new + k[:, :, None, :, None] * value[..., None, :]
+        weights = jnp.where(later, scales[..., 1:], 0)  # [B, H, L]
+        y = scales[..., :1] * own + jnp.sum(weights[..., None] * read(q, new), axis=2)
+        real = real[:, None, None]
+        s = jnp.where(real[..., None, None], new, s)
+        return (s, place + real[:, 0, 0]), jnp.where(real, scale * y, 0).astype(v.dtype)
 
     batch, time = v.shape[:2]
     run_ids = jnp.ones((batch, time), jnp.int32) if run_ids is None else run_ids

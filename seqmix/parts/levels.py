@@ -2,7 +2,7 @@
 
     level_scales_t = softplus(scale * (x_t W))         [B, T, H, NL], scale [H, NL] starting at one
 
-Mixers have the fields heads and max_len; NL = ceil(log2(max_len)) + 1. The state is {"levels": [B, L, H, K, V],
+Mixers have the fields heads and max_len; NL = ceil(log2(max_len)) + 1. The state is {"levels": [B, H, L, K, V],
 "length": [B] int32}, L of them for the tokens it has room for.
 """
 
@@ -50,7 +50,7 @@ def zero_state(mixer, batch: int, max_len: int, size: tuple[int, int], dtype) ->
     if not 1 <= max_len <= mixer.max_len:
         name = type(mixer).__name__
         raise ValueError(f"max_len: expected at most {name}'s max_len={mixer.max_len} tokens, got {max_len}")
-    shape = batch, levels_of(max_len), mixer.heads, *size
+    shape = batch, mixer.heads, levels_of(max_len), *size
     levels = jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
     return {"levels": levels, "length": jnp.zeros(batch, jnp.int32)}
 

@@ -27,7 +27,7 @@ def arguments(op, time, kind="head", seed=0, size=(B, HK, H, K, V), gates=GATES)
     arrays = draw(kind, time, seed, size=size, gates=gates)
     b, _, h, k, v = size
     rng = np.random.default_rng(seed + 9)
-    arrays |= dict(level_scales=rng.normal(size=(b, time, h, NL)), state=rng.normal(size=(b, NL - 1, h, k, v)))
+    arrays |= dict(level_scales=rng.normal(size=(b, time, h, NL)), state=rng.normal(size=(b, h, NL - 1, k, v)))
     return arrays if op == "delta" else {name: x for name, x in arrays.items() if name != "beta"}
 
 

@@ -26,7 +26,7 @@ from seqmix.ops.delta_matrix import delta_mixing_matrix
 from seqmix.ops.log_linear import log_linear_delta_rule, log_linear_flops
 from seqmix.ops.log_linear_reference import level_matrix
 from seqmix.parts import delta_heads, levels
-from seqmix.parts.qkv import AXES, head_size, project, way_out
+from seqmix.parts.qkv import head_size, project, way_out
 from seqmix.parts.time_steps import check_ranges
 
 
@@ -114,7 +114,7 @@ class LogLinearGatedDeltaNet(Mixer):
     # Decoding
 
     def init_state(self, params, batch, max_len, dtype=jnp.float32, **inputs):
-        """Zeros: "levels" [B, log2(max_len), H, K, V] in float32 at least, "length" [B]; with conv_width "conv", the
+        """Zeros: "levels" [B, H, log2(max_len), K, V] in float32 at least, "length" [B]; with conv_width "conv", the
         last inputs in `dtype`.
         """
         self.check_inputs(inputs)
@@ -125,7 +125,7 @@ class LogLinearGatedDeltaNet(Mixer):
         return self._run(params, x, state, segment_ids)
 
     def state_axes(self):
-        axes = {"levels": ("batch", None, *AXES, None), "length": ("batch",)}
+        axes = {"levels": ("batch", "heads", None, "head_dim", None), "length": ("batch",)}
         return axes | delta_heads.conv_axes(self)
 
     def state_size(self, context: int) -> int:

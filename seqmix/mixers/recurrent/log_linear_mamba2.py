@@ -108,7 +108,7 @@ class LogLinearMamba2(Mixer):
     # Decoding
 
     def init_state(self, params, batch, max_len, dtype=jnp.float32, **inputs):
-        """Zeros: the convolutions' last inputs in `dtype`, "levels" [B, log2(max_len), H, N, P] in float32 at least,
+        """Zeros: the convolutions' last inputs in `dtype`, "levels" [B, H, log2(max_len), N, P] in float32 at least,
         and "length" [B].
         """
         self.check_inputs(inputs)
@@ -120,7 +120,7 @@ class LogLinearMamba2(Mixer):
         return self._run(params, x, state, segment_ids)
 
     def state_axes(self):
-        axes = ("batch", None, "heads", "state", "head_dim")
+        axes = ("batch", "heads", None, "state", "head_dim")
         return {"conv": ssd_heads.conv_axes(), "levels": axes, "length": ("batch",)}
 
     def state_size(self, context: int) -> int:
