@@ -68,6 +68,18 @@ ROWS = (
         checked=("mamba-ssm: ssd_minimal_discrete (op)",),
     ),
     Row(
+        name="log_linear_mamba2",
+        target="seqmix.mixers.recurrent.log_linear_mamba2:LogLinearMamba2",
+        title="Log-Linear Attention (with Mamba-2)",
+        paper="2506.04761",
+        small=dict(d_model=8, max_len=64, d_state=4, head_dim=4, conv_width=3, chunk=4),
+        variants=(dict(n_groups=2, chunk=2),),
+        medium=dict(d_model=128, max_len=64, d_state=32, head_dim=32, chunk=64),
+        state="(conv_width - 1) * (heads * head_dim + 2 * n_groups * d_state)"
+        " + (context - 1).bit_length() * heads * head_dim * d_state + 1",
+        checked=("fla-core: naive_log_linear_attn (op)",),
+    ),
+    Row(
         name="retnet",
         target="seqmix.mixers.recurrent.retnet:RetNet",
         title="Retentive Network: A Successor to Transformer for Large Language Models",
@@ -201,6 +213,16 @@ ROWS = (
         medium=dict(d_model=128, heads=4),
         state="heads * key_dim * value_dim + (conv_width - 1) * heads * (2 * key_dim + value_dim)",
         checked=("flash-linear-attention: GatedDeltaNet",),
+    ),
+    Row(
+        name="log_linear_gated_deltanet",
+        target="seqmix.mixers.recurrent.log_linear_gated_delta_net:LogLinearGatedDeltaNet",
+        title="Log-Linear Attention (with Gated DeltaNet)",
+        paper="2506.04761",
+        small=dict(d_model=8, max_len=64, heads=2, conv_width=3, chunk=4),
+        medium=dict(d_model=128, max_len=64, heads=4),
+        state="(conv_width - 1) * heads * (2 * key_dim + value_dim)"
+        " + (context - 1).bit_length() * heads * key_dim * value_dim + 1",
     ),
     Row(
         name="kda",

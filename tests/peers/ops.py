@@ -107,7 +107,24 @@ def _their_lightning(fn, q, k, v):
     return (fn(*heads_first(q, k, v), slopes * (1 - LIGHTNING.depth + 1e-5)).transpose(1, 2),)
 
 
+def _log_linear(rng):
+    made = normal(q=(B, T, 2, K), k=(B, T, 2, K), v=(B, T, H, V), level_scales=(B, T, H, T.bit_length() + 1))(rng)
+    return made | {"log_decay": decays(rng, B, T, H)}
+
+
+def _our_log_linear(implementation, **arrays):
+    return ops.log_linear_attention(**arrays, chunk=CHUNK, implementation=implementation)[:1]
+
+
 LINEAR = (
+    fla(
+        "log_linear_attn",
+        "naive_log_linear_attn",
+        "log_linear_attention, a decay per head",
+        _log_linear,
+        _our_log_linear,
+        lambda fn, q, k, v, log_decay, level_scales: (fn(q, k, v, log_decay, level_scales),),
+    ),
     fla(
         "linear_attn",
         "naive_recurrent_linear_attn",
