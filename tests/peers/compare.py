@@ -1,4 +1,4 @@
-"""Comparing with public PyTorch code: finding it, loading it, measuring how far apart it and ours are."""
+"""Comparing with public code, most of it PyTorch: finding it, loading it, measuring how far apart it and ours are."""
 
 import functools
 import importlib.metadata

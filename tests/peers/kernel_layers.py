@@ -79,10 +79,6 @@ def _common(p):
     return weights | {"o_proj.weight": linear_out(p["out"])}
 
 
-def _named(prefix, p, names):
-    return {f"{prefix}.{theirs}": p[ours] for theirs, ours in names.items()}
-
-
 def _unit(x):
     """As the package's kernel does it."""
     return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

@@ -43,15 +43,17 @@ def layer(mixer, package, file, function, run_theirs, **more):
 
 
 def linear(weight):
-    """Our [D, ...], or with heads in front [H, K, D], as torch's [out, in]."""
+    """Our [D, ...], from the stream into heads, as torch's [out, in]."""
     return weight.reshape(weight.shape[0], -1).T
 
 
 def linear_out(weight):
+    """Our [..., D], back to the stream."""
     return weight.reshape(-1, weight.shape[-1]).T
 
 
 def call(layer, weights, *args, **options):
+    """The layer with these weights in place of its own."""
     import torch
 
     return torch.func.functional_call(layer, weights, args, options)
