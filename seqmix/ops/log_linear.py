@@ -8,8 +8,8 @@ from seqmix.ops.delta import prepare
 from seqmix.ops.dispatch import pick
 from seqmix.ops.linear_chunked import plan
 from seqmix.ops.linear_reference import decay_spec
-from seqmix.ops.log_linear_chunked import log_linear_chunked, read_levels
-from seqmix.ops.log_linear_reference import log_linear_reference
+from seqmix.ops.log_linear_chunked import chunked, read_levels
+from seqmix.ops.log_linear_reference import recurrence
 from seqmix.ops.triangular import unit_lower_inverse_flops
 
 
@@ -155,12 +155,12 @@ def _log_linear(op, q, k, v, beta, level_scales, log_decay, scale, state, segmen
     args = q, k, v, beta, log_decay, level_scales
     if name == "chunked" and d.T > 1:
         options = dict(scale=scale, state=levels, length=length, run_ids=run_ids, chunk=chunk)
-        y, levels, length = log_linear_chunked(*args, **options)
+        y, levels, length = chunked(*args, **options)
     else:
         if levels is None:
             levels = jnp.zeros((d.B, d.H, d.NL - 1, d.K, d.V), acc)
             length = jnp.zeros(d.B, jnp.int32)
-        y, levels, length = log_linear_reference(*args, scale=scale, state=levels, length=length, run_ids=run_ids)
+        y, levels, length = recurrence(*args, scale=scale, state=levels, length=length, run_ids=run_ids)
     return y, (levels, length)
 
 

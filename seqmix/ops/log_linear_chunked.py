@@ -42,8 +42,10 @@ from seqmix.ops.delta_chunked import (
 from seqmix.ops.linear_chunked import plan
 
 
-def log_linear_chunked(q, k, v, beta, log_decay, level_scales, *, scale, state, length, run_ids, chunk):
-    """Arguments as for `log_linear_reference`, and the chunk; state and length are None where rows start."""
+def chunked(q, k, v, beta, log_decay, level_scales, *, scale, state, length, run_ids, chunk):
+    """Arguments as for `recurrence` in `ops/log_linear_reference.py`, and the chunk; state and length are None where
+    rows start.
+    """
     batch, time, heads, width = v.shape
     acc = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
     count = level_scales.shape[-1] - 1
