@@ -262,3 +262,5 @@ def test_bad_arguments_are_named_in_one_line():
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="state: expected the pair"):
         log_linear_attention(**arrays)
+    with pytest.raises(ValueError, match="beta: expected an array"):
+        log_linear_delta_rule(**arrays | dict(state=None), beta=None)
