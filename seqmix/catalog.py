@@ -72,8 +72,7 @@ ROWS = (
         target="seqmix.mixers.recurrent.log_linear_mamba2:LogLinearMamba2",
         title="Log-Linear Attention (with Mamba-2)",
         paper="2506.04761",
-        small=dict(d_model=8, max_len=64, d_state=4, head_dim=4, conv_width=3, chunk=4),
-        variants=(dict(n_groups=2, chunk=2),),
+        small=dict(d_model=8, max_len=64, d_state=4, head_dim=4, n_groups=2, conv_width=3, chunk=4),
         medium=dict(d_model=128, max_len=64, d_state=32, head_dim=32, chunk=64),
         state="(conv_width - 1) * (heads * head_dim + 2 * n_groups * d_state)"
         " + (context - 1).bit_length() * heads * head_dim * d_state + 1",

@@ -8,8 +8,8 @@ from seqmix.ops.delta import prepare
 from seqmix.ops.dispatch import pick
 from seqmix.ops.linear_chunked import plan
 from seqmix.ops.linear_reference import decay_spec
-from seqmix.ops.log_linear_chunked import log_linear_chunked, read_levels
-from seqmix.ops.log_linear_reference import log_linear_reference
+from seqmix.ops.log_linear_chunked import chunked, read_levels
+from seqmix.ops.log_linear_reference import recurrence
 from seqmix.ops.triangular import unit_lower_inverse_flops
 
 
@@ -51,7 +51,7 @@ def log_linear_attention(
         be missed), and scales of levels above L are not read. None: zeros, L = NL - 1.
       segment_ids: [B, T] integers. A new non-zero id starts from zeros, at position 0; 0 is padding: it neither
         writes, decays nor advances positions, and y is 0 there. `state` belongs to a row's first segment, the one
-        returned to its last. Segments may start anywhere in a chunk; without ids and state less is computed.
+        returned to its last. Segments may start anywhere in a chunk; without ids and state fewer levels are computed.
       chunk: tokens computed as one matrix by the chunked form, a power of two.
       implementation: None (the best for the call), "chunked" or "reference".
 
@@ -135,7 +135,10 @@ def _log_linear(op, q, k, v, beta, level_scales, log_decay, scale, state, segmen
     specs = {"q": "B T Hk K", "k": "B T Hk K", "v": "B T H V", "beta": "B T H", "level_scales": "B T H NL"}
     specs |= {"log_decay": decay_spec(log_decay), "state": "B H L K V"}
     floats = dict(q=q, k=k, v=v, level_scales=level_scales, log_decay=log_decay, state=levels)
-    floats |= {} if op == "log_linear_attention" else dict(beta=beta)
+    if op == "log_linear_delta_rule":
+        floats |= dict(beta=beta)
+        if beta is None:
+            raise ValueError("beta: expected an array, got NoneType")
     d = dims(specs, **floats)
     log_decay, run_ids, acc = prepare(d, floats, segment_ids, chunk)
     if not 2 <= d.NL <= 31:
@@ -155,12 +158,12 @@ def _log_linear(op, q, k, v, beta, level_scales, log_decay, scale, state, segmen
     args = q, k, v, beta, log_decay, level_scales
     if name == "chunked" and d.T > 1:
         options = dict(scale=scale, state=levels, length=length, run_ids=run_ids, chunk=chunk)
-        y, levels, length = log_linear_chunked(*args, **options)
+        y, levels, length = chunked(*args, **options)
     else:
         if levels is None:
             levels = jnp.zeros((d.B, d.H, d.NL - 1, d.K, d.V), acc)
             length = jnp.zeros(d.B, jnp.int32)
-        y, levels, length = log_linear_reference(*args, scale=scale, state=levels, length=length, run_ids=run_ids)
+        y, levels, length = recurrence(*args, scale=scale, state=levels, length=length, run_ids=run_ids)
     return y, (levels, length)
 
 

@@ -42,29 +42,30 @@ from seqmix.ops.delta_chunked import (
 from seqmix.ops.linear_chunked import plan
 
 
-def log_linear_chunked(q, k, v, beta, log_decay, level_scales, *, scale, state, length, run_ids, chunk):
-    """Arguments as for `log_linear_reference`, and the chunk; state and length are None where rows start."""
+def chunked(q, k, v, beta, log_decay, level_scales, *, scale, state, length, run_ids, chunk):
+    """Arguments as for `recurrence` in `ops/log_linear_reference.py`, and the chunk; state and length are None where
+    rows start.
+    """
     batch, time, heads, width = v.shape
     acc = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
     count = level_scales.shape[-1] - 1
-    aligned = state is None and run_ids is None
+    first, last = 0, count
     if state is None:
+        near, far = read_levels(time, chunk)
+        first, last = min(near, count) if run_ids is None else 0, min(far, count)
         state = jnp.zeros((batch, heads, count, q.shape[-1], width), acc)
         length = jnp.zeros(batch, jnp.int32)
     place = _places(length, time, run_ids)
     beta = None if beta is None else beta[..., None]
     args = q, k, v, beta, log_decay, level_scales, place, length - 1, run_ids, chunk
-    if aligned:
-        # Levels that no token reads are a pass of their own, which is dropped where the state is not used.
-        near, far = read_levels(time, chunk)
-        first, last = min(near, count), min(far, count)
-        read, rest = range(first + 1, last + 1), (*range(1, first + 1), *range(last + 1, count + 1))
-        y, middle = _pass(*args, state[:, :, first:last], levels=tuple(read), near=first)
+    between = tuple(range(first + 1, last + 1))
+    y, middle = _pass(*args, state[:, :, first:last], levels=between, near=first or last)
+    # Levels that no chunk reads are a pass of their own, which is dropped where the state is not used.
+    rest = (*range(1, first + 1), *range(last + 1, count + 1))
+    if rest:
         _, others = _pass(*args, state[:, :, : len(rest)], levels=rest, near=0)
-        state = jnp.concatenate([others[:, :, :first], middle, others[:, :, first:]], axis=2)
-    else:
-        y, state = _pass(*args, state, levels=tuple(range(1, count + 1)), near=count)
-    return (scale * y).astype(v.dtype), state, place[:, -1] + 1
+        middle = jnp.concatenate([others[:, :, :first], middle, others[:, :, first:]], axis=2)
+    return (scale * y).astype(v.dtype), middle, place[:, -1] + 1
 
 
 def read_levels(time, chunk):
@@ -90,8 +91,6 @@ def _pass(q, k, v, beta, log_decay, level_scales, place, entered, run_ids, chunk
     levels up to `near`, pairs of different chunks at `levels`; the row's last position before it is entered [B].
     """
     batch, time, heads, _ = v.shape
-    if near == 0 and not levels:
-        return None, state
     shape = plan(time, chunk, batch * heads * max(1, len(levels)))
     c = in_chunks(q, k, k, v, None, beta, log_decay, state.dtype, run_ids, shape)
     scales = cut(level_scales, state.dtype, run_ids, shape)

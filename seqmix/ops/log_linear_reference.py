@@ -7,7 +7,7 @@ from seqmix.core import packing
 from seqmix.core.shapes import dims
 
 
-def log_linear_reference(q, k, v, beta, log_decay, level_scales, *, scale, state, length, run_ids):
+def recurrence(q, k, v, beta, log_decay, level_scales, *, scale, state, length, run_ids):
     """Arguments as `ops/log_linear.py` hands them on: beta [B, T, H] or None (then nothing is erased), log_decay
     [B, T, H, 1 or K] or None, level_scales [B, T, H, L + 1], state [B, H, L, K, V], length [B], run_ids [B, T] or
     None. Returns y, the state and the length after it.

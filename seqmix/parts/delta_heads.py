@@ -41,8 +41,8 @@ def params(mixer, **more) -> dict:
 
 
 def gated_params(mixer) -> dict:
-    """Those, and "gate", "norm" and "out" of a gated way out, and "decay" of `log_decay`, for Gated DeltaNet and its
-    kin; the mixer has the fields a_min, a_max, dt_min, dt_max too.
+    """The weights of `params`, "gate", "norm" and "out" of a gated way out, and "decay" of `log_decay`, for Gated
+    DeltaNet and its kin; the mixer has the fields a_min, a_max, dt_min, dt_max too.
     """
     mixer.positive(d_model=mixer.d_model)
     D, H, (_, V) = mixer.d_model, mixer.heads, mixer.sizes

@@ -23,7 +23,7 @@ NL = 9  # positions below 256
 
 
 def arguments(op, time, kind="head", seed=0, size=(B, HK, H, K, V), gates=GATES):
-    """Float64; level scales of both signs, and the state of rows that have `start` tokens behind them."""
+    """Float64, with level scales of both signs and a state."""
     arrays = draw(kind, time, seed, size=size, gates=gates)
     b, _, h, k, v = size
     rng = np.random.default_rng(seed + 9)
@@ -120,3 +120,147 @@ def test_chunks_equal_the_loop_in_values_and_all_gradients(op, kind, times, x64)
             np.testing.assert_array_equal(got[2], after)
             assert_close(got[:2], (y[:, :time], levels), 1e-11, f"T={time}, from {length}")
             assert_close(got_grads, cut(grads), 1e-11, f"T={time}, from {length}")
+
+
+def test_chunks_packing_and_blocks_change_nothing(monkeypatch, x64):
+    """Segments that start anywhere in a chunk, the first of them going on from earlier tokens, padding anywhere."""
+    arrays, length = arguments("delta", 37), np.array([5, 64], np.int32)
+    weights = cotangents(arrays)
+    ids = jnp.asarray(np.repeat([[1, 0, 1, 2, 0, 3], [0, 4, 4, 4, 5, 5]], [3, 2, 9, 12, 1, 10], axis=1))
+    expected = pullback("delta", implementation="reference")(arrays, weights, length, ids)
+    assert_close(forward("delta", chunk=64)(arrays, length, ids)[0], expected[0][0], 1e-12)
+    monkeypatch.setattr(linear_chunked, "_TILES", 1)
+    monkeypatch.setattr(linear_chunked, "_FEWEST", 4)
+    assert linear_chunked.plan(37, 4, B * H)[0] == 3
+    got = pullback("delta", chunk=4)(arrays, weights, length, ids)
+    np.testing.assert_array_equal(got[0][2], expected[0][2])
+    assert_close((got[0][:2], got[1]), (expected[0][:2], expected[1]), 1e-12)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_levels_that_weigh_alike_are_the_plain_op(op, x64):
+    arrays = arguments(op, 65)
+    del arrays["state"]
+    scales = arrays.pop("level_scales")
+    want, _ = jit(PLAIN[op])(**arrays)
+    run = forward(op)
+    y, (_, length) = run(arrays | dict(level_scales=np.ones_like(scales)))
+    assert_close(y, want, 1e-13)
+    assert np.array_equal(length, [65] * B) and np.abs(run(arrays | dict(level_scales=scales))[0] - want).max() > 0.1
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_states_join_the_parts_of_a_sequence_cut_anywhere(op, x64):
+    """Both rows end in the segment that every part but the first begins with; a new call could not know otherwise."""
+    arrays = arguments(op, 24)
+    levels, length = np.zeros((B, H, NL - 1, K, V)), np.zeros(B, np.int32)
+    ids = jnp.asarray(np.repeat([[7, 7, 7, 7, 7], [1, 0, 2, 0, 2]], [5, 2, 8, 5, 4], axis=1))
+    run, parts, state = forward(op, chunk=8), [], (levels, length)
+    for start, stop in ((0, 11), (11, 12), (12, 24)):
+        part = {name: x[:, start:stop] for name, x in arrays.items() if name != "state"}
+        y, state = run(part | dict(state=state[0]), state[1], ids[:, start:stop])
+        parts.append(y)
+    want, last = forward(op, implementation="reference")(arrays | dict(state=levels), length, ids)
+    assert_close((np.concatenate(parts, 1), state), (want, last), 1e-13)
+    assert np.array_equal(last[1], [24, 12])
+    _, aligned = run({name: x for name, x in arrays.items() if name != "state"})
+    assert_close(aligned, run(arrays | dict(state=levels), length)[1], 1e-13)
+
+
+@hypothesis.settings(max_examples=10)
+@hypothesis.given(st.lists(st.sampled_from([0, 1, 1, 1, 2]), min_size=26, max_size=26))
+def test_packed_rows_equal_separate_sequences_with_padding_anywhere(drawn):
+    with jax.enable_x64(True):
+        arrays, ids = arguments("linear", 13), np.array(drawn, np.int32).reshape(B, 13)
+        del arrays["state"]
+        y, _ = forward("linear", chunk=4)(arrays, ids=ids)
+        assert not np.asarray(y)[ids == 0].any()
+        for row, times in documents(ids):
+            for h in range(H):
+                at = lambda x: x[row, times, h if x.shape[2] == H else h // (H // HK)]  # noqa: B023
+                want = merged_states(**{name: at(x) for name, x in arrays.items()})
+                np.testing.assert_allclose(y[row, times, h], want, rtol=0, atol=1e-13)
+
+
+def test_a_state_of_fewer_levels_serves_the_positions_it_has(x64):
+    arrays = arguments("linear", 8)
+    few = arrays | dict(state=0 * arrays["state"][:, :, :3])  # positions below 8
+    want, _ = forward("linear")({name: x for name, x in arrays.items() if name != "state"})
+    y, (levels, _) = forward("linear", chunk=4)(few, np.zeros(B, np.int32))
+    assert levels.shape == (B, H, 3, K, V)
+    assert_close(y, want, 1e-13)
+
+
+# Precision and cost
+
+
+@pytest.mark.parametrize(
+    "op, dtype, bound",
+    [
+        ("linear", jnp.bfloat16, 0.005),
+        ("delta", jnp.bfloat16, 0.008),
+        ("linear", jnp.float32, 1e-5),
+        ("delta", jnp.float32, 1e-5),
+    ],
+)
+def test_it_keeps_the_bounds_of_the_plain_ops_for_every_decay(op, dtype, bound):
+    """RMS errors against float64 on the same rounded inputs: of y and the state, and in float32 of gradients."""
+    arrays = arguments(op, 150, size=SMALL)
+    weights = cotangents(arrays)
+    kept = ("beta", "log_decay", "state", "level_scales")
+    arrays = {name: jnp.asarray(x, jnp.float32 if name in kept else dtype) for name, x in arrays.items()}
+    weights = jnp.asarray(weights[0], dtype), jnp.asarray(weights[1], jnp.float32)
+    length = np.array([3], np.int32)
+    run, loop = pullback(op), pullback(op, implementation="reference")
+    for gate in (None, 0.0, -1e-4, -5.0, -20.0):
+        if gate is not None:
+            arrays["log_decay"] = jnp.full_like(arrays["log_decay"], gate)
+        (y, levels, _), grads = run(arrays, weights, length)
+        with jax.enable_x64(True):
+            exact = lambda tree: jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), tree)
+            (want, want_levels, _), want_grads = loop(exact(arrays), exact(weights), length)
+        errors = dict(y=relative(y, want), state=relative(levels, want_levels))
+        if dtype == jnp.float32:
+            errors |= {name: relative(g, want_grads[name]) for name, g in grads.items()}
+        assert max(errors.values()) < bound, (gate, errors)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cost_grows_as_t_log_t(op, monkeypatch):
+    """As XLA counts it, its loops unrolled, before fusion; without the last state, whose levels none reads."""
+    monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
+    sizes = dict(heads=2, key_heads=1, key_dim=32, value_dim=32, chunk=16, delta=op == "delta")
+    for time in (64, 256):
+        arrays = {name: x for name, x in arguments(op, time, size=SMALL).items() if name != "state"}
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, jnp.float32) for name, x in arrays.items()}
+        lowered = jax.jit(lambda arrays: call(op, arrays, chunk=16)[0]).lower(shapes)
+        assert log_linear_flops(1, time, **sizes) == pytest.approx(lowered.cost_analysis()["flops"], rel=0.03)
+    growth = [
+        log_linear_flops(1, 2 * time, **sizes) / log_linear_flops(1, time, **sizes) for time in (1 << 12, 1 << 20)
+    ]
+    assert 2 < growth[1] < growth[0] < 2.3
+
+
+def test_bad_arguments_are_named_in_one_line():
+    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in arguments("linear", 8).items()}
+    zero = jnp.zeros(B, jnp.int32)
+    for message, change, length in (
+        (
+            "level_scales: expected at least 4 levels for T=8, got 3",
+            dict(level_scales=arrays["level_scales"][..., :3]),
+            None,
+        ),
+        ("level_scales: expected between 2 and 31", dict(level_scales=arrays["level_scales"][..., :1]), None),
+        ("level_scales: expected shape", dict(level_scales=arrays["level_scales"][:, :, :2]), None),
+        ("log_decay: expected a floating dtype", dict(log_decay=jnp.zeros((B, 8, H), int)), None),
+        ("state: expected at least 1 and less than NL=9", dict(state=jnp.zeros((B, H, 9, K, V))), zero),
+        ("state: expected integer lengths", {}, zero[:1]),
+        ("state: expected integer lengths", {}, zero.astype(float)),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            jax.eval_shape(lambda: call("linear", arrays | change, length))  # noqa: B023
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="state: expected the pair"):
+        log_linear_attention(**arrays)
+    with pytest.raises(ValueError, match="beta: expected an array"):
+        log_linear_delta_rule(**arrays | dict(state=None), beta=None)
