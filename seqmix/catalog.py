@@ -62,6 +62,15 @@ ROWS = (
         medium=dict(d_model=128, d_state=32, head_dim=32, chunk=64),
     ),
     Row(
+        name="log_linear_mamba2",
+        target="seqmix.mixers.recurrent.log_linear_mamba2:LogLinearMamba2",
+        title="Log-Linear Attention (with Mamba-2)",
+        paper="2506.04761",
+        small=dict(d_model=8, max_len=64, d_state=4, head_dim=4, conv_width=3, chunk=4),
+        variants=(dict(n_groups=2, chunk=2),),
+        medium=dict(d_model=128, max_len=64, d_state=32, head_dim=32, chunk=64),
+    ),
+    Row(
         name="retnet",
         target="seqmix.mixers.recurrent.retnet:RetNet",
         title="Retentive Network: A Successor to Transformer for Large Language Models",
@@ -171,6 +180,14 @@ ROWS = (
         medium=dict(d_model=128, heads=4),
     ),
     Row(
+        name="log_linear_gated_deltanet",
+        target="seqmix.mixers.recurrent.log_linear_gated_delta_net:LogLinearGatedDeltaNet",
+        title="Log-Linear Attention (with Gated DeltaNet)",
+        paper="2506.04761",
+        small=dict(d_model=8, max_len=64, heads=2, conv_width=3, chunk=4),
+        medium=dict(d_model=128, max_len=64, heads=4),
+    ),
+    Row(
         name="kda",
         target="seqmix.mixers.recurrent.kimi_delta:KimiDeltaAttention",
         title="Kimi Linear: An Expressive, Efficient Attention Architecture",
@@ -252,4 +269,6 @@ def _growth(mixer) -> str:
         return "none"
     sizes = {"memory": 1} if "memory" in mixer.takes else {}
     short, long = (mixer.state_size(context, **sizes) for context in (1 << 20, 1 << 21))
-    return "constant" if short == long else "grows with the context"
+    if short == long:
+        return "constant"
+    return "grows with the context" if long > 1.5 * short else "grows with its logarithm"
