@@ -2,12 +2,18 @@
 
 from experiments import config
 from seqmix import catalog
+from seqmix.mixers.conv.base_conv import BaseConv
 from seqmix.models import LM
 from seqmix.tasks import MQAR
+
+NO_CONV = ("retnet", "lightning", "hgrn2", "gateloop", "glru", "linear_attention", "hedgehog", "based")
 
 
 def mqar(mixer: str = "attention", width: int = 64) -> config.Train:
     """Multi-query associative recall: two layers of --mixer=NAME at --width=64 or so.
+
+    As in Zoology's own comparison, a recurrence without a convolution of its own has a short one (BaseConv, three
+    taps) before it in each layer: else nothing tells a value which key stands beside it.
 
     python -m experiments.train --config=mqar --mixer=deltanet
     """
@@ -15,21 +21,17 @@ def mqar(mixer: str = "attention", width: int = 64) -> config.Train:
         row = catalog.find(mixer)
     except ValueError as error:
         raise ValueError(f"mixer: {str(error).partition(': ')[2]}") from None
+    mixers = (row.load()(**fields(row.name, width)),)
+    mixers = (BaseConv(), *mixers) if row.name in NO_CONV else mixers
+    model = LM(vocab=8192, d_model=width, n_layers=2 * len(mixers), mixers=mixers, compute_dtype="float32", z_loss=0.0)
     return config.Train(
         name=f"mqar_{row.name}_{width}",
-        model=LM(
-            vocab=8192,
-            d_model=width,
-            n_layers=2,
-            mixers=(row.load()(**fields(row.name, width)),),
-            compute_dtype="float32",
-            z_loss=0.0,
-        ),
-        data=config.Synthetic(task=MQAR(vocab=8192, seq_len=128, pairs=(8, 32)), batch_size=64),
-        optim=config.Optim(peak_lr=3e-3, warmup=200, b2=0.98, weight_decay=0.1, end_lr_ratio=0.0),
+        model=model,
+        data=config.Synthetic(task=MQAR(vocab=8192, seq_len=128, pairs=(8, 32), noise=False), batch_size=64),
+        optim=config.Optim(peak_lr=1e-2, warmup=200, b2=0.98, weight_decay=0.1, end_lr_ratio=0.0),
         eval=config.Eval(every=500, batches=4, final_batches=32),
         checkpoint=config.Checkpoint(every=1000, keep=1),
-        steps=2000,
+        steps=4000,
         log_every=50,
         sample_tokens=0,
     )

@@ -213,6 +213,14 @@ ROWS = (
         medium=dict(d_model=256, max_len=64, filter_width=16),
     ),
     Row(
+        name="base_conv",
+        target="seqmix.mixers.conv.base_conv:BaseConv",
+        title="Zoology: Measuring and Improving Recall in Efficient Language Models",
+        paper="2312.04927",
+        small=dict(d_model=8),
+        medium=dict(d_model=256),
+    ),
+    Row(
         name="rat",
         target="seqmix.mixers.composite.rat:RAT",
         title="RAT: Bridging RNN Efficiency and Attention Accuracy via Chunk-based Sequence Modeling",
