@@ -20,6 +20,7 @@ from pathlib import Path
 import grain
 import numpy as np
 
+from experiments import config, synthetic
 from experiments import tokenizer as tokenizers
 
 PACKING = 1  # a number for what this file does to the documents; part of the fingerprint
@@ -34,6 +35,8 @@ def load(cfg, vocab, align=1):
     Raises ValueError in one line for text that is missing, empty, binary or too short, and for token ids
     beyond the vocabulary.
     """
+    if isinstance(cfg, config.Synthetic):
+        return synthetic.Dataset(cfg, vocab, align)
     if cfg.seq_len % align:
         raise ValueError(f"data.seq_len: expected a multiple of {align}, as the mixers need, got {cfg.seq_len}")
     documents = _standard_library() if cfg.path is None else _files(Path(cfg.path))
@@ -138,6 +141,8 @@ class Rows(grain.MapDataset):
 
 class Dataset:
     """Training and validation batches of one corpus: dicts of arrays [B, T] as `Rows` describes."""
+
+    pairs = ()  # no task with answers that are right or wrong
 
     def __init__(self, cfg, train, val, held, entropy, fingerprint):
         batch, seq = cfg.batch_size, cfg.seq_len

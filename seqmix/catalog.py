@@ -254,6 +254,14 @@ ROWS = (
         state="d_model * ((conv_width - 1) * (order + 1) + context * (order - 1)) + 1",
     ),
     Row(
+        name="base_conv",
+        target="seqmix.mixers.conv.base_conv:BaseConv",
+        title="Zoology: Measuring and Improving Recall in Efficient Language Models",
+        paper="2312.04927",
+        small=dict(d_model=8),
+        medium=dict(d_model=256),
+    ),
+    Row(
         name="rat",
         target="seqmix.mixers.composite.rat:RAT",
         title="RAT: Bridging RNN Efficiency and Attention Accuracy via Chunk-based Sequence Modeling",
