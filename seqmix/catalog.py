@@ -260,6 +260,7 @@ ROWS = (
         paper="2312.04927",
         small=dict(d_model=8),
         medium=dict(d_model=256),
+        state="(conv_width - 1) * d_model",
     ),
     Row(
         name="rat",

@@ -10,9 +10,8 @@ D[t, s] = exp(log_decay[s + 1] + .. + log_decay[t]). lev(t, s), the number of bi
 document, has NL = log2(max_len) + 1 values. With all level_scales 1 this is Gated DeltaNet. Training costs
 O(T log T), decoding O(log T) states. Positions may not pass max_len, as NL is fixed with the weights.
 
-The released code's option to divide level_scales by the scale of q is left out; A_log starts as in this library's
-Gated DeltaNet. Decoding keeps states that are independent of each other where the paper merges them (see
-`ops/log_linear.py`): as many, with the same y. That code was read for the form of level_scales and of M.
+A_log starts as in this library's Gated DeltaNet. Decoding keeps states that are independent of each other where the paper merges them (see
+`ops/log_linear.py`): as many, with the same y.
 """
 
 from dataclasses import dataclass

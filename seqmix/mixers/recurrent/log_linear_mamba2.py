@@ -9,9 +9,9 @@ lev(t, s), the number of bits of t xor s for positions within a document, has NL
 tokens are told apart, far ones share a state. With all level_scales 1 this is Mamba-2. Training costs
 O(T log T), decoding O(log T) states. Positions may not pass max_len, as NL is fixed with the weights.
 
-The published code starts A at 1 .. H and draws W_in uniformly; here both start as in this library's Mamba-2. Decoding
+A and W_in start as in this library's Mamba-2. Decoding
 keeps states that are independent of each other where the paper merges them (see `ops/log_linear.py`): as many, with
-the same y. The released code was read for the form of level_scales and the schedule of levels.
+the same y.
 """
 
 from dataclasses import dataclass
