@@ -51,7 +51,7 @@ def difference(old, new, ignore=()):
 
     Paths that start with an entry of `ignore` are not compared.
     """
-    left, right = dict(_flatten(old)), dict(_flatten(new))
+    left, right = dict(flatten(old)), dict(flatten(new))
     for path in [*left, *(p for p in right if p not in left)]:
         if any(path == entry or path.startswith(entry + ".") for entry in ignore):
             continue
@@ -60,7 +60,8 @@ def difference(old, new, ignore=()):
     return None
 
 
-def _flatten(value, path=""):
+def flatten(value, path=""):
+    """(dotted path, value) of every leaf of a JSON form; `length` of a list and `class` of a dataclass are leaves."""
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list):
@@ -70,7 +71,7 @@ def _flatten(value, path=""):
         yield path, value
         return
     for key, item in items:
-        yield from _flatten(item, f"{path}.{'class' if key == '__class__' else key}".lstrip("."))
+        yield from flatten(item, f"{path}.{'class' if key == '__class__' else key}".lstrip("."))
 
 
 def _locate(name):

@@ -82,7 +82,7 @@ def show(runs):
 
     rows = []
     for run in runs:
-        state = plan.state(run)
+        state = plan.state(run.workdir, run.cfg.steps)
         text = f"{state.name} ({state.reason})" if state.reason else state.name
         rows.append((run.id, text, f"{state.step}/{run.cfg.steps}", run.describe()))
     progress.table(f"{len(rows)} runs", ("run", "state", "steps", "overrides"), rows, left=4)

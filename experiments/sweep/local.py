@@ -4,6 +4,7 @@ Each run is a process group of its own that the kernel kills with the sweep, so 
 behind; started again, it skips what is finished and the runs resume from their checkpoints.
 """
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -273,10 +274,8 @@ def cached(root):
 
 
 def _send(process, number):
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _kill(process):

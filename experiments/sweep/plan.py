@@ -129,12 +129,11 @@ def resolve(overrides, base, root, fixed=()):
     return Run(flags.override(base, overrides), overrides, root)
 
 
-def state(run):
-    """The State of a run, from its directory alone."""
-    folder = run.workdir
+def state(folder, steps):
+    """The State of a run of so many steps, from its directory alone."""
     step = last_step(folder / "metrics.jsonl")
     if (folder / "report.json").exists():
-        return State("finished", run.cfg.steps)
+        return State("finished", steps)
     if held(folder):
         return State("running", step)
     outcome = folder / "outcome.json"
