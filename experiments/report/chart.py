@@ -5,7 +5,7 @@ import math
 from html import escape
 
 WIDTH, HEIGHT = 480, 330
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 74, 12, 12, 46
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Line:
 
 
 class Axis:
-    """Maps [low, high] to pixels, linearly or by the logarithm, with about five round ticks."""
+    """Maps [low, high] to pixels, linearly or by the logarithm, with about six round ticks."""
 
     def __init__(self, values, start, end, log=False):
         values = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
@@ -44,7 +44,7 @@ class Axis:
         """Round values inside the range."""
         if self.log:
             return _log_ticks(self.low, self.high)
-        step = nice((self.high - self.low) / 5)
+        step = nice((self.high - self.low) / 7)
         first = math.ceil(self.low / step)
         return [index * step for index in range(first, math.floor(self.high / step) + 1)]
 
@@ -52,7 +52,7 @@ class Axis:
         """A tick's label."""
         if self.log:
             return f"{value:g}"
-        step = nice((self.high - self.low) / 5)
+        step = nice((self.high - self.low) / 7)
         return number(value, max(0, -math.floor(math.log10(step) + 1e-9)))
 
 

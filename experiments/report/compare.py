@@ -22,15 +22,9 @@ class Group:
     runs: list
     settings: dict  # dotted path: value, without seeds and what does not change what is learned
     label: str = ""
-    index: int = 0  # in the order of the groups; gives its colour and dashes
-
-    @property
-    def colour(self):
-        return SHADES[self.index % len(SHADES)]
-
-    @property
-    def dash(self):
-        return DASHES[self.index // len(SHADES) % len(DASHES)]
+    index: int = 0  # in the order of the labels
+    colour: str = SHADES[0]
+    dash: str = ""  # of SVG's stroke-dasharray
 
     def spread(self, value):
         """The Spread of value(run) over the runs that have one (not None)."""
@@ -64,7 +58,7 @@ def val_loss(run):
 
 
 def groups(runs):
-    """The Groups of the readable runs, in order of the first run of each, labelled by what differs."""
+    """The Groups of the readable runs, labelled by what differs and in the order of the labels."""
     made = {}
     for run in runs:
         if not run.config:
@@ -74,11 +68,26 @@ def groups(runs):
         settings = {p: v for p, v in flat.items() if not any(p == f or p.startswith(f"{f}.") for f in fixed)}
         made.setdefault(tuple(sorted(settings.items(), key=repr)), Group([], settings)).runs.append(run)
     found = list(made.values())
-    names = labels(found)
-    for index, (group, name) in enumerate(zip(found, names, strict=True)):
-        group.index, group.label = index, name
-        group.runs.sort(key=lambda run: seeds(run))
+    for group, name in zip(found, labels(found), strict=True):
+        group.label = name
+        group.runs.sort(key=seeds)
+    found.sort(key=lambda group: group.label)
+    _colour(found)
     return found
+
+
+def _colour(found):
+    """Gives each group its index and style: one colour a stack of mixers, dashes within it, where that is enough."""
+    families = {}
+    for group in found:
+        families.setdefault(stack(group), []).append(group)
+    few = 1 < len(families) <= len(SHADES) and max(map(len, families.values())) <= len(DASHES)
+    for index, group in enumerate(found):
+        own = stack(group)
+        shade, dash = divmod(index, len(SHADES))[::-1]
+        if few:
+            shade, dash = list(families).index(own), families[own].index(group)
+        group.index, group.colour, group.dash = index, SHADES[shade], DASHES[dash % len(DASHES)]
 
 
 def seeds(run):
@@ -100,7 +109,7 @@ def labels(found):
     others = [path for path in paths if not (mixers and path.startswith(MIXERS))]
     last = [path.rsplit(".", 1)[-1] for path in others]
     short = [path if last.count(name) > 1 else name for path, name in zip(others, last)]
-    stacks = [_stack(group, plan.brief) for group in found]
+    stacks = [stack(group) for group in found]
     classes = [_stack(group, lambda mixer: type(mixer).__name__) for group in found]
     plain = len(set(zip(stacks, classes))) == len(set(classes))
     made = []
@@ -109,6 +118,11 @@ def labels(found):
         words += [f"{name}={plan.brief(group.settings.get(path))}" for name, path in zip(short, others)]
         made.append(" · ".join(words) or str(group.runs[0].config.get("name", group.runs[0].id)))
     return made
+
+
+def stack(group):
+    """The mixers of a group's model with the fields that are not at their defaults."""
+    return _stack(group, plan.brief)
 
 
 def _stack(group, name):

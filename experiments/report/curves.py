@@ -51,7 +51,6 @@ def lines(groups, kind, name):
                 label = f"{group.label}, {run.id}"
                 made.append(Line(group.index, label, xs.tolist(), ys.tolist(), thin=True, run=run.id, **style))
         xs, ys = thinned(*mean([curve[1:] for curve in curves]))
-        label = f"{group.label}, mean of {len(curves)}" if several else group.label
         run = "" if several else curves[0][0].id
-        made.append(Line(group.index, label, xs.tolist(), ys.tolist(), run=run, **style))
+        made.append(Line(group.index, group.label, xs.tolist(), ys.tolist(), run=run, **style))
     return made

@@ -30,7 +30,7 @@ def write(runs, folder):
         for name, kind, title, unit, log in curves.CURVES:
             lines = curves.lines(groups, kind, name)
             if lines:
-                figure = Figure(figsize=(4.6, 3.0), layout="constrained")
+                figure = Figure(figsize=(6.0, 3.0), layout="constrained")
                 _curves(figure.subplots(), lines, unit, log)
                 written += _save(figure, folder / name, title)
         scored = [(group, found) for group in groups if (found := group.spread(compare.bits)).n]
@@ -47,7 +47,7 @@ def _curves(axes, lines, unit, log):
         width, alpha, label = (0.6, 0.45, None) if line.thin else (1.5, 1.0, line.label)
         axes.plot(line.xs, line.ys, linewidth=width, alpha=alpha, label=label, **style)
     axes.set(xlabel="step", ylabel=unit, yscale="log" if log else "linear")
-    axes.legend(fontsize=6)
+    axes.figure.legend(fontsize=7, loc="outside right upper")
 
 
 def _scores(axes, scored):

@@ -56,9 +56,6 @@ function watch(figure, chart) {
       tip.append(row);
     }
     tip.classList.remove("off");
-    const right = at / scale > box.width / 2;
-    tip.style.left = right ? "auto" : `${at / scale + 12}px`;
-    tip.style.right = right ? `${box.width - at / scale + 12}px` : "auto";
   };
   svg.addEventListener("pointermove", move);
   svg.addEventListener("pointerdown", move);

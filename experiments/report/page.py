@@ -20,11 +20,10 @@ def page(runs, title):
         _head(runs, groups, title),
         "<h2>Comparison</h2>",
         _comparison(groups),
-        _final(groups),
+        f'<div class="charts">{_final(groups)}{_sensitivity(groups, charts)}</div>',
         "<h2>Curves</h2>",
         _legend(groups),
         _curves(groups, charts),
-        _sensitivity(groups, charts),
         "<h2>What differs</h2>",
         _differences(groups),
         "<h2>Costs of the mixers</h2>",
@@ -111,8 +110,8 @@ def _comparison(groups):
         rows.append(
             (
                 (_key(group) + escape(group.label), "wrap"),
-                f"{finished}/{len(group.runs)}",
                 (_spread(group.spread(compare.bits), ".4f"), "best" if mean == best and mean is not None else ""),
+                f"{finished}/{len(group.runs)}",
                 _spread(group.spread(compare.val_loss), ".4f"),
                 _spread(group.spread(_last_loss), ".4f"),
                 f"{cfg.model.count():,}" if cfg else NONE,
@@ -120,7 +119,7 @@ def _comparison(groups):
                 _spread(group.spread(lambda run: m * 100 if (m := run.mfu()) is not None else None), ".1f"),
             )
         )
-    columns = ("runs that differ in seeds alone", "finished", "validation bits/byte", "validation loss")
+    columns = ("runs that differ in seeds alone", "validation bits/byte", "finished", "validation loss")
     columns += ("last training loss", "weights", "tokens/s", "MFU %")
     note = (
         "Mean ± sample standard deviation over seeds; best first. Validation figures are of finished runs, losses in "
@@ -141,7 +140,7 @@ def _final(groups):
         return '<p class="note">No run is finished yet.</p>'
     rows.sort(key=lambda row: row[4])
     drawn = chart.dots("Final validation", rows, "bits per byte (dots: seeds, bar: mean, line: ± one sd)")
-    return f'<div class="charts"><figure><figcaption>Final validation</figcaption>{drawn}</figure></div>'
+    return f"<figure><figcaption>Final validation</figcaption>{drawn}</figure>"
 
 
 def _legend(groups):
@@ -195,7 +194,7 @@ def _sensitivity(groups, charts):
             log = min(values) > 0 and max(values) >= 2 * min(values)
             drawn = chart.lines(path, lines, path, "bits per byte", logx=log)
             parts.append(_figure(f"over {path}", f"Final validation over {path}", drawn, charts))
-    return f'<div class="charts">{"".join(parts)}</div>'
+    return "".join(parts)
 
 
 def _differences(groups):
@@ -203,10 +202,18 @@ def _differences(groups):
     if not paths:
         return '<p class="note">Nothing but seeds.</p>'
     rows = []
+    if any(path.startswith(compare.MIXERS) for path in paths):
+        rows.append((f"<code>{compare.MIXERS}</code>", *((escape(compare.stack(g)), "wrap") for g in groups)))
+        paths = [path for path in paths if not path.startswith(compare.MIXERS)]
     for path in paths:
         values = [escape(plan.brief(g.settings[path])) if path in g.settings else NONE for g in groups]
         rows.append((f"<code>{escape(path)}</code>", *values))
-    return table(("field", *(_key(group) + escape(group.label) for group in groups)), rows)
+    note = (
+        "Of the mixers, fields at their defaults are left out. Seeds, and how often a run logs, evaluates and saves, "
+    )
+    note += "are not compared."
+    named = (_key(group) + escape(group.label) for group in groups)
+    return table(("field", *named), rows) + f'<p class="note">{note}</p>'
 
 
 def _costs(groups):

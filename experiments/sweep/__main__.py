@@ -124,7 +124,11 @@ def launch(own, cfg, workdir, fixed, shared):
         from experiments.sweep import slurm
 
         options = {name.removeprefix("slurm."): text for name, text in own.items() if name.startswith("slurm.")}
-        return slurm.submit(runs, root, jobs, options)
+        submitted = slurm.submit(runs, root, jobs, options)
+        for job in submitted:
+            print(job.job_id)
+        print(f"submitted {len(submitted)} of {len(runs)} runs; their logs: {root}/ID/log.txt and {root}/slurm")
+        return 0
     with checkpoint.lock(root):
         return local.Local(root, local.Listed(runs), jobs).run()
 
@@ -137,7 +141,7 @@ def _train(runs, wanted):
     if found is None:
         raise ValueError(f"--run: expected one of {', '.join(run.id for run in runs)}, got {wanted!r}")
     command = found.command()
-    os.execvpe(command[0], command, local.cached(found.root))
+    os.execvpe(command[0], command, os.environ | local.shared_cache(found.root))
 
 
 def main(argv=None):

@@ -151,7 +151,7 @@ class Local:
             print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(command)}", file=log, flush=True)
             slot.process = subprocess.Popen(
                 [*wrapper, *command],
-                env=cached(self.root) | slot.environment,
+                env=os.environ | shared_cache(self.root) | slot.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -264,13 +264,13 @@ class Shown:
             self.bar.stop()
 
 
-def cached(root):
-    """The environment of runs, which share what they compile under the sweep's directory."""
+def shared_cache(root):
+    """Environment variables by which runs share, in the sweep's directory, what they compile."""
     own = {
         "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    return own | os.environ
+    return {name: os.environ.get(name, value) for name, value in own.items()}
 
 
 def _send(process, number):
