@@ -1,0 +1,63 @@
+"""A sweep of four mixers, two learning rates and two seeds, killed twice: some eight minutes on two cores."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.report import __main__ as report
+from tests.browser import look
+from tests.experiments.test_sweep import alive, until
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+FLAGS = (
+    "--config=quickstart",
+    "--sweep=mixers",
+    "--jobs=2",
+    f"--steps={STEPS}",
+    "--log-every=5",
+    "--data.seq-len=128",
+    "--data.batch-size=4",
+    "--optim.warmup=5",
+    "--checkpoint.every=5",
+    "--eval.every=10",
+    "--eval.batches=2",
+    "--eval.final-batches=8",
+    "--sample-tokens=16",
+)
+
+
+@pytest.mark.faults
+def test_sixteen_runs_finish_after_two_kills(tmp_path):
+    root = tmp_path / "mixers"
+    start = [sys.executable, "-m", "experiments.sweep", *FLAGS, f"--workdir={root}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    finished = lambda: {path.parent.name for path in root.glob("*/report.json")}
+    training = lambda: {path.parents[1].name for path in root.glob("*/checkpoints/0*")} - finished()
+    kept = set()
+    for least in (2, 7):
+        process = subprocess.Popen(start, env=environment, cwd=ROOT)
+        assert until(lambda: (len(finished()) >= least and training()) or process.poll() is not None, 1500)
+        process.kill()
+        process.wait()
+        assert until(lambda: not alive(str(root)), 10), "a run outlives its sweep"
+        assert kept <= finished() and len(finished()) < 16
+        kept = finished()
+    logs = {name: (root / name / "log.txt").read_text() for name in kept}
+    done = subprocess.run(start, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=3000)
+    assert done.returncode == 0 and "finished 16 of 16 runs" in done.stdout
+    assert len(finished()) == 16
+    assert logs == {name: (root / name / "log.txt").read_text() for name in kept}  # finished runs were left alone
+    assert any("resumed from step" in (root / name / "log.txt").read_text() for name in finished())
+    for name in finished():
+        records = map(json.loads, (root / name / "metrics.jsonl").read_text().splitlines())
+        assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, STEPS + 1))
+    out = tmp_path / "report.html"
+    assert report.main([str(root), f"--out={out}"]) == 0
+    dom, console = look(out)
+    assert console == [] and all(f"<code>{name}</code>" in dom for name in finished())
+    assert "16 runs: 16 finished" in dom
