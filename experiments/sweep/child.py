@@ -14,6 +14,7 @@ SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2); it outlives the exec
 
 def main(parent, cpus, *command):
     """Never returns."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # with it Slurm warns every process of a job; submitit acts on it
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
         if cpus:

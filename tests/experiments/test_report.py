@@ -25,7 +25,7 @@ const button = document.querySelector(".legend button[data-group='0']");
 const before = document.querySelectorAll("figure .off[data-group='0']").length;
 button.click();
 const after = document.querySelectorAll("figure .off[data-group='0']").length;
-const svg = document.querySelector("figure[data-chart='Training loss'] svg"), box = svg.getBoundingClientRect();
+const svg = document.querySelector("figure[data-chart='loss'] svg"), box = svg.getBoundingClientRect();
 const where = {clientX: box.left + box.width / 2, clientY: box.top + box.height / 2};
 svg.dispatchEvent(new PointerEvent("pointermove", where));
 document.body.dataset.seen = JSON.stringify({before, after, pressed: button.getAttribute("aria-pressed"),

@@ -38,15 +38,18 @@ def test_sixteen_runs_finish_after_two_kills(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     finished = lambda: {path.parent.name for path in root.glob("*/report.json")}
     training = lambda: {path.parents[1].name for path in root.glob("*/checkpoints/0*")} - finished()
-    kept = set()
-    for least in (2, 7):
+
+    def kill(least):
+        """Kills the sweep once so many runs are finished and another has a checkpoint."""
         process = subprocess.Popen(start, env=environment, cwd=ROOT)
         assert until(lambda: (len(finished()) >= least and training()) or process.poll() is not None, 1500)
         process.kill()
         process.wait()
         assert until(lambda: not alive(str(root)), 10), "a run outlives its sweep"
-        assert kept <= finished() and len(finished()) < 16
-        kept = finished()
+        return finished()
+
+    first, kept = kill(2), kill(7)
+    assert first < kept and len(kept) < 16
     logs = {name: (root / name / "log.txt").read_text() for name in kept}
     done = subprocess.run(start, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=3000)
     assert done.returncode == 0 and "finished 16 of 16 runs" in done.stdout
