@@ -12,7 +12,7 @@ RUN = $(VENV)/bin/python
 help:
 	@echo "make train [CONFIG=$(CONFIG)] [ARGS=\"--optim.peak-lr=1e-3\"]   install, then train a config"
 	@echo "make test [ARGS=\"tests/ops\"]   install, then lint and run the tests"
-	@echo "make faults                    the long fault injections, some minutes each"
+	@echo "make faults                    kill, freeze and starve runs (minutes; docs/faults.md)"
 	@echo "make conformance               every catalogue row through every property"
 	@echo "make lint | format | table | clean"
 
@@ -28,9 +28,8 @@ train: $(VENV)/installed
 test: $(VENV)/installed lint
 	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8 $(if $(ARGS),$(ARGS),tests)
 
-# The long fault injections, one after the other: they measure and kill.
 faults: $(VENV)/installed
-	@JAX_PLATFORMS=cpu $(RUN) -m pytest -m faults $(if $(ARGS),$(ARGS),tests)
+	@JAX_PLATFORMS=cpu $(RUN) -m pytest -m faults tests/faults $(ARGS)
 
 conformance: $(VENV)/installed
 	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8 tests/conformance $(ARGS)

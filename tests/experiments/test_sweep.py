@@ -206,6 +206,20 @@ class Fake(plan.Run):
 
 GOOD = "import sys, pathlib; pathlib.Path(sys.argv[1], 'report.json').write_text('{}')"
 BAD = "import sys; print('a word'); sys.exit('no such luck')"
+# Trains until it is asked to stop; saves; the second time it finishes.
+PATIENT = """
+import pathlib, signal, sys, time
+saved, report = (pathlib.Path(sys.argv[1], name) for name in ("saved", "report.json"))
+def stop(*_):
+    saved.write_text("")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+print("started", flush=True)
+if saved.exists():
+    report.write_text("{}")
+else:
+    time.sleep(300)
+"""
 
 
 def fakes(root, *programs):
@@ -264,20 +278,7 @@ def test_submitit_puts_a_job_back_and_it_resumes(tmp_path):
     pytest.importorskip("submitit")
     from experiments.sweep import slurm
 
-    program = (
-        "import pathlib, signal, sys, time\n"
-        "saved, report = (pathlib.Path(sys.argv[1], name) for name in ('saved', 'report.json'))\n"
-        "def stop(*_):\n"
-        "    saved.write_text('')\n"
-        "    sys.exit(75)\n"
-        "signal.signal(signal.SIGTERM, stop)\n"
-        "print('started', flush=True)\n"
-        "if saved.exists():\n"
-        "    report.write_text('{}')\n"
-        "else:\n"
-        "    time.sleep(120)\n"
-    )
-    runs = fakes(tmp_path, program, GOOD)
+    runs = fakes(tmp_path, PATIENT, GOOD)
     runs[1].workdir.mkdir()
     (runs[1].workdir / "report.json").write_text("{}")  # finished: not submitted
     (job,) = slurm.submit(runs, tmp_path, cluster="local")

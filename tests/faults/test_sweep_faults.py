@@ -1,16 +1,21 @@
-"""A sweep of four mixers, two learning rates and two seeds, killed twice: some eight minutes on two cores."""
+"""A sweep of four mixers, two learning rates and two seeds, killed twice: some eight minutes on two cores. And one
+through a real Slurm whose jobs are put back into the queue.
+"""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from experiments.report import __main__ as report
+from experiments.sweep import plan, slurm
 from tests.browser import look
-from tests.experiments.test_sweep import alive, until
+from tests.experiments.test_sweep import GOOD, PATIENT, alive, fakes, until
+from tests.slurm import loopback
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
@@ -64,3 +69,33 @@ def test_sixteen_runs_finish_after_two_kills(tmp_path):
     dom, console = look(out)
     assert console == [] and all(f"<code>{name}</code>" in dom for name in finished())
     assert "16 runs: 16 finished" in dom
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "how", [["scancel", "--signal=USR2"], ["scontrol", "requeue"]], ids=["time is up", "preempted"]
+)
+def test_slurm_puts_a_job_back_and_it_resumes(tmp_path, monkeypatch, how):
+    pytest.importorskip("submitit")
+    with loopback(tmp_path / "slurm") as config:
+        monkeypatch.setenv("SLURM_CONF", str(config))
+        root = tmp_path / "sweep"
+        root.mkdir()
+        runs = fakes(root, PATIENT, GOOD)
+        jobs = slurm.submit(runs, root, options={"partition": "cpu", "timeout-min": "10"})
+        first = runs[0].workdir
+        assert until(lambda: runs[0].log.exists() and "started" in runs[0].log.read_text())
+        assert until(lambda: plan.state(runs[1].workdir, 1).name == "finished")
+        subprocess.run([*how, jobs[0].job_id], check=True)
+        assert until((first / "saved").exists), "the run was not asked to save"
+
+        def finished():
+            # Slurm lets a job that was put back wait for two minutes.
+            now = ["scontrol", "update", f"job={jobs[0].job_id}", "StartTime=now"]
+            subprocess.run(now, capture_output=True)
+            time.sleep(1)
+            return (first / "report.json").exists()
+
+        assert until(finished, 120)
+        assert runs[0].log.read_text().count("started") == 2
+        assert not slurm.submit(runs, root), "what is finished is not submitted"
