@@ -21,8 +21,6 @@ from pathlib import Path
 
 import tyro
 
-from experiments import config, serialize
-
 CONFIGS = Path(__file__).parents[1] / "configs"
 OWN = ("config", "workdir", "dry-run", "help")  # flags beside the config's fields
 PROGRAM = "python -m experiments.train --config={} [--field=value ...] [--workdir=DIR] [--dry-run]"
@@ -144,6 +142,8 @@ def _load(name):
 
 
 def _saved(path):
+    from experiments import config, serialize
+
     try:
         cfg = serialize.from_json(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:

@@ -28,7 +28,7 @@ class Axis:
 
     def __init__(self, values, start, end, log=False):
         values = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
-        low, high = (min(values), max(values)) if values else (0.0, 1.0)
+        low, high = (min(values), max(values)) if values else (1.0, 10.0)
         self.log = log
         if log:
             low, high = math.log10(low), math.log10(high)
@@ -135,6 +135,8 @@ def _frame(x, y, xlabel, ylabel):
 
 def _line(line, x, y):
     points = [(x(a), y(b)) for a, b in zip(line.xs, line.ys) if math.isfinite(b) and (b > 0 or not y.log)]
+    if not points:
+        return ""
     path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
     kind = "run" if line.thin else "mean"
     run = f' data-run="{escape(line.run)}"' if line.run else ""

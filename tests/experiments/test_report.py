@@ -181,6 +181,13 @@ def test_axes_have_some_round_ticks_inside(values, log):
     assert len({axis.text(tick) for tick in ticks}) == len(ticks)
 
 
+def test_a_logarithmic_axis_leaves_out_what_is_not_positive():
+    line = chart.Line(0, "x", [1, 2, 3], [0.0, 1.0, 10.0], "#000")
+    assert "NaN" not in chart.lines("t", [line], "step", "norm", logy=True)[0]
+    empty = chart.Line(0, "x", [1, 2], [0.0, 0.0], "#000")
+    assert "data-group" not in chart.lines("t", [empty], "step", "norm", logy=True)[0]
+
+
 def test_the_page_in_a_browser(eight, tmp_path):
     out = tmp_path / "report.html"
     assert command_line.main([str(eight[0]), f"--out={out}"]) == 0

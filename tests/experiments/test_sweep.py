@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from configs.quickstart import quickstart
-from experiments import serialize
+from experiments import flags, serialize
 from experiments.sweep import __main__ as command_line
 from experiments.sweep import emit, grid, local, plan
 from seqmix.mixers.recurrent.retnet import RetNet
@@ -108,6 +109,18 @@ def test_an_id_is_that_of_the_resolved_config(tmp_path):
     assert serialize.from_json(json.loads((run.workdir / "config.json").read_text())) == run.cfg
 
 
+def test_the_config_of_a_run_is_a_config(tmp_path):
+    (run,) = plan.runs([{"model.mixers": (RetNet(heads=4),)}], quickstart(), tmp_path)
+    path = run.command()[3].removeprefix("--config=")
+    assert flags.parse([f"--config={path}"])[0] == run.cfg
+    assert flags.parse([f"--config={path}", "--steps=3"])[0] == dataclasses.replace(run.cfg, steps=3)
+    Path(path).write_text("{")
+    with pytest.raises(ValueError, match="^--config: .*config.json: Expecting"):
+        flags.parse([f"--config={path}"])
+    with pytest.raises(ValueError, match="^--config: .*none.json: No such file"):
+        flags.parse([f"--config={tmp_path}/none.json"])
+
+
 def test_a_mixer_is_replaced_before_its_fields_are_read(tmp_path):
     overrides = {"model.mixers.0.heads": 2, "model.mixers": (RetNet(heads=4),)}
     (run,) = plan.runs([overrides], quickstart(), tmp_path)
@@ -134,7 +147,7 @@ def test_an_override_that_does_not_fit_is_named(tmp_path, overrides, message):
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "arguments, message",
     [
         (["--sweep=mixer"], "error: --sweep: unknown sweep 'mixer', did you mean 'mixers'? (mixers)"),
         ([], "error: --sweep: expected a name in configs/sweeps or a file, got none"),
@@ -144,17 +157,17 @@ def test_an_override_that_does_not_fit_is_named(tmp_path, overrides, message):
         (["--sweep=mixers", "--emit=make"], "error: --emit: expected skypilot or jobset, got 'make'"),
     ],
 )
-def test_a_mistake_in_the_command_is_one_line(tmp_path, capsys, flags, message):
-    assert command_line.main(["--config=quickstart", f"--workdir={tmp_path / 'sweep'}", *flags]) == 2
+def test_a_mistake_in_the_command_is_one_line(tmp_path, capsys, arguments, message):
+    assert command_line.main(["--config=quickstart", f"--workdir={tmp_path / 'sweep'}", *arguments]) == 2
     assert capsys.readouterr().err == message + "\n"
     assert not (tmp_path / "sweep").exists()
 
 
 def test_the_mixers_sweep_lists_sixteen_runs(tmp_path, capsys):
-    flags = ["--config=quickstart", "--sweep=mixers", f"--workdir={tmp_path}"]
-    assert command_line.main([*flags, "--list"]) == 0
+    arguments = ["--config=quickstart", "--sweep=mixers", f"--workdir={tmp_path}"]
+    assert command_line.main([*arguments, "--list"]) == 0
     assert "16 runs" in (listed := capsys.readouterr().out) and listed.count("waiting") == 16
-    assert command_line.main([*flags, "--print", "--steps=7"]) == 0
+    assert command_line.main([*arguments, "--print", "--steps=7"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(set(printed)) == 16 and all("--steps=7" in line and "--run=" in line for line in printed)
 
@@ -239,6 +252,22 @@ def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path, capfd):
     Fake.programs = dict.fromkeys(Fake.programs, GOOD)  # tried again, and well this time
     assert local.Local(tmp_path, local.Listed(runs), jobs=2).run() == 0
     assert [plan.state(run.workdir, 1).name for run in runs] == ["finished"] * 4
+
+
+def test_a_stopped_sweep_stops_its_runs_and_says_so(tmp_path):
+    runs = fakes(tmp_path, PATIENT, GOOD)
+
+    def stop():
+        until(lambda: runs[0].log.exists() and "started" in runs[0].log.read_text().splitlines())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert local.Local(tmp_path, local.Listed(runs), jobs=1).run() == 75
+    thread.join()
+    assert (runs[0].workdir / "saved").exists() and plan.state(runs[0].workdir, 1).name == "waiting"
+    assert plan.state(runs[1].workdir, 1).name == "waiting", "no run starts after the signal"
+    assert local.Local(tmp_path, local.Listed(runs), jobs=1).run() == 0
 
 
 def test_a_run_leaves_no_process_of_its_group(tmp_path):
@@ -330,10 +359,10 @@ def test_optuna_goes_on_after_a_kill(tmp_path, sweep):
 
 def test_a_sweep_that_was_killed_finishes_by_the_same_command(tmp_path, sweep, corpus, capfd):
     root = tmp_path / "runs"
-    flags = ["--config=quickstart", f"--sweep={sweep}", f"--workdir={root}", f"--data.path={corpus}", *TINY]
-    flags += ["--jobs=1"]
+    arguments = ["--config=quickstart", f"--sweep={sweep}", f"--workdir={root}", f"--data.path={corpus}", *TINY]
+    arguments += ["--jobs=1"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    start = [sys.executable, "-m", "experiments.sweep", *flags]
+    start = [sys.executable, "-m", "experiments.sweep", *arguments]
     process = subprocess.Popen(start, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     assert until(lambda: list(root.glob("*/checkpoints/00000004")) or process.poll() is not None, 300)
     process.kill()
@@ -352,9 +381,9 @@ def test_a_sweep_that_was_killed_finishes_by_the_same_command(tmp_path, sweep, c
     assert sum("resumed from step" in (folder / "log.txt").read_text() for folder in folders) == 1
 
     logs = [(folder / "log.txt").read_text() for folder in folders]
-    assert command_line.main(flags) == 0  # nothing is left to do
+    assert command_line.main(arguments) == 0  # nothing is left to do
     assert "was finished already" in capfd.readouterr().err
     assert logs == [(folder / "log.txt").read_text() for folder in folders]
-    assert command_line.main([*flags, "--list"]) == 0
+    assert command_line.main([*arguments, "--list"]) == 0
     assert capfd.readouterr().out.count("finished") == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
