@@ -13,13 +13,14 @@ import difflib
 import functools
 import importlib
 import io
-import json
 import operator
 import types
 import typing
 from pathlib import Path
 
 import tyro
+
+from experiments import serialize
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OWN = ("config", "workdir", "dry-run", "help")  # flags beside the config's fields
@@ -66,11 +67,6 @@ def override(cfg, changes):
             raise ValueError(_unknown(name, dict(_leaves(cfg))))
         cfg = _replace(cfg, {tuple(name.replace("-", "_").split(".")): changes[name]})
     return _change(cfg, plain)
-
-
-def texts(arguments):
-    """{dotted name: text} of `--name=text` arguments; raises ValueError in one line."""
-    return {flag: _text(flag, text) for flag, text in split(arguments).items()}
 
 
 def _as_text(value):
@@ -132,25 +128,13 @@ def _names():
 def _load(name):
     names = _names()
     if name and name.endswith(".json"):
-        return _saved(Path(name))
+        return serialize.load(Path(name))
     if name is None:
         raise ValueError(f"--config: expected one of {', '.join(names)}, got none")
     if name not in names:
         nearest = difflib.get_close_matches(name, names, 1, 0)[0]
         raise ValueError(f"--config: unknown config {name!r}, did you mean {nearest!r}? ({', '.join(names)})")
     return getattr(importlib.import_module(f"configs.{name}"), name)()
-
-
-def _saved(path):
-    from experiments import config, serialize
-
-    try:
-        cfg = serialize.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"--config: {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not isinstance(cfg, config.Train):
-        raise ValueError(f"--config: {path}: expected the config of a run, got {type(cfg).__name__}")
-    return cfg
 
 
 def _overview():

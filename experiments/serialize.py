@@ -6,6 +6,7 @@ as a tuple, since frozen configs hold nothing else), a dtype becomes `{"__dtype_
 
 import dataclasses
 import importlib
+import json
 
 import numpy as np
 
@@ -44,6 +45,19 @@ def from_json(value):
     if extra:
         raise ValueError(f"config: {value['__class__']} has no field {extra[0]!r}; it was saved by another version")
     return cls(**{key: from_json(item) for key, item in value.items() if key != "__class__"})
+
+
+def load(path):
+    """The `Train` config in a JSON file. Raises ValueError in one line, as for the flag --config."""
+    from experiments.config import Train
+
+    try:
+        cfg = from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--config: {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(cfg, Train):
+        raise ValueError(f"--config: {path}: expected the config of a run, got {type(cfg).__name__}")
+    return cfg
 
 
 def difference(old, new, ignore=()):

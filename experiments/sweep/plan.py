@@ -118,7 +118,9 @@ def resolve(overrides, base, root, fixed=()):
     if isinstance(overrides, str):
         overrides = shlex.split(overrides)
     if isinstance(overrides, (list, tuple)):
-        overrides = flags.texts(overrides)
+        overrides = flags.split(overrides)
+        if None in overrides.values():
+            raise ValueError(f"expected --FIELD=VALUE, got {' '.join(f for f in overrides if overrides[f] is None)}")
     if not isinstance(overrides, dict):
         raise ValueError(f"expected a dict of overrides or flags, got {type(overrides).__name__}")
     overrides = {name.replace("-", "_"): value for name, value in overrides.items()}

@@ -135,8 +135,9 @@ def test_a_mixer_is_replaced_before_its_fields_are_read(tmp_path):
             r"^run 1 of the sweep: --optim.peak-lrr: unknown field, did you mean --optim.peak-lr\?",
         ),
         ({"steps": "many"}, "^run 1 of the sweep: --steps: expected an integer, got 'many'"),
-        ({"steps": 0}, "^run 1 of the sweep: steps: expected an integer of at least 1, got 0"),
+        ({"steps": 0}, "^run 1 of the sweep: (--)?steps: expected an integer of at least 1, got 0"),
         ({"model.mixerz": (RetNet(),)}, "^run 1 of the sweep: --model.mixerz: unknown field, did you mean"),
+        ("--seed", "^run 1 of the sweep: expected --FIELD=VALUE, got seed"),
         (3, "^run 1 of the sweep: expected a dict of overrides or flags, got int"),
         ({"data.seed": 1}, "^run 1 of the sweep: --data.seed: the sweep sets it, so the command line cannot"),
     ],
@@ -365,6 +366,7 @@ def test_a_sweep_that_was_killed_finishes_by_the_same_command(tmp_path, sweep, c
     start = [sys.executable, "-m", "experiments.sweep", *arguments]
     process = subprocess.Popen(start, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     assert until(lambda: list(root.glob("*/checkpoints/00000004")) or process.poll() is not None, 300)
+    assert process.poll() is None, "it ended before it was killed"
     process.kill()
     process.wait()
     assert until(lambda: not alive(str(root)), 5), "a run outlives its sweep"

@@ -48,6 +48,7 @@ def test_sixteen_runs_finish_after_two_kills(tmp_path):
         """Kills the sweep once so many runs are finished and another has a checkpoint."""
         process = subprocess.Popen(start, env=environment, cwd=ROOT)
         assert until(lambda: (len(finished()) >= least and training()) or process.poll() is not None, 1500)
+        assert process.poll() is None, "it ended before it was killed"
         process.kill()
         process.wait()
         assert until(lambda: not alive(str(root)), 10), "a run outlives its sweep"
