@@ -182,7 +182,8 @@ class Local:
             checkpoint.write_json(run.workdir / "outcome.json", {"code": code, "reason": reason})
             self.failed.append((run, reason))
             shown.say(f"failed {run.id} ({reason})  {run.describe()}")
-        self.source.done(run, ok)
+        if ok or not self.signals:  # a run that was stopped has not ended
+            self.source.done(run, ok)
 
     def _stop(self, shown):
         """Asks the runs to save and end; a second signal, or none of them ending, kills them."""

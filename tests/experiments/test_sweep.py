@@ -264,8 +264,11 @@ def test_a_stopped_sweep_stops_its_runs_and_says_so(tmp_path):
 
     thread = threading.Thread(target=stop)
     thread.start()
-    assert local.Local(tmp_path, local.Listed(runs), jobs=1).run() == 75
+    source, told = local.Listed(runs), []
+    source.done = lambda run, ok: told.append(run)
+    assert local.Local(tmp_path, source, jobs=1).run() == 75
     thread.join()
+    assert not told, "a run that was stopped counts as ended"
     assert (runs[0].workdir / "saved").exists() and plan.state(runs[0].workdir, 1).name == "waiting"
     assert plan.state(runs[1].workdir, 1).name == "waiting", "no run starts after the signal"
     assert local.Local(tmp_path, local.Listed(runs), jobs=1).run() == 0
