@@ -10,7 +10,6 @@ Exit codes: 0 done, 1 a cell failed (the others are kept), 2 a mistake in the co
 
 import argparse
 import concurrent.futures
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -20,8 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from configs.mqar import mqar
-from experiments import progress, serialize
+from experiments import flags, progress, serialize
 from seqmix import catalog
 
 TURN = itertools.count()  # over the GPUs
@@ -70,7 +68,7 @@ def parse(argv):
             config(args, args.mixers[0], width)
         if min(len(args.rates), len(args.seeds), args.jobs) < 1:
             raise ValueError("--rates, --seeds, --jobs: expected at least one")
-        if args.steps and args.steps % EVERY:
+        if args.steps is not None and args.steps % EVERY:
             raise ValueError(f"--steps: expected a multiple of {EVERY}, got {args.steps}")
     except (ValueError, IndexError) as error:
         parser.exit(2, f"error: {error}\n")
@@ -85,9 +83,9 @@ def suits(row):
 
 def config(args, mixer, width):
     """The config of a cell."""
-    cfg = mqar(mixer, width)
-    data = dataclasses.replace(cfg.data, batch_size=args.batch_size or cfg.data.batch_size)
-    return dataclasses.replace(cfg, data=data, steps=args.steps or cfg.steps)
+    given = [f"--steps={args.steps}"] if args.steps is not None else []
+    given += [f"--data.batch-size={args.batch_size}"] if args.batch_size is not None else []
+    return flags.parse(["--config=mqar", f"--mixer={mixer}", f"--width={width}", *given])[0]
 
 
 def digest(args, mixer, width):
@@ -133,12 +131,12 @@ def spawn(out, args, mixer, width):
     env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / share:.3f}"}
     env |= {"CUDA_VISIBLE_DEVICES": gpus[next(TURN) % len(gpus)]} if gpus else {}
     join = lambda items: ",".join(map(str, items))
-    flags = [f"--out={out}", f"--mixers={mixer}", f"--widths={width}", "--cell"]
-    flags += [f"--rates={join(args.rates)}", f"--seeds={join(args.seeds)}"]
-    flags += [f"--steps={args.steps}"] if args.steps else []
-    flags += [f"--batch-size={args.batch_size}"] if args.batch_size else []
+    words = [f"--out={out}", f"--mixers={mixer}", f"--widths={width}", "--cell"]
+    words += [f"--rates={join(args.rates)}", f"--seeds={join(args.seeds)}"]
+    words += [f"--steps={args.steps}"] if args.steps is not None else []
+    words += [f"--batch-size={args.batch_size}"] if args.batch_size is not None else []
     with open(out / f"{mixer}_{width}.log", "w") as file:
-        subprocess.run([sys.executable, "-m", "experiments.recall", *flags], stdout=file, stderr=file, env=env)
+        subprocess.run([sys.executable, "-m", "experiments.recall", *words], stdout=file, stderr=file, env=env)
 
 
 def visible_gpus():

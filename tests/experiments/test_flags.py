@@ -53,7 +53,7 @@ def parse(request, monkeypatch):
     mixers = MIXERS[request.param]
     model = LM(vocab=260, d_model=8, n_layers=len(mixers), mixers=mixers)
     toy = config.Train(name="toy", model=model, data=config.Data(), optim=config.Optim(peak_lr=0.1), steps=10)
-    monkeypatch.setattr(flags, "_load", lambda name: toy)
+    monkeypatch.setattr(flags, "_load", lambda name, given=None: toy)
     last = len(mixers) - 1
 
     def parse(*arguments):

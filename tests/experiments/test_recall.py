@@ -137,8 +137,8 @@ def test_a_cell_is_kept_and_not_computed_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--mixers=deltane"], "mixer: no mixer is called 'deltane'; did you mean 'deltanet'?"),
-        (["--widths=65"], "width: expected a multiple of 64, got 65"),
+        (["--mixers=deltane"], "--mixer: no mixer is called 'deltane'; did you mean 'deltanet'?"),
+        (["--widths=65"], "--width: expected a multiple of 64, got 65"),
         (["--seeds="], "--rates, --seeds, --jobs: expected at least one"),
         (["--batch-size=3"], "data.batch_size: expected a multiple of 2 (pairs), got 3"),
         (["--steps=150"], "--steps: expected a multiple of 100, got 150"),
