@@ -20,13 +20,17 @@ from pathlib import Path
 import tyro
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OWN = ("config", "workdir", "dry-run", "help")  # flags beside the config's fields
-PROGRAM = "python -m experiments.train --config={} [--field=value ...] [--workdir=DIR] [--dry-run]"
+OWN = ("config", "workdir", "dry-run", "allow-data-change", "help")  # flags beside the config's fields
+SWITCHES = ("dry-run", "allow-data-change")
+PROGRAM = (
+    "python -m experiments.train --config={} [--field=value ...] [--workdir=DIR] [--dry-run] [--allow-data-change]"
+)
 MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 
 
 def parse(argv):
-    """(cfg, args) from the arguments after the program's name; args has config, workdir (or None), dry_run.
+    """(cfg, args) from the arguments after the program's name; args has config, workdir (or None), dry_run,
+    allow_data_change.
 
     `--help` prints (the configs, or with --config the fields and their defaults) and exits with 0. Raises
     ValueError in one line.
@@ -43,7 +47,7 @@ def parse(argv):
     args = types.SimpleNamespace(
         config=name,
         workdir=_text("workdir", given.pop("workdir")) if "workdir" in given else None,
-        dry_run=_value("dry-run", given.pop("dry-run", "False"), bool),
+        **{name.replace("-", "_"): _value(name, given.pop(name, "False"), bool) for name in SWITCHES},
     )
     known = dict(_leaves(cfg))
     changes = {}
@@ -69,7 +73,7 @@ def _split(argv):
         if flag in given:
             raise ValueError(f"--{flag}: given twice")
         if not equals:
-            if flag == "dry-run":
+            if flag in SWITCHES:
                 text = "True"
             else:
                 text = rest.pop(0) if rest and not rest[0].startswith("--") else None
@@ -117,7 +121,8 @@ def _help(cfg, name):
         args=["--help"],
         prog=PROGRAM.format(name),
         description="Every field is a flag, --field=value. --workdir: the run's directory (runs/NAME). "
-        "--dry-run: print parameters, FLOPs, memory and shardings, and end.",
+        "--dry-run: print parameters, FLOPs, memory and shardings, and end. --allow-data-change: resume on other "
+        "data than the run had, and note it in the workdir.",
         config=MARKERS,
     )
 

@@ -38,11 +38,13 @@ class Writer:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.records = ArrayRecordWriter(str(self.temporary), "group_size:1,zstd:3")
         self.digest, self.documents, self.waiting, self.room = hashlib.sha256(), [], [], BLOCK
+        self.largest = 0
 
     def add(self, ids, size):
         """Appends a document of `size` bytes: its token ids."""
         self.documents.append((len(ids), size))
         ids = np.asarray(ids).astype(self.dtype)
+        self.largest = max(self.largest, int(ids.max(initial=0)))
         while ids.size:
             part, ids = ids[: self.room], ids[self.room :]
             self.waiting.append(part)
@@ -65,6 +67,7 @@ class Writer:
             "documents": len(self.documents),
             "tokens": tokens,
             "bytes": size,
+            "largest": self.largest,
             "file_bytes": self.path["array_record"].stat().st_size,
             "file_sha256": files.sha256(self.path["array_record"]),
             "index_sha256": hashlib.sha256(index.getvalue()).hexdigest(),
