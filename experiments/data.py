@@ -29,7 +29,7 @@ def load(cfg, vocab, align=1, packs=True):
     if packed and not packs:
         raise ValueError("data.rows: a mixer of this model cannot pack, expected auto or windows, got packed")
     tokenizer = tokenizers.load(cfg.tokenizer)
-    parts, weights = _sources(cfg, tokenizer)
+    parts, weights = load_sources(cfg, tokenizer)
     check_vocab(parts, tokenizer, vocab, cfg.tokenizer)
     align = align if packed else 1
     train = [part.stream(~part.val, tokenizer.eos, align) for part in parts]
@@ -67,8 +67,8 @@ def check_vocab(parts, tokenizer, vocab, spec):
         )
 
 
-def _sources(cfg, tokenizer):
-    """(sources, weights that sum to 1)."""
+def load_sources(cfg, tokenizer):
+    """(sources of a config's `data`, their weights, which sum to 1). Raises ValueError in one line."""
     if not cfg.mixture:
         return [sources.load(cfg.path, tokenizer, cfg.tokenizer, cfg.val_fraction)], [1.0]
     pairs = [entry.partition(":")[::2] for entry in cfg.mixture]

@@ -136,6 +136,13 @@ def prompt_ids(tokenizer, text):
 
 def load(workdir, warn):
     """(Train config, params) of the newest good checkpoint in a working directory, on one device."""
+    return restore(workdir, warn)[:2]
+
+
+def restore(workdir, warn, step=None):
+    """(Train config, params, step) of a checkpoint in a working directory, on one device; step None: of the newest
+    good one.
+    """
     from experiments import checkpoint
     from seqmix.core import param
 
@@ -145,10 +152,16 @@ def load(workdir, warn):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         param.abstract(cfg.model.params()),
     )
-    restored = checkpoint.Checkpoints(workdir, warn=warn).restore(abstract)
-    if restored is None:
+    saved = checkpoint.Checkpoints(workdir, warn=warn)
+    steps = saved.steps()
+    if not steps:
         raise checkpoint.Refused(f"workdir {workdir} has no checkpoint yet")
-    return cfg, restored[1]
+    if step is not None:
+        if step not in steps:
+            raise checkpoint.Refused(f"workdir {workdir} has no checkpoint {step}, only {', '.join(map(str, steps))}")
+        saved.steps = lambda: [step]
+    step, params, *_ = saved.restore(abstract)
+    return cfg, params, step
 
 
 def _arguments(argv):

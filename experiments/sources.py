@@ -51,7 +51,7 @@ class Source:
 
 def load(path, tokenizer, spec, fraction, flag="data.path"):
     """The Source of a path (None: the standard library) for a tokenizer, called `spec`; documents of a share
-    `fraction` of it validate. Raises ValueError in one line that begins with `flag`.
+    `fraction` of it validate, all of them if that is None. Raises ValueError in one line that begins with `flag`.
     """
     try:
         if path is not None and shards.is_prepared(path):
@@ -89,7 +89,9 @@ def _prepared(path, tokenizer, spec, fraction):
         raise ValueError(f"{path} was prepared with another tokenizer than {spec}: expected data.tokenizer={fits}")
     starts, counts, sizes = held.starts, held.lengths, held.sizes
     decode = lambda start, count: tokenizer.decode_bytes(held.read(np.arange(start, start + count)))
-    if len(counts) == 1:
+    if fraction is None:
+        val = np.ones(len(counts), bool)
+    elif len(counts) == 1:
         cut = int(counts[0] * (1 - fraction))
         starts, counts = starts[0] + np.array([0, cut]), np.array([cut, counts[0] - cut])
         end = len(decode(starts[1], counts[1]))
@@ -130,7 +132,10 @@ def _text(path, tokenizer, fraction):
     if not documents:
         raise ValueError(f"expected text, found none in {path or 'the standard library'}")
     named = [[name, hashlib.sha256(content).hexdigest()] for name, content in documents]
-    documents, val = _split(documents, fraction)
+    if fraction is None:
+        val = np.ones(len(documents), bool)
+    else:
+        documents, val = _split(documents, fraction)
     contents = [content for _, content in documents]
     parts = tokenizer.encode_documents(contents)
     counts = np.array([len(part) for part in parts], np.int64)
