@@ -1,5 +1,6 @@
 """The loss of a language model token by token, gathered by how much context each token had."""
 
+import functools
 import math
 
 import jax
@@ -10,6 +11,7 @@ from experiments import progress, sources
 from experiments.rows import Rows
 
 
+@functools.partial(jax.jit, static_argnames=("model", "packs"))
 def token_nll(model, params, batch, packs):
     """-log p of each target, [B, T] float32, of a batch as `rows` describes; logits exist for `model.loss_chunk`
     tokens of each row at a time. Segments and positions are passed on if the model `packs`.
@@ -38,8 +40,7 @@ class Scorer:
 
     def __init__(self, model, params, packed):
         self.model, self.params, self.packed = model, params, packed
-        packs = all(mixer.packable for mixer in model.period)
-        self._nll = jax.jit(lambda params, batch: token_nll(model, params, batch, packs))
+        self._nll = functools.partial(token_nll, model, packs=all(mixer.packable for mixer in model.period))
 
     def check(self, length):
         """Raises ValueError for rows of a length that a mixer refuses; nothing is compiled."""
