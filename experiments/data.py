@@ -77,20 +77,34 @@ def load_sources(cfg, tokenizer):
     return parts, [float(weight) / total for weight, _ in pairs]
 
 
+class Names:
+    """names[n]: what the training document is called that has the number n in a batch's "documents"."""
+
+    def __init__(self, parts):
+        self._parts = parts
+        self._trains = [np.flatnonzero(~part.val) for part in parts]
+        self.first = np.cumsum([0, *(len(trains) for trains in self._trains)])
+
+    def __getitem__(self, number):
+        part = int(np.searchsorted(self.first, number, side="right")) - 1
+        return self._parts[part].name(int(self._trains[part][number - self.first[part]]))
+
+
 class Dataset:
     """Training and validation batches: dicts of arrays [B, T] as `Rows` describes.
 
-    `identity` is what the batches depend on, `fingerprint` its digest.
+    `identity` is what the batches depend on, `fingerprint` its digest; `names` has the documents' names.
     """
 
     def __init__(self, cfg, parts, weights, train, val, packed, made):
         batch, seq = cfg.batch_size, cfg.seq_len
         self._cfg, self._parts = cfg, parts
         self.identity, self.fingerprint = made, made.fingerprint
+        self.names = Names(parts)
         each = []
         for index, stream in enumerate(train):
             seed = cfg.seed + (index << 32)  # an order of its own for each source
-            rows = Rows(stream, seq, stream.size // seq, seed, packed)
+            rows = Rows(stream, seq, stream.size // seq, seed, packed, self.names.first[index])
             each.append(rows.shuffle(seed=(cfg.seed + index) % 2**32).repeat())
         self._train = each[0] if len(each) == 1 else grain.MapDataset.mix(each, weights)
         counts = [-(-stream.size // seq) for stream in val]

@@ -164,7 +164,7 @@ def _made(job, number, task):
     path = Path(job.out) / f"shard-{number:05d}"
     try:
         entry = json.loads(path.with_suffix(".json").read_text())
-        same = entry["key"] == job.key(task)
+        same = entry["key"] == job.key(task) and (job.skip_bad or not entry["bad"])
         whole = path.with_suffix(".array_record").stat().st_size == entry["file_bytes"]
         return entry if same and whole and path.with_suffix(".npy").is_file() else None
     except (OSError, ValueError, KeyError, TypeError):

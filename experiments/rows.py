@@ -38,12 +38,14 @@ class Stream:
 class Rows(grain.MapDataset):
     """Row i of an epoch: places [i T, (i + 1) T) of its stream, as a dict of arrays [T].
 
-    tokens, targets, segment_ids and positions are int32, mask is float32; all are 0 where there is no text.
+    tokens, targets, segment_ids, positions and documents (their numbers in the stream, from `first` on) are int32,
+    mask is float32; all are 0 where there is no text.
     With a seed, index // len(self) is the epoch, and its documents come in an order of its own.
     """
 
-    def __init__(self, stream, seq_len, count, seed=None, packed=True):
+    def __init__(self, stream, seq_len, count, seed=None, packed=True, first=0):
         super().__init__()
+        self.first = first
         self.stream, self.seq_len, self.count, self.seed, self.packed = stream, seq_len, count, seed, packed
         self._order = functools.lru_cache(maxsize=2)(self._draw_order)
 
@@ -70,6 +72,7 @@ class Rows(grain.MapDataset):
             "targets": ids[1:],
             "segment_ids": document[:-1] - document[0] + 1 if self.packed else 1,
             "positions": (place - begin)[:-1],
+            "documents": which[:-1] + self.first,
         }
         row = {key: np.where(real, value, 0).astype(np.int32) for key, value in columns.items()}
         return row | {"mask": real.astype(np.float32)}

@@ -7,6 +7,7 @@ is complete, and its digest is one of what is read: of the tokens, where documen
 a folder is made, `shard-00000.json` says that this shard is, and `prepare.json` holds the command to finish.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -78,7 +79,8 @@ class Writer:
 
     def abandon(self):
         """Forgets what was written."""
-        self.records.close()
+        with contextlib.suppress(RuntimeError):  # on a full disk, it cannot
+            self.records.close()
         self.temporary.unlink(missing_ok=True)
 
     def _write(self):

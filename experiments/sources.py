@@ -31,6 +31,7 @@ class Source:
     sizes: np.ndarray
     val: np.ndarray  # bool
     text: Callable  # document index -> its bytes
+    name: Callable  # document index -> what to call it
     histogram: np.ndarray  # [256] of the bytes of all documents
     largest: int  # token id
 
@@ -107,6 +108,7 @@ def _prepared(path, tokenizer, spec, fraction):
         sizes=sizes,
         val=val,
         text=lambda index: decode(starts[index], min(counts[index], COMPRESSED)),
+        name=lambda index: f"document {index} of {path}",
         histogram=np.asarray(held.manifest["byte_counts"]),
         largest=max(shard["largest"] for shard in held.manifest["shards"]),
     )
@@ -150,6 +152,7 @@ def _text(path, tokenizer, fraction):
         sizes=np.array([len(content) for content in contents], np.int64),
         val=val,
         text=contents.__getitem__,
+        name=lambda index: documents[index][0],
         histogram=histogram,
         largest=int(tokens.max(initial=0)),
     )

@@ -128,6 +128,26 @@ def test_a_mixture_of_text_and_prepared_text(tmp_path, corpus):
     assert 0 < loaded.stats()["unigram_entropy"] < 8
 
 
+def test_documents_have_names(tmp_path, corpus):
+    """The name of each document of a batch leads to text that has the batch's tokens."""
+    for name in ("y", "z"):
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name.upper()}{index}" for index in range(300)))
+    mixture = (f"1:{tmp_path}", f"1:{corpus}", f"1:{tmp_path / 'z.txt'}")
+    loaded = data.load(small(mixture=mixture), 260)
+    made = documents()
+    named = {f"document {index} of {corpus}": text for index, text in enumerate(made)}
+    named |= {f"{path.name}{end}": path.read_text() for path in tmp_path.iterdir() for end in ("", ", start")}
+    seen = set()
+    for batch in itertools.islice(loaded.train_batches(), 200):
+        for row in range(4):
+            for number in set(batch["documents"][row][batch["mask"][row] == 1].tolist()):
+                here = (batch["documents"][row] == number) & (batch["mask"][row] == 1)
+                ids = [id for id in batch["tokens"][row][here].tolist() if id != EOS]
+                assert bytes(ids).decode() in named[loaded.names[number]]
+                seen.add(loaded.names[number])
+    assert {"z.txt", "z.txt, start"} <= seen and len(seen) > 40
+
+
 def test_windows_are_contiguous_and_one_segment(corpus):
     batches = take(small(corpus), 0, 50, packs=False)
     for batch in batches:
