@@ -45,7 +45,7 @@ def saved(workdir, cfg, steps=(10,)):
     for step in steps:
         params = param.materialise(cfg.model.params(), jax.random.key(step))
         params = jax.tree.map(lambda x: 3 * x, params)  # far from uniform predictions
-        checkpoint.Checkpoints(workdir, keep=9).save(step, params, {"step": jnp.int32(step)}, {"fingerprint": "x"})
+        checkpoint.Checkpoints(workdir).save(step, params, {"step": jnp.int32(step)}, {"fingerprint": "x"})
     return workdir
 
 

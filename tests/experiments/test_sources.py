@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import data, identity, prepare, shards
+from experiments import checkpoint, config, data, identity, prepare, shards, train
 from experiments.config import Data
+from seqmix.mixers.dense.attention import Attention
+from seqmix.models import LM
 
 ROOT = Path(__file__).parents[2]
 EOS = 258
@@ -286,6 +288,37 @@ def test_a_change_stays_on_record(tmp_path, corpus):
     assert again.identity.record() == second.identity.record()
     with pytest.raises(ValueError, match="checkpoint 10 was made on other data than the run"):
         again.identity.resumed(10, "something else")
+
+
+def test_a_run_resumes_on_other_data_only_when_told(tmp_path, corpus):
+    """Through the trainer's own start, up to its first step."""
+    cfg = config.Train(
+        name="tiny",
+        model=LM(vocab=260, d_model=8, n_layers=1, mixers=(Attention(heads=1, kv_heads=1, head_dim=8),)),
+        data=small(corpus, batch_size=8),
+        optim=config.Optim(peak_lr=1e-3),
+        steps=9,
+    )
+    _, dataset, saved, start, state, held = train.prepare(cfg, tmp_path)
+    assert start == 0
+    rest = {key: value for key, value in state.items() if key != "params"}
+    saved.save(4, state["params"], rest, {"fingerprint": dataset.fingerprint, "config": held})
+    checkpoint.write_json(tmp_path / "config.json", held)
+    recorded(dataset, tmp_path)
+    assert train.prepare(cfg, tmp_path)[3] == 4
+    other = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seed=7, seq_len=24))
+    with pytest.raises(ValueError, match="other data: seq_len: 16 -> 24; seed: 0 -> 7 "):
+        train.prepare(other, tmp_path)
+    _, dataset, _, start, *_ = train.prepare(other, tmp_path, allow_data_change=True)
+    assert start == 4
+    assert [change["step"] for change in dataset.identity.record()["changes"]] == [4]
+
+
+def test_a_folder_with_a_binary_file_says_how_to_go_on(tmp_path):
+    (tmp_path / "a.txt").write_text("text " * 100)
+    (tmp_path / "b.bin").write_bytes(b"\0" * 100)
+    with pytest.raises(ValueError, match=f"b.bin is binary .* experiments.prepare {tmp_path} --out=DIR --skip-bad` le"):
+        data.load(small(tmp_path), 260)
 
 
 def test_what_does_not_count(tmp_path, corpus):
