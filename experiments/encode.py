@@ -43,12 +43,15 @@ class Shared:
 
     def __init__(self, context):
         self.size, self.tokens, self.stop = context.Value("q"), context.Value("q"), context.Event()
+        self.show = None  # called after each addition, where no other process is
 
     def add(self, size, tokens):
         """Adds to both counts; raises Stopped when asked to stop."""
         for value, more in ((self.size, size), (self.tokens, tokens)):
             with value.get_lock():
                 value.value += more
+        if self.show:
+            self.show()
         if self.stop.is_set():
             raise Stopped
 
@@ -134,9 +137,9 @@ def make_all(tasks, job, workers):
     shown = progress.Work("prepare", "B", total, total - left)
     show = lambda last=False: shown.update(shared.size.value, f"{shared.tokens.value:,} tokens", last)
     if workers == 1 or len(todo) < 2:
+        shared.show = show
         for number in todo:
             entries[number] = make_shard(number, tasks[number], job, shared)
-            show()
     else:
         for number, entry in _in_parallel(todo, tasks, job, min(workers, len(todo)), shared, show):
             entries[number] = entry

@@ -204,14 +204,14 @@ def main(argv=None):
     try:
         args = _arguments(sys.argv[1:] if argv is None else argv)
         report = evaluate(args)
+        label = Path(args.data).stem if args.data else "validation"
+        path = Path(args.out or Path(report["workdir"]) / "evaluate" / f"{report['step']:08d}-{label}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(path, report)
     except (ValueError, checkpoint.Refused, OSError) as error:
         return cli.refuse(error)
     except KeyboardInterrupt:
         return 130
-    label = Path(args.data).stem if args.data else "validation"
-    path = Path(args.out or Path(report["workdir"]) / "evaluate" / f"{report['step']:08d}-{label}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, report)
     show(report)
     made = [path, *draw(report, path.with_suffix(""))]
     print("written: " + ", ".join(map(str, made)))

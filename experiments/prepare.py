@@ -33,6 +33,10 @@ def prepare(args, command):
     for name in args.inputs:
         if out.resolve().is_relative_to(Path(name).resolve()):
             raise ValueError(f"--out: expected a folder outside of the input {name}, got {out}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {out}")
+    if out.is_dir() and not shards.is_prepared(out) and any(path.name != "lock" for path in out.iterdir()):
+        raise ValueError(f"--out: expected a new or empty folder, {out} holds other files")
     tasks = inputs.plan(args.inputs, args.field, args.split)
     if not tasks:
         raise ValueError(f"{' '.join(args.inputs)}: no files there")
@@ -129,7 +133,7 @@ def _lock(out):
 
 
 def _arguments(argv):
-    parser = cli.Parser(prog="python -m experiments.prepare", description=__doc__.split("\n\n")[0], epilog=EPILOG)
+    parser = cli.Parser(prog="python -m experiments.prepare", description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a file, a folder, or hf:NAME[:CONFIG]")
     parser.add_argument("--out", required=True, help="the folder to make")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or a JSON file of the `tokenizers` library")
@@ -151,6 +155,7 @@ def _arguments(argv):
     return args
 
 
+DESCRIPTION = "\n".join(__doc__.split("\n\n")[:2])
 EPILOG = "Train on the folder with --data.path=DIR, and --data.tokenizer=DIR/tokenizer.json if it is not of bytes."
 
 

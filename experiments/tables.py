@@ -1,5 +1,7 @@
 """Rows of text in Parquet files and in data sets of the `datasets` library, cut into tasks."""
 
+import functools
+
 from experiments import textfiles
 from experiments.textfiles import EXTRA, Bad, Task, encoded, first_line, stamp
 
@@ -58,6 +60,7 @@ def _row_text(value, field, where):
         return Bad(f"{where}: {first_line(error)}")
 
 
+@functools.lru_cache(maxsize=2)
 def _dataset(name, config, split):
     try:
         import datasets

@@ -246,6 +246,8 @@ REFUSED = {
     "small vocabulary": (["{}/d", "--train-bpe=9"], "--train-bpe: expected 257 to"),
     "no column": (["{}/x.parquet", "--field=body"], "x.parquet: no column 'body', only id, text"),
     "no parquet": (["{}/broken.parquet"], "broken.parquet: "),
+    "other files": (["{}/d", "--out={}/void"], "--out: expected a new or empty folder, {}/void holds other files"),
+    "a file": (["{}/d", "--out={}/x.parquet"], "--out: expected a folder, got the file"),
     "inside": (["{}"], "--out: expected a folder outside of the input"),
 }
 
@@ -258,7 +260,7 @@ def test_refusals_take_one_line(tmp_path, capsys, name):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no PAR1")
     args, message = REFUSED[name]
     args = [arg.format(tmp_path) for arg in args]
-    line = refused(capsys, 2, *args, f"--out={tmp_path / 'out'}", "--workers=1")
+    line = refused(capsys, 2, f"--out={tmp_path / 'out'}", "--workers=1", *args)
     assert message.format(tmp_path) in line
     assert not (tmp_path / "out" / "manifest.json").exists()
 
