@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from seqmix.models import LM
 
 SCHEDULES = ("cosine", "wsd")
-ROWS = ("auto", "packed", "windows")
 LIMIT = 2**31
 
 
@@ -56,7 +55,7 @@ class Data:
             expected = "WEIGHT:PATH with a positive weight"
             _require(re.fullmatch(r"[0-9.]*[1-9][0-9.]*(e-?[0-9]+)?:.+", entry), "data.mixture", expected, entry)
         _require(not (self.path and self.mixture), "data.path", "None beside data.mixture", self.path)
-        _require(self.rows in ROWS, "data.rows", " or ".join(ROWS), self.rows)
+        _require(self.rows in ("auto", "packed", "windows"), "data.rows", "auto or packed or windows", self.rows)
         _require(self.tokenizer, "data.tokenizer", "'bytes' or a path", self.tokenizer)
         _integers("data", self, 2, "seq_len")
         _integers("data", self, 1, "batch_size")

@@ -21,7 +21,7 @@ import tyro
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OWN = ("config", "workdir", "dry-run", "allow-data-change", "help")  # flags beside the config's fields
-SWITCHES = ("dry-run", "allow-data-change")
+SWITCHES = ("dry-run", "allow-data-change")  # True without a value; attributes of what `parse` returns
 PROGRAM = (
     "python -m experiments.train --config={} [--field=value ...] [--workdir=DIR] [--dry-run] [--allow-data-change]"
 )
@@ -29,8 +29,7 @@ MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 
 
 def parse(argv):
-    """(cfg, args) from the arguments after the program's name; args has config, workdir (or None), dry_run,
-    allow_data_change.
+    """(cfg, args) from the arguments after the program's name; args has config, workdir (or None), dry_run.
 
     `--help` prints (the configs, or with --config the fields and their defaults) and exits with 0. Raises
     ValueError in one line.
