@@ -6,13 +6,14 @@ VENV ?= .venv
 PYTHON ?=
 RUN = $(VENV)/bin/python
 
-.PHONY: help train test conformance lint format table install clean
+.PHONY: help train test conformance peers lint format table install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [CONFIG=$(CONFIG)] [ARGS=\"--optim.peak-lr=1e-3\"]   install, then train a config"
 	@echo "make test [ARGS=\"tests/ops\"]   install, then lint and run the tests"
 	@echo "make conformance               every catalogue row through every property"
+	@echo "make peers                     install public PyTorch code, compare with it, write docs/peer_checks.md"
 	@echo "make lint | format | table | clean"
 
 # The stamp names the metadata that the environment was installed from; a change of either file installs again.
@@ -30,6 +31,15 @@ test: $(VENV)/installed lint
 conformance: $(VENV)/installed
 	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8 tests/conformance $(ARGS)
 
+# The peers come without their dependencies and without compiling CUDA: a few files of theirs run, on the CPU.
+peers: $(VENV)/installed
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[dev,peers]"
+	@MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
+		CAUSAL_CONV1D_FORCE_BUILD=TRUE $(RUN) -m pip install --quiet --disable-pip-version-check \
+		--no-deps --no-build-isolation -r tests/peers/requirements.txt
+	@JAX_PLATFORMS=cpu $(RUN) -m pytest tests/peers
+	@JAX_PLATFORMS=cpu $(RUN) -m tools.peer_checks
+
 lint: $(VENV)/installed
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
@@ -41,6 +51,6 @@ format: $(VENV)/installed
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-# The README's table of mechanisms, from the catalogue.
+# The tables of mechanisms in README.md and WORKSPACE.md, from the catalogue.
 table: $(VENV)/installed
 	@$(RUN) tools/table.py

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from seqmix.models import LM
+from seqmix.tasks import MQAR
 
 SCHEDULES = ("cosine", "wsd")
 LIMIT = 2**31
@@ -61,6 +62,26 @@ class Data:
         _integers("data", self, 1, "batch_size")
         _number("data", self, "val_fraction", "a number in (0, 1)", lambda x: 0 < x < 1)
         _integers("data", self, 0, "seed", "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic:
+    """Batches that a task draws: batch i depends on the seed and i alone."""
+
+    task: MQAR  # seqmix.tasks
+    batch_size: int = 128  # rows of a step, a multiple of the task's numbers of pairs
+    seed: int = 0  # of the rows, in [0, 2**31)
+
+    def __post_init__(self):
+        _integers("data", self, 1, "batch_size")
+        _integers("data", self, 0, "seed")
+        turns = len(self.task.pairs)
+        _require(self.batch_size % turns == 0, "data.batch_size", f"a multiple of {turns} (pairs)", self.batch_size)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a row."""
+        return self.task.seq_len
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +161,7 @@ class Train:
 
     name: str  # of the run; the default workdir is runs/NAME
     model: LM
-    data: Data
+    data: Data | Synthetic
     optim: Optim
     mesh: Mesh = Mesh()
     eval: Eval = Eval()

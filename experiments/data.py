@@ -9,7 +9,7 @@ import itertools
 import grain
 import numpy as np
 
-from experiments import identity, sources
+from experiments import config, identity, sources, synthetic
 from experiments import tokenizer as tokenizers
 from experiments.rows import Rows, Share
 
@@ -23,6 +23,8 @@ def load(cfg, vocab, align=1, packs=True):
     Raises ValueError in one line for text that is missing, empty, binary or too short, for prepared text that is
     incomplete, damaged or of another tokenizer, and for token ids beyond the vocabulary.
     """
+    if isinstance(cfg, config.Synthetic):
+        return synthetic.Dataset(cfg, vocab, align)
     if cfg.seq_len % align:
         raise ValueError(f"data.seq_len: expected a multiple of {align}, as the mixers need, got {cfg.seq_len}")
     packed = packs if cfg.rows == "auto" else cfg.rows == "packed"
@@ -95,6 +97,8 @@ class Dataset:
 
     `identity` is what the batches depend on, `fingerprint` its digest; `names` has the documents' names.
     """
+
+    pairs = ()  # no task with answers that are right or wrong
 
     def __init__(self, cfg, parts, weights, train, val, packed, made):
         batch, seq = cfg.batch_size, cfg.seq_len

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from experiments import checkpoint, cli, data, files, generate, progress, scoring, sources
+from experiments import checkpoint, cli, config, data, files, generate, progress, scoring, sources
 from experiments import tokenizer as tokenizers
 
 FINE = 4  # points for each doubling of the context, in the JSON and the figure
@@ -24,6 +24,8 @@ def evaluate(args):
     """Scores and writes; returns the report."""
     workdir, step = _checkpoint(args)
     cfg, params, step = generate.restore(workdir, progress.say, step)
+    if not isinstance(cfg.data, config.Data):
+        raise ValueError(f"--workdir: expected a run on text, {workdir} holds one on a task")
     packs = all(mixer.packable for mixer in cfg.model.period)
     rows = args.rows or cfg.data.rows
     packed = packs if rows == "auto" else rows == "packed"

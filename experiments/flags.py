@@ -1,4 +1,5 @@
-"""The command line of `experiments.train`: `--config=NAME`, then any field of that config as a typed flag.
+"""The command line of `experiments.train`: `--config=NAME`, then any field of that config as a typed flag, and
+any argument of the config's function (`--config=mqar --mixer=deltanet`).
 
 `--model.d-model=64 --model.mixers.0.d-state=64 --optim.peak-lr=1e-3`: dots go down, a number picks from a
 tuple, `-` and `_` are the same. tyro reads the values by their fields' types and prints the help; every
@@ -11,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import inspect
 import io
 import operator
 import types
@@ -40,7 +42,7 @@ def parse(argv):
     if name is None and helps:
         print(_overview())
         raise SystemExit(0)
-    cfg = _load(name)
+    cfg = _load(name, given)
     if helps:
         _help(cfg, name)
     args = types.SimpleNamespace(
@@ -93,14 +95,36 @@ def _names():
     return sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("_"))
 
 
-def _load(name):
+def _load(name, given=None):
+    """The config called `name`; what its function takes is popped from the given flags."""
     names = _names()
     if name is None:
         raise ValueError(f"--config: expected one of {', '.join(names)}, got none")
     if name not in names:
         nearest = difflib.get_close_matches(name, names, 1, 0)[0]
         raise ValueError(f"--config: unknown config {name!r}, did you mean {nearest!r}? ({', '.join(names)})")
-    return getattr(importlib.import_module(f"configs.{name}"), name)()
+    function = _function(name)
+    hints = typing.get_type_hints(function)
+    values = {}
+    for argument in inspect.signature(function).parameters:
+        flag = argument.replace("_", "-")
+        if flag in (given or {}):
+            values[argument] = _value(flag, _text(flag, given.pop(flag)), hints[argument])
+    try:
+        return function(**values)
+    except ValueError as error:  # of an argument, by its name, or of a field
+        named = str(error).partition(":")[0] in hints
+        raise ValueError(f"--{error}" if named else f"--config={name}: {error}") from None
+
+
+def _function(name):
+    return getattr(importlib.import_module(f"configs.{name}"), name)
+
+
+def _arguments(name):
+    """The flags that the config's own function takes, as text for the help."""
+    parameters = inspect.signature(_function(name)).parameters.values()
+    return ", ".join(f"--{p.name.replace('_', '-')} ({p.default})" for p in parameters)
 
 
 def _overview():
@@ -114,6 +138,8 @@ def _overview():
 
 
 def _help(cfg, name):
+    arguments = _arguments(name)
+    own = f" Of the config itself: {arguments}." if arguments else ""
     tyro.cli(
         type(cfg),
         default=cfg,
@@ -121,7 +147,7 @@ def _help(cfg, name):
         prog=PROGRAM.format(name),
         description="Every field is a flag, --field=value. --workdir: the run's directory (runs/NAME). "
         "--dry-run: print parameters, FLOPs, memory and shardings, and end. --allow-data-change: resume on other "
-        "data than the run had, and note it in the workdir.",
+        f"data than the run had, and note it in the workdir.{own}",
         config=MARKERS,
     )
 
@@ -222,7 +248,7 @@ def _replace(value, changes, path="", kind=None):
     if isinstance(value, tuple):
         items = {str(index): item for index, item in enumerate(value)}
         return tuple(below(index, item) if index in groups else item for index, item in items.items())
-    hints = typing.get_type_hints(kind or type(value))
+    hints = typing.get_type_hints(kind if value is None else type(value))
     new = {head: below(head, getattr(value, head, None), _structure(hints[head])) for head in groups}
     where = path.rstrip(".")
     if value is None:

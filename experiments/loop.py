@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -97,16 +98,21 @@ class Trainer:
             return step.lower(state, batch).compile()
 
     def evaluate(self, params, dataset, batches):
-        """Means over so many validation batches (0: all): {"loss", "bits_per_byte", "tokens"}."""
+        """Means over so many validation batches (0: all): {"loss", "tokens"} with "bits_per_byte" for text, with
+        "accuracy/<pairs>" for each kind of row of a task.
+        """
         if self._eval is None:
-            self._eval = jax.jit(self._nll)
-        nll = tokens = 0.0
+            self._eval = jax.jit(self._answers if dataset.pairs else self._nll)
+        sums = 0
         for batch in dataset.val_batches(batches):
             with sharding.use_mesh(self.mesh):
-                sums = self._eval(params, self.put(batch))
-            nll, tokens = nll + float(sums[0]), tokens + float(sums[1])
-        loss = nll / tokens
-        return {"loss": loss, "bits_per_byte": loss / math.log(2) / dataset.bytes_per_token, "tokens": tokens}
+                sums = sums + np.array(self._eval(params, self.put(batch)), np.float64)
+        loss = float(sums[0] / sums[1])
+        result = {"loss": loss, "tokens": float(sums[1])}
+        if not dataset.pairs:
+            return result | {"bits_per_byte": loss / math.log(2) / dataset.bytes_per_token}
+        shares = sums[2:].reshape(2, -1)
+        return result | {f"accuracy/{n}": float(a) for n, a in zip(dataset.pairs, shares[0] / shares[1], strict=True)}
 
     def _init(self):
         key = jax.random.key(self.cfg.seed)
@@ -146,12 +152,23 @@ class Trainer:
         return new, {**scalars, "loss": loss, "grad_norm": norm, "lr": self.lr(state["step"])}
 
     def _loss(self, params, batch, rng=None):
-        where = {key: batch[key] for key in ("segment_ids", "positions")} if self.packs else {}
+        where = self._where(batch)
         return self.model.loss(params, batch["tokens"], batch["targets"], batch["mask"], rng=rng, **where)
+
+    def _where(self, batch):
+        return {key: batch[key] for key in ("segment_ids", "positions")} if self.packs else {}
 
     def _nll(self, params, batch):
         _, metrics = self._loss(params, batch)
         return metrics["nll_sum"], metrics["tokens"]
+
+    def _answers(self, params, batch):
+        """(nll, tokens, right answers and questions for each number of pairs), flat; rows take turns."""
+        hidden, _ = self.model.forward(params, batch["tokens"], **self._where(batch))
+        right = (jnp.argmax(self.model.logits(params, hidden), -1) == batch["targets"]) * batch["mask"]
+        turns = len(self.cfg.data.task.pairs)
+        count = lambda x: jnp.sum(x.reshape(-1, turns, x.shape[-1]), (0, 2))
+        return (*self._nll(params, batch), *count(right), *count(batch["mask"]))
 
 
 def _with_sharding(leaf, where):

@@ -9,12 +9,14 @@ from experiments import tokenizer as tokenizers
 
 def finish(cfg, workdir, trainer, dataset, params, curves):
     """Evaluates, prints the report on stdout and closes the curves; the last line is
-    `val_bits_per_byte=x.xx`.
+    `val_bits_per_byte=x.xx`, or `accuracy=x.xxx` of a task's hardest rows.
     """
     with progress.phase("evaluating"):
         result = trainer.evaluate(params, dataset, cfg.eval.final_batches)
     curves.write({"kind": "final", "step": cfg.steps, **result})
     curves.close()
+    if dataset.pairs:
+        return _answers(cfg, workdir, dataset, result)
     with progress.phase("measuring the text"):
         stats = dataset.stats()
     bits = result["bits_per_byte"]
@@ -28,8 +30,20 @@ def finish(cfg, workdir, trainer, dataset, params, curves):
     progress.table(f"Bits per byte, {tokens}", ("model", "bits/byte"), rows)
     if cfg.sample_tokens > 0:
         _sample(cfg, params)
-    print(f"curves: {Path(workdir) / 'metrics.jsonl'}, tensorboard --logdir {Path(workdir) / 'tensorboard'}")
+    _curves(workdir)
     print(f"val_bits_per_byte={bits:.2f}", flush=True)
+
+
+def _curves(workdir):
+    print(f"curves: {Path(workdir) / 'metrics.jsonl'}, tensorboard --logdir {Path(workdir) / 'tensorboard'}")
+
+
+def _answers(cfg, workdir, dataset, result):
+    rows = [(f"{n} pairs", f"{result[f'accuracy/{n}']:.3f}") for n in dataset.pairs]
+    columns = (f"{cfg.model.count():,} parameters, {cfg.steps} steps", "right answers")
+    progress.table(f"{cfg.name}, {result['tokens']:,.0f} questions", columns, rows)
+    _curves(workdir)
+    print(f"accuracy={result[f'accuracy/{max(dataset.pairs)}']:.3f}", flush=True)
 
 
 def _sample(cfg, params):

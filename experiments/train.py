@@ -105,7 +105,7 @@ def _loop(cfg, trainer, dataset, state, start, curves, save, stop):
             if evaluates:
                 record = trainer.evaluate(state["params"], dataset, cfg.eval.batches)
                 curves.write({"kind": "val", "step": step, **record})
-                shown.say(f"step {step}  val loss {record['loss']:.4f}  {record['bits_per_byte']:.3f} bits/byte")
+                shown.say(f"step {step}  val  " + "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "tokens"))
             if saves:
                 curves.flush()
                 save(step, jax.block_until_ready(state))

@@ -21,6 +21,8 @@ class Row:
     variants: tuple[dict, ...] = ()  # fields over `small`, each tested as well
     medium: dict | None = None  # fields of an instance in which matmuls dominate, to check `flops`
     medium_seq: int = 64  # its sequence length: one chunk or block
+    state: str = ""  # `state_size(context)` without the variants, in the class's own fields; "": does not decode
+    checked: tuple[str, ...] = ()  # "package: function" of docs/peer_checks.md, "(op)" after it for its op alone
 
     @property
     def class_name(self) -> str:
@@ -50,6 +52,8 @@ ROWS = (
             dict(causal=False, rope=False, window=4),
         ),
         medium=dict(d_model=128, heads=4, head_dim=32),
+        state="2 * context * kv_heads * head_dim + 1",
+        checked=("fla-core: naive_parallel_attn (op)",),
     ),
     Row(
         name="mamba2",
@@ -60,6 +64,19 @@ ROWS = (
         small=dict(d_model=8, d_state=4, head_dim=4, conv_width=3, chunk=4),
         variants=(dict(n_groups=2, conv_width=4),),
         medium=dict(d_model=128, d_state=32, head_dim=32, chunk=64),
+        state="(conv_width - 1) * (heads * head_dim + 2 * n_groups * d_state) + heads * head_dim * d_state",
+        checked=("mamba-ssm: ssd_minimal_discrete (op)",),
+    ),
+    Row(
+        name="log_linear_mamba2",
+        target="seqmix.mixers.recurrent.log_linear_mamba2:LogLinearMamba2",
+        title="Log-Linear Attention (with Mamba-2)",
+        paper="2506.04761",
+        small=dict(d_model=8, max_len=64, d_state=4, head_dim=4, n_groups=2, conv_width=3, chunk=4),
+        medium=dict(d_model=128, max_len=64, d_state=32, head_dim=32, chunk=64),
+        state="(conv_width - 1) * (heads * head_dim + 2 * n_groups * d_state)"
+        " + (context - 1).bit_length() * heads * head_dim * d_state + 1",
+        checked=("fla-core: naive_log_linear_attn (op)",),
     ),
     Row(
         name="retnet",
@@ -68,6 +85,8 @@ ROWS = (
         paper="2307.08621",
         small=dict(d_model=8, heads=2, chunk=4),
         medium=dict(d_model=128, heads=8, chunk=64),
+        state="heads * key_dim * value_dim + 1",
+        checked=("torchscale: MultiScaleRetention",),
     ),
     Row(
         name="lightning",
@@ -77,6 +96,8 @@ ROWS = (
         small=dict(d_model=8, heads=2, chunk=4),
         variants=(dict(decay="paper", lrpe=True),),
         medium=dict(d_model=128, heads=8, chunk=64),
+        state="heads * key_dim * value_dim",
+        checked=("lightning-attn: linear_attn (op)",),
     ),
     Row(
         name="gla",
@@ -85,6 +106,8 @@ ROWS = (
         paper="2312.06635",
         small=dict(d_model=8, heads=2, gate_rank=3, chunk=4, conv_width=3),
         medium=dict(d_model=128, heads=4, chunk=64),
+        state="heads * key_dim * value_dim + max(conv_width - 1, 0) * heads * (2 * key_dim + value_dim)",
+        checked=("flash-linear-attention: GatedLinearAttention",),
     ),
     Row(
         name="hgrn2",
@@ -93,6 +116,8 @@ ROWS = (
         paper="2404.07904",
         small=dict(d_model=8, heads=2, chunk=4, lower_bound=0.2, learned_bound=True),
         medium=dict(d_model=128, heads=8, chunk=64),
+        state="heads * key_dim * value_dim",
+        checked=("flash-linear-attention: HGRN2Attention",),
     ),
     Row(
         name="gateloop",
@@ -102,6 +127,8 @@ ROWS = (
         small=dict(d_model=8, chunk=4),
         variants=(dict(heads=2, transition="complex"),),
         medium=dict(d_model=256),
+        state="2 * d_model * (d_model // heads)",
+        checked=("gateloop-transformer: GateLoopedAttention",),
     ),
     Row(
         name="glru",
@@ -111,6 +138,8 @@ ROWS = (
         small=dict(d_model=8, chunk=4),
         variants=(dict(tied=False),),
         medium=dict(d_model=256),
+        state="width",
+        checked=("flax-gated-linear-rnn: GatedLinearRNN",),
     ),
     Row(
         name="rglru",
@@ -119,6 +148,8 @@ ROWS = (
         paper="2402.19427",
         small=dict(d_model=8, heads=2, conv_width=3, chunk=4),
         medium=dict(d_model=256, heads=4),
+        state="conv_width * width",
+        checked=("recurrentgemma: RGLRU",),
     ),
     Row(
         name="linear_attention",
@@ -128,6 +159,8 @@ ROWS = (
         small=dict(d_model=8, heads=2, chunk=4),
         variants=(dict(feature_map="random", features=6), dict(feature_map="relu", causal=False)),
         medium=dict(d_model=128, heads=4, chunk=16),
+        state="heads * key_dim * (value_dim + 1)",
+        checked=("fla-core: naive_recurrent_linear_attn (op)",),
     ),
     Row(
         name="hedgehog",
@@ -136,6 +169,8 @@ ROWS = (
         paper="2402.04347",
         small=dict(d_model=8, heads=2, chunk=4),
         medium=dict(d_model=128, heads=4, chunk=16),
+        state="2 * heads * key_dim * (value_dim + 1) + 1",
+        checked=("fla-core: naive_recurrent_linear_attn (op)",),
     ),
     Row(
         name="based",
@@ -144,6 +179,8 @@ ROWS = (
         paper="2402.18668",
         small=dict(d_model=8, heads=2, key_dim=4, chunk=4),
         medium=dict(d_model=128, heads=4, key_dim=16, chunk=16),
+        state="heads * (1 + key_dim + key_dim * (key_dim + 1) // 2) * (value_dim + 1)",
+        checked=("fla-core: naive_parallel_based (op)",),
     ),
     Row(
         name="mamba",
@@ -152,6 +189,8 @@ ROWS = (
         paper="2312.00752",
         small=dict(d_model=8, d_state=4, dt_rank=2, conv_width=3, chunk=4),
         medium=dict(d_model=256, d_state=8, chunk=64),
+        state="expand * d_model * (conv_width - 1 + d_state)",
+        checked=("mamba-ssm: Mamba",),
     ),
     Row(
         name="deltanet",
@@ -161,6 +200,8 @@ ROWS = (
         small=dict(d_model=8, heads=2, conv_width=3, chunk=4),
         variants=(dict(conv_width=0, gate=True, beta_max=2.0),),
         medium=dict(d_model=128, heads=4),
+        state="heads * key_dim * value_dim + (conv_width - 1) * heads * (2 * key_dim + value_dim)",
+        checked=("flash-linear-attention: DeltaNet",),
     ),
     Row(
         name="gated_deltanet",
@@ -169,6 +210,18 @@ ROWS = (
         paper="2412.06464",
         small=dict(d_model=8, heads=2, conv_width=3, chunk=4),
         medium=dict(d_model=128, heads=4),
+        state="heads * key_dim * value_dim + (conv_width - 1) * heads * (2 * key_dim + value_dim)",
+        checked=("flash-linear-attention: GatedDeltaNet",),
+    ),
+    Row(
+        name="log_linear_gated_deltanet",
+        target="seqmix.mixers.recurrent.log_linear_gated_delta_net:LogLinearGatedDeltaNet",
+        title="Log-Linear Attention (with Gated DeltaNet)",
+        paper="2506.04761",
+        small=dict(d_model=8, max_len=64, heads=2, conv_width=3, chunk=4),
+        medium=dict(d_model=128, max_len=64, heads=4),
+        state="(conv_width - 1) * heads * (2 * key_dim + value_dim)"
+        " + (context - 1).bit_length() * heads * key_dim * value_dim + 1",
     ),
     Row(
         name="kda",
@@ -177,6 +230,8 @@ ROWS = (
         paper="2510.26692",
         small=dict(d_model=8, heads=2, gate_rank=3, conv_width=3, chunk=4),
         medium=dict(d_model=128, heads=4),
+        state="heads * key_dim * value_dim + (conv_width - 1) * heads * (2 * key_dim + value_dim)",
+        checked=("flash-linear-attention: KimiDeltaAttention",),
     ),
     Row(
         name="rwkv7",
@@ -185,6 +240,8 @@ ROWS = (
         paper="2503.14456",
         small=dict(d_model=8, head_dim=4, decay_rank=2, rate_rank=2, gate_rank=3, chunk=4),
         medium=dict(d_model=256, head_dim=32),
+        state="d_model * (1 + head_dim)",
+        checked=("rwkv: RWKV_x070_TMix_one",),
     ),
     Row(
         name="hyena",
@@ -194,6 +251,16 @@ ROWS = (
         small=dict(d_model=8, max_len=64, filter_width=4),
         variants=(dict(order=3, filter_features=5, shift=0.1),),
         medium=dict(d_model=256, max_len=64, filter_width=16),
+        state="d_model * ((conv_width - 1) * (order + 1) + context * (order - 1)) + 1",
+    ),
+    Row(
+        name="base_conv",
+        target="seqmix.mixers.conv.base_conv:BaseConv",
+        title="Zoology: Measuring and Improving Recall in Efficient Language Models",
+        paper="2312.04927",
+        small=dict(d_model=8),
+        medium=dict(d_model=256),
+        state="(conv_width - 1) * d_model",
     ),
     Row(
         name="rat",
@@ -203,6 +270,8 @@ ROWS = (
         small=dict(d_model=8, heads=2, groups=2, chunk=3),
         variants=(dict(heads=4, chunk=2, block=4),),
         medium=dict(d_model=256, heads=4),
+        state="2 * d_model * (context // chunk + 1) + 1",
+        checked=("fla-core: naive_recurrent_hgrn (op)",),
     ),
     Row(
         name="mega",
@@ -212,6 +281,7 @@ ROWS = (
         small=dict(d_model=8, key_dim=4, chunk=4, block=4),
         variants=(dict(d_state=3, value_dim=6, chunk=64),),
         medium=dict(d_model=128, key_dim=32),
+        state="min(context, chunk) * (key_dim + value_dim) + d_model * d_state + 1",
     ),
 )
 
@@ -230,26 +300,3 @@ def find(name: str) -> Row:
 def load(name: str) -> type:
     """The class of the mixer with this name, or of this class name; raises as `find` does."""
     return find(name).load()
-
-
-def markdown() -> str:
-    """The README's table of mechanisms, one line a row."""
-    lines = [
-        "| mechanism | class | paper | group | causal | packs | decoding state |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in ROWS:
-        mixer = row.load()(**row.small)
-        paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper})"
-        traits = [("yes" if trait else "no") for trait in (mixer.causal, mixer.packable)]
-        cells = [row.title, f"`{row.class_name}`", paper, row.group, *traits, _growth(mixer)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _growth(mixer) -> str:
-    if not mixer.decodes:
-        return "none"
-    sizes = {"memory": 1} if "memory" in mixer.takes else {}
-    short, long = (mixer.state_size(context, **sizes) for context in (1 << 20, 1 << 21))
-    return "constant" if short == long else "grows with the context"

@@ -1,4 +1,4 @@
-"""The catalogue: every row is right, every mixer has one, the README shows them."""
+"""The catalogue: every row is right, every mixer has one, the pages show them."""
 
 import re
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 
 from seqmix import catalog
 from seqmix.core.mixer import Mixer
+from tools import table
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +49,48 @@ def test_unknown_names_are_told_the_nearest():
         catalog.find("zzz")
 
 
-def test_the_readme_shows_the_table():
-    """Refresh it with `python -c "from seqmix import catalog; print(catalog.markdown())"`."""
-    found = re.search(r"<!-- catalogue -->\n(.*?)\n?<!-- /catalogue -->", (ROOT / "README.md").read_text(), re.S)
-    assert found and found.group(1) == catalog.markdown()
+@pytest.mark.parametrize("page", table.PAGES, ids=lambda page: page.name)
+def test_the_pages_show_their_tables(page):
+    """`make table` refreshes them."""
+    assert table.PLACE.findall(page.read_text()) == [table.PAGES[page]() + "\n"]
+
+
+class Fields(dict):
+    """The fields of a mixer by name; where one is left to its default, None, what the mixer makes of it."""
+
+    def __init__(self, mixer, **sizes):
+        super().__init__(min=min, max=max, **sizes)
+        self.mixer = mixer
+
+    def __missing__(self, name):
+        value = getattr(self.mixer, name)
+        if value is not None:
+            return value
+        if hasattr(self.mixer, f"_{name}"):
+            return getattr(self.mixer, f"_{name}")
+        return self.mixer.sizes[{"heads": 0, "key_dim": 0, "value_dim": 1}[name]]
+
+
+@pytest.mark.parametrize("row", catalog.ROWS, ids=lambda row: row.name)
+def test_the_formula_of_the_state_is_its_size(row):
+    """At the two sizes that a row has, and contexts on both sides of a chunk."""
+    instances = [row.load()(**fields) for fields in (row.small, row.medium) if fields]
+    assert bool(row.state) == instances[0].decodes, f"{row.name}: a row that decodes says what its state holds"
+    for mixer in instances if row.state else ():
+        sizes = {"memory": 6} if "memory" in mixer.takes else {}
+        for context in (64, 200, 1024):
+            size = eval(row.state, {"__builtins__": {}}, Fields(mixer, context=context, **sizes))
+            assert size == mixer.state_size(context, **sizes), (mixer, context)
+
+
+@pytest.mark.parametrize("row", [row for row in catalog.ROWS if row.checked], ids=lambda row: row.name)
+def test_what_a_row_was_checked_against_is_on_the_page(row):
+    """As a comparison of this class, or with "(op)" of an op that its module calls."""
+    page = (ROOT / "docs/peer_checks.md").read_text()
+    done = re.findall(r"^\| (\w+)([^|]*) \| (\S+) [^|]+ \| `([^`]+)` \|", page, re.M)
+    source = (ROOT / f"{row.target.partition(':')[0].replace('.', '/')}.py").read_text()
+    for check in row.checked:
+        package, function, of_op = re.fullmatch(r"(\S+): (\w+)( \(op\))?", check).groups()
+        ours = [name for name, rest, *peer in done if peer == [package, function] and ("mixer" in rest) != bool(of_op)]
+        assert ours, f"{check}: not in docs/peer_checks.md"
+        assert ours == [row.class_name] if not of_op else any(name in source for name in ours), (check, ours)

@@ -4,6 +4,7 @@ from seqmix.ops.conv import short_conv
 from seqmix.ops.delta import delta_rule, diagonal_plus_rank_one
 from seqmix.ops.fft_conv import long_conv
 from seqmix.ops.linear import linear_attention
+from seqmix.ops.log_linear import log_linear_attention, log_linear_delta_rule
 from seqmix.ops.logsumexp import logsumexp_scan
 from seqmix.ops.scan import linear_scan
 from seqmix.ops.selective import selective_scan
@@ -15,6 +16,8 @@ __all__ = [
     "diagonal_plus_rank_one",
     "linear_attention",
     "linear_scan",
+    "log_linear_attention",
+    "log_linear_delta_rule",
     "logsumexp_scan",
     "long_conv",
     "merge",

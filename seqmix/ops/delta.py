@@ -72,7 +72,8 @@ def delta_rule(
         raise ValueError(f"k: expected shape (B, T, steps={steps}, Hk, K), got {tuple(k.shape)}")
     if erase is not None:
         _check_vector("erase", erase, (d.B, d.T, d.n), d)
-    log_decay, state, run_ids = _prepare(d, floats, segment_ids, chunk)
+    log_decay, run_ids, acc = prepare(d, floats, segment_ids, chunk)
+    state = jnp.zeros((d.B, d.H, d.K, d.V), acc) if state is None else state.astype(acc)
     args = q, k, v, beta, log_decay, k if erase is None else erase
     options = dict(scale=scale, state=state, run_ids=run_ids)
     name = pick("delta_rule", implementation, {"chunked": None, "reference": None})
@@ -120,7 +121,8 @@ def diagonal_plus_rank_one(
     d = dims(specs, **floats)
     _check_vector("left", left, (d.B, d.T), d)
     _check_vector("right", right, (d.B, d.T), d)
-    log_decay, state, run_ids = _prepare(d, floats, segment_ids, chunk)
+    log_decay, run_ids, acc = prepare(d, floats, segment_ids, chunk)
+    state = jnp.zeros((d.B, d.H, d.K, d.V), acc) if state is None else state.astype(acc)
     args = q, k, v, left, right, log_decay
     options = dict(scale=scale, state=state, run_ids=run_ids)
     name = pick("diagonal_plus_rank_one", implementation, {"chunked": None, "reference": None})
@@ -167,8 +169,10 @@ def _check_vector(name, x, lead, d):
         raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
 
 
-def _prepare(d, floats, segment_ids, chunk):
-    """log_decay [B, T, H, 1 or K] or None, the state, the segments' runs or None, after the checks left to make."""
+def prepare(d, floats, segment_ids, chunk):
+    """log_decay [B, T, H, 1 or K] or None, the segments' runs or None, the accumulating dtype, after the checks left
+    to make of sizes `d` and arrays `floats` by name.
+    """
     for name, x in floats.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
@@ -179,12 +183,11 @@ def _prepare(d, floats, segment_ids, chunk):
     if not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"chunk: expected a power of two, got {chunk!r}")
     acc = jnp.promote_types(jnp.result_type(floats["q"], floats["k"], floats["v"]), jnp.float32)
-    log_decay, state, run_ids = floats["log_decay"], floats["state"], None
+    log_decay, run_ids = floats["log_decay"], None
     if log_decay is not None:
         log_decay = log_decay.astype(acc) if log_decay.ndim == 4 else log_decay.astype(acc)[..., None]
         log_decay = jnp.broadcast_to(log_decay, (d.B, d.T, d.H, log_decay.shape[-1]))
     if segment_ids is not None:
         packing.check(segment_ids, d.B, d.T)
         run_ids = packing.runs(segment_ids)
-    state = jnp.zeros((d.B, d.H, d.K, d.V), acc) if state is None else state.astype(acc)
-    return log_decay, state, run_ids
+    return log_decay, run_ids, acc

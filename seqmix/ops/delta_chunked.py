@@ -31,7 +31,7 @@ from seqmix.ops.linear_chunked import plan
 from seqmix.ops.triangular import unit_lower_inverse
 
 
-class _Chunks(NamedTuple):
+class Chunks(NamedTuple):
     """The inputs in the layout above; the last four are None without segments."""
 
     q: jax.Array  # [B, Hk, N, C, K]
@@ -74,32 +74,48 @@ def _place(x, at, steps):
 def _run(q, left, right, value, key, beta, log_decay, state, run_ids, chunk):
     """y [B, T, H, V] in the dtype of the state and without scale, and the state."""
     batch, time, heads, _ = value.shape
-    blocks, chunks, size = plan(time, chunk, batch * heads)
-    dtype, acc = jnp.result_type(q, left, value), state.dtype
+    shape = plan(time, chunk, batch * heads)
+    c = in_chunks(q, left, right, value, key, beta, log_decay, state.dtype, run_ids, shape)
+    state, y = scan_blocks(_block, state, c)
+    return joined(y, time, run_ids), state
 
-    def cut(x, dtype):
-        """[blocks, B, H, N, C, X] of x [B, T, H, X]. Padding neither writes nor decays."""
-        if x is None:
-            return None
-        if run_ids is not None:
-            x = jnp.where((run_ids != 0)[..., None, None], x, 0)
-        x = jnp.pad(x.astype(dtype), ((0, 0), (0, blocks * chunks * size - time), (0, 0), (0, 0)))
-        return jnp.moveaxis(x.reshape(batch, blocks, chunks, size, *x.shape[2:]), (1, 4), (0, 2))
 
-    operands = [cut(x, dtype) for x in (q, left, right, value, key)]
-    masks = [None] * 4 if run_ids is None else _masks(run_ids, blocks, chunks, size)
-    c = _Chunks(*operands, cut(beta, acc), cut(log_decay, acc), *masks)
-    if blocks == 1:
-        state, y = jax.checkpoint(_block)(state, jax.tree.map(lambda x: x[0], c))
-        y = y[None]
-    else:
-        state, y = jax.lax.scan(jax.checkpoint(_block, prevent_cse=False), state, c)
-    y = jnp.moveaxis(y, (0, 2), (1, 4)).reshape(batch, -1, heads, y.shape[-1])[:, :time]
-    return y if run_ids is None else jnp.where((run_ids != 0)[..., None, None], y, 0), state
+def in_chunks(q, left, right, value, key, beta, log_decay, acc, run_ids, shape):
+    """The inputs [B, T, H, X] as Chunks with blocks in front; shape: (blocks, N, C) of `plan`."""
+    dtype = jnp.result_type(q, left, value)
+    operands = [cut(x, dtype, run_ids, shape) for x in (q, left, right, value, key)]
+    masks = [None] * 4 if run_ids is None else _masks(run_ids, *shape)
+    return Chunks(*operands, cut(beta, acc, run_ids, shape), cut(log_decay, acc, run_ids, shape), *masks)
+
+
+def cut(x, dtype, run_ids, shape):
+    """[blocks, B, H, N, C, X] of x [B, T, H, X]. Padding neither writes nor decays."""
+    if x is None:
+        return None
+    if run_ids is not None:
+        x = jnp.where((run_ids != 0)[..., None, None], x, 0)
+    blocks, chunks, size = shape
+    x = jnp.pad(x.astype(dtype), ((0, 0), (0, blocks * chunks * size - x.shape[1]), (0, 0), (0, 0)))
+    return jnp.moveaxis(x.reshape(x.shape[0], blocks, chunks, size, *x.shape[2:]), (1, 4), (0, 2))
+
+
+def scan_blocks(block, state, xs):
+    """The state after all blocks and their results; each block is computed anew by the backward pass."""
+    if jax.tree.leaves(xs)[0].shape[0] > 1:
+        return jax.lax.scan(jax.checkpoint(block, prevent_cse=False), state, xs)
+    state, y = jax.checkpoint(block)(state, jax.tree.map(lambda x: x[0], xs))
+    return state, y[None]
+
+
+def joined(y, time, run_ids):
+    """[B, T, H, V] of y [blocks, B, H, N, C, V], 0 at padding."""
+    y = jnp.moveaxis(y, (0, 2), (1, 4))
+    y = y.reshape(y.shape[0], -1, *y.shape[4:])[:, :time]
+    return y if run_ids is None else jnp.where((run_ids != 0)[..., None, None], y, 0)
 
 
 def _masks(run_ids, blocks, chunks, size):
-    """The last four of _Chunks. Padding counts as of the segment before it, the incoming state as of the first."""
+    """The last four of Chunks. Padding counts as of the segment before it, the incoming state as of the first."""
     run = jnp.maximum(jax.lax.cummax(run_ids, axis=1), 1)
     run = jnp.pad(run, ((0, 0), (0, blocks * chunks * size - run.shape[1])), mode="edge")
     run = run.reshape(run.shape[0], -1, size, 1)
@@ -112,49 +128,56 @@ def _masks(run_ids, blocks, chunks, size):
 
 def _block(state, c):
     """The state after N chunks, and S_t^T q_t [B, H, N, C, V] in them."""
-    inverse, target, right, right_rows = _system(c)
-    to_end = _sums(c.decay, reverse=True)
-    left, left_rows = _decayed(c.left, to_end, c.leaves)
-    key = None if c.key is None else _decayed(c.key, to_end, c.leaves)[0]
+    inverse, target, right, right_rows = chunk_system(c)
+    to_end = decay_sums(c.decay, reverse=True)
+    left, left_rows = decayed(c.left, to_end, c.leaves)
+    key = None if c.key is None else decayed(c.key, to_end, c.leaves)[0]
     value = None if c.key is None else c.value
-    decay = None if c.decay is None else jnp.exp(jnp.sum(c.decay, axis=-2))[..., None]  # [..., K or 1, 1]
-    if c.kept is not None:
-        decay = jnp.where(c.kept, 1.0 if decay is None else decay, 0.0)
-
-    # The inverse is float32 for all dtypes: its roundings would be the largest of all. Beside 16-bit products,
-    # TF32 on GPUs and three passes on TPUs are exact enough.
-    precision = jax.lax.Precision.HIGH if c.q.dtype.itemsize < 4 else jax.lax.Precision.HIGHEST
+    decay, precision = passing(c), solving(c.q.dtype)
 
     def advance(s, chunk):
         inverse, target, right, right_rows, left, left_rows, key, value, decay = chunk
-        target = target + _times(_product("bhck,bhkv->bhcv", right, s), right_rows)
+        target = target + times(product("bhck,bhkv->bhcv", right, s), right_rows)
         u = jnp.matmul(inverse, target, precision=precision)
-        new = _times(s, decay) + _product("bhck,bhcv->bhkv", left, _times(u, left_rows))
+        new = times(s, decay) + product("bhck,bhcv->bhkv", left, times(u, left_rows))
         if key is not None:
-            new = new + _product("bhck,bhcv->bhkv", key, _times(value, left_rows))
+            new = new + product("bhck,bhcv->bhkv", key, times(value, left_rows))
         return new, (s.astype(right.dtype), u.astype(right.dtype))
 
     xs = inverse, target, right, right_rows, left, left_rows, key, value, decay
     state, ys = jax.lax.scan(advance, state, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), xs))
     entering, u = (jnp.moveaxis(x, 0, 2) for x in ys)
-    q, rows = _decayed(c.q, _sums(c.decay), c.entered)
-    y = _times(_product("bhnck,bhnkv->bhncv", q, entering), rows) + _mix(_scores(c, c.q, c.left), u)
-    return state, y if c.key is None else y + _mix(_scores(c, c.q, c.key), c.value)
+    q, rows = decayed(c.q, decay_sums(c.decay), c.entered)
+    y = times(product("bhnck,bhnkv->bhncv", q, entering), rows) + _mix(chunk_scores(c, c.q, c.left), u)
+    return state, y if c.key is None else y + _mix(chunk_scores(c, c.q, c.key), c.value)
 
 
-def _system(c):
+def passing(c):
+    """What a state is multiplied by over each chunk, [B, H, N, K or 1, 1], or None."""
+    decay = None if c.decay is None else jnp.exp(jnp.sum(c.decay, axis=-2))[..., None]
+    return decay if c.kept is None else jnp.where(c.kept, 1.0 if decay is None else decay, 0.0)
+
+
+def solving(dtype):
+    """The precision of products with the inverse, which is float32 for all dtypes: its roundings would be the
+    largest of all. Beside 16-bit products, TF32 on GPUs and three passes on TPUs are exact enough.
+    """
+    return jax.lax.Precision.HIGH if dtype.itemsize < 4 else jax.lax.Precision.HIGHEST
+
+
+def chunk_system(c):
     """(I + A)^-1, b + E v, and x and rows with c (D' right) S = rows * (x S)."""
     early = c.beta is None  # reads before its own step's decay
-    system = _scores(c, c.right, c.left, system=True, early=early)
-    right, rows = _decayed(c.right, _sums(c.decay, early=early), c.entered)
+    system = chunk_scores(c, c.right, c.left, system=True, early=early)
+    right, rows = decayed(c.right, decay_sums(c.decay, early=early), c.entered)
     if early:
-        target = _mix(_scores(c, c.right, c.key, early=True), c.value)
+        target = _mix(chunk_scores(c, c.right, c.key, early=True), c.value)
         return unit_lower_inverse(-system), target, right, rows
-    rows = -_times(c.beta, rows)
+    rows = -times(c.beta, rows)
     return unit_lower_inverse(c.beta * system), c.beta * c.value, right, rows
 
 
-def _scores(c, x, y, system=False, early=False):
+def chunk_scores(c, x, y, system=False, early=False):
     """x_i . y_j under the decay between j and i, for j <= i, within segments: [B, H, N, C, C]. `system`: for j < i,
     as precise as the inverse. `early`: for j < i, without the decay of step i.
     """
@@ -162,9 +185,9 @@ def _scores(c, x, y, system=False, early=False):
     if early:  # row i is row i - 1 of the next token's x
         x = _shift(x, -1)
     if c.decay is not None and c.decay.shape[-1] > 1:
-        scores = _channel_scores(_repeat(x, heads), _repeat(y, heads), c.decay, system)
+        scores = _channel_scores(per_head(x, heads), per_head(y, heads), c.decay, system)
     else:  # the products of 16-bit operands are exact in float32
-        scores = _repeat(_product("bhnik,bhnjk->bhnij", x, y), heads)
+        scores = per_head(product("bhnik,bhnjk->bhnij", x, y), heads)
         scores = jnp.tril(scores) if c.decay is None else scores * head_weights(c.decay[..., 0])
     if early:
         scores = _shift(scores, 1)
@@ -186,7 +209,7 @@ def _shift(x, by):
     return jnp.pad(rows, [(0, 0)] * (x.ndim - 2) + [(1, 0) if by > 0 else (0, 1), (0, 0)])
 
 
-def _sums(decay, reverse=False, early=False):
+def decay_sums(decay, reverse=False, early=False):
     """Log decays from the chunk's start to each token, without its own if `early`; `reverse`: from it to the end."""
     if decay is None:
         return None
@@ -194,13 +217,13 @@ def _sums(decay, reverse=False, early=False):
     return suffix if reverse else _shift(prefix, 1) if early else prefix
 
 
-def _decayed(x, log, mask):
+def decayed(x, log, mask):
     """(x', rows or None), together x * exp(log) where `mask`, else 0. What a head does to whole rows is left to
     the rows, so that x stays shared by its group.
     """
     rows = None
     if log is not None and log.shape[-1] > 1:
-        x = (_repeat(x, log.shape[1]) * jnp.exp(log)).astype(x.dtype)
+        x = (per_head(x, log.shape[1]) * jnp.exp(log)).astype(x.dtype)
     elif log is not None:
         rows = jnp.exp(log)
     if mask is not None:
@@ -208,20 +231,20 @@ def _decayed(x, log, mask):
     return x, rows
 
 
-def _repeat(x, heads):
+def per_head(x, heads):
     return x if x.shape[1] == heads else jnp.repeat(x, heads // x.shape[1], axis=1)
 
 
-def _times(x, factor):
+def times(x, factor):
     return x if factor is None else x * factor
 
 
 def _mix(scores, x):
     """scores [..., C, C], rounded to the dtype of x, times x [..., C, X]."""
-    return _product("bhnij,bhnjx->bhnix", scores.astype(x.dtype), x)
+    return product("bhnij,bhnjx->bhnix", scores.astype(x.dtype), x)
 
 
-def _product(spec, x, y):
+def product(spec, x, y):
     """`contract` in the dtype of x; where one operand has fewer heads h, each serves a group of the other's."""
     y, groups = y.astype(x.dtype), min(x.shape[1], y.shape[1])
     if x.shape[1] == y.shape[1]:

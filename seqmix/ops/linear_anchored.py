@@ -25,7 +25,14 @@ def contract(spec: str, a, b):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _contract_rounded(spec, a, b):
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    # XLA for CPUs has no 16-bit products: it widens the operands of some, and fails at others ("Unsupported element
+    # type for DotThunk::Execute: BF16 x BF16 = F32", jaxlib 0.10.2 and 0.11.2).
+    return jax.lax.platform_dependent(
+        a,
+        b,
+        cpu=lambda a, b: jnp.einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32)),
+        default=lambda a, b: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32),
+    )
 
 
 def _contract_forward(spec, a, b):

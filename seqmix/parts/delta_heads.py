@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from seqmix.core.flops import matmul
 from seqmix.core.param import Param
 from seqmix.ops.conv import short_conv_flops
-from seqmix.parts.norms import l2_norm
-from seqmix.parts.qkv import AXES, check_sizes, conv_state, convolve, head_params, project
+from seqmix.parts import time_steps
+from seqmix.parts.norms import l2_norm, norm_params
+from seqmix.parts.qkv import AXES, check_sizes, conv_state, convolve, head_params, out_param, project
 
 QKV = ("q", "k", "v")
 
@@ -39,6 +40,27 @@ def params(mixer, **more) -> dict:
     return tree | {"beta": Param((mixer.d_model, H), ("embed", "heads"))}
 
 
+def gated_params(mixer) -> dict:
+    """The weights of `params`, "gate", "norm" and "out" of a gated way out, and "decay" of `log_decay`, for Gated
+    DeltaNet and its kin; the mixer has the fields a_min, a_max, dt_min, dt_max too.
+    """
+    mixer.positive(d_model=mixer.d_model)
+    D, H, (_, V) = mixer.d_model, mixer.heads, mixer.sizes
+    decay = {
+        "weight": Param((D, H), ("embed", "heads")),
+        "A_log": Param((H,), ("heads",), time_steps.a_log_init(mixer.a_min, mixer.a_max), decay=False),
+        "dt_bias": Param((H,), ("heads",), time_steps.dt_bias_init(mixer.dt_min, mixer.dt_max), decay=False),
+    }
+    more = {"decay": decay, "norm": norm_params((V,), ("head_dim",)), "out": out_param(H, V, D)}
+    return params(mixer, gate=(H, V)) | more
+
+
+def log_decay(params, x):
+    """-exp(A_log) softplus(x W + dt_bias), [B, T, H] in promote(x.dtype, float32), of `gated_params`."""
+    p = params["decay"]
+    return time_steps.log_decay(per_head(x, p["weight"]), p["A_log"], p["dt_bias"])
+
+
 def inputs(mixer, params, x, *, conv=None, segment_ids=None):
     """(q, k, v), beta in promote(x.dtype, float32), and the state of the convolutions."""
     heads = dict(zip(QKV, project(params, x, QKV)))
@@ -58,19 +80,32 @@ def per_head(x, weight):
 
 def zero_state(mixer, batch, dtype):
     """The state before the first token: the convolutions' inputs in `dtype`, "kv" in float32 at least."""
-    state = {"kv": jnp.zeros((batch, mixer.heads, *mixer.sizes), jnp.promote_types(dtype, jnp.float32))}
-    return state | {"conv": conv_state(mixer.params()["conv"], batch, dtype)} if mixer.conv_width else state
+    kv = jnp.zeros((batch, mixer.heads, *mixer.sizes), jnp.promote_types(dtype, jnp.float32))
+    return {"kv": kv} | conv_zeros(mixer, batch, dtype)
 
 
 def state_axes(mixer):
-    axes = {"kv": ("batch", *AXES, None)}
-    return axes | {"conv": dict.fromkeys(QKV, ("batch", None, *AXES))} if mixer.conv_width else axes
+    return {"kv": ("batch", *AXES, None)} | conv_axes(mixer)
 
 
 def state_elements(mixer) -> int:
     """Elements of the state of one sequence."""
     H, (K, V) = mixer.heads, mixer.sizes
-    return H * K * V + max(mixer.conv_width - 1, 0) * H * (2 * K + V)
+    return H * K * V + conv_elements(mixer)
+
+
+def conv_zeros(mixer, batch, dtype) -> dict:
+    """The part "conv" of `zero_state`; {} without convolutions, and so below."""
+    return {"conv": conv_state(mixer.params()["conv"], batch, dtype)} if mixer.conv_width else {}
+
+
+def conv_axes(mixer) -> dict:
+    return {"conv": dict.fromkeys(QKV, ("batch", None, *AXES))} if mixer.conv_width else {}
+
+
+def conv_elements(mixer) -> int:
+    K, V = mixer.sizes
+    return max(mixer.conv_width - 1, 0) * mixer.heads * (2 * K + V)
 
 
 def flops(mixer, batch: int, seq: int) -> int:

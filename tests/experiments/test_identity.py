@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from experiments import checkpoint, config, data, identity, train
+from experiments import checkpoint, config, data, identity, synthetic, train
 from seqmix.mixers.dense.attention import Attention
 from seqmix.models import LM
+from seqmix.tasks import MQAR
 from tests.corpora import documents, prepared, small
 
 
@@ -107,3 +108,15 @@ def test_a_record_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "data.json").write_text("[]")
     with pytest.raises(ValueError, match="not the record of a run's data"):
         identity.Identity([], {}).check(tmp_path)
+
+
+def test_a_task_has_an_identity_too(tmp_path):
+    task = MQAR(vocab=64, seq_len=32, pairs=(2, 4))
+    first, second = (
+        synthetic.Dataset(config.Synthetic(task=made, batch_size=4), 64)
+        for made in (task, dataclasses.replace(task, pairs=(4,)))
+    )
+    recorded(first, tmp_path)
+    assert first.identity.check(tmp_path) == []
+    with pytest.raises(ValueError, match=r"other data: task.pairs: \[2, 4\] -> \[4\] "):
+        second.identity.check(tmp_path)

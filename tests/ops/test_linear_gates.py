@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from seqmix.core import sharding
 from seqmix.ops import dispatch
 from seqmix.ops.linear import linear_attention, linear_attention_flops
+from seqmix.ops.linear_anchored import contract
 
 T, HK, H, K, V = 70, 1, 2, 8, 8
 GATES = (0.0, -1e-4, -5.0, -20.0, -1e4)  # one a row of the batch, and a last row that mixes them
@@ -193,3 +194,14 @@ def test_integers_are_refused():
     q = jnp.ones((1, 2, 1, 2))
     with pytest.raises(ValueError, match="v: expected a floating dtype, got int32"):
         linear_attention(q, q, q.astype(jnp.int32))
+
+
+def test_products_of_16_bits_run_on_cpu():
+    """Of the gradient of a state that heads with shared keys read; XLA for CPUs fails at the operands as they are."""
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, 2, 2, 4, 16), (2, 2, 4, 8)))
+    spec = "bgrcv,bgck->bgrkv"
+    got = jax.jit(lambda a, b: contract(spec, a, b))(a, b)
+    want = np.einsum(spec, np.asarray(a, np.float64), np.asarray(b, np.float64))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # 4 products, exact in float32, and their sums

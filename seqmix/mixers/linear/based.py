@@ -13,7 +13,7 @@ the others are gated convolutions of width 3. A period with the two halves is
 
     LM(..., mixers=(Based(), Attention(window=64)))
 
-Equations checked against the released code.
+The op with this map agrees with flash-linear-attention's naive form (docs/peer_checks.md).
 """
 
 from dataclasses import dataclass

@@ -8,8 +8,8 @@
 
 Convolutions are depthwise, causal, of conv_width taps, without bias. beta_max = 2 allows negative eigenvalues of the
 transition (2411.12537). K^-1/2 is not in the paper but in its code; the norm undoes it, up to norm_eps. As an option
-of that code, `gate` multiplies what is normed by silu(x W_gate). Equations checked against flash-linear-attention's
-layer.
+of that code, `gate` multiplies what is normed by silu(x W_gate). It agrees with flash-linear-attention's layer
+(docs/peer_checks.md).
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@
 Convolutions are depthwise, causal, of conv_width taps, without bias. With K = 3/4 and V = 3/2 of d_model / H, as by
 default, a layer has 6 D^2 weights. exp(A_log) starts uniform in [a_min, a_max], as in Mamba-2 (the released code
 draws from [0, 16]), softplus(dt_bias) log-uniform in [dt_min, dt_max]. beta_max = 2 allows negative eigenvalues
-(2411.12537). Equations checked against flash-linear-attention's layer.
+(2411.12537). It agrees with flash-linear-attention's layer (docs/peer_checks.md).
 """
 
 from dataclasses import dataclass
@@ -20,13 +20,11 @@ import jax.numpy as jnp
 
 from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
-from seqmix.core.param import Param
 from seqmix.ops.delta import delta_rule, delta_rule_flops
 from seqmix.ops.delta_matrix import delta_mixing_matrix
 from seqmix.parts import delta_heads
-from seqmix.parts.norms import norm_params
-from seqmix.parts.qkv import head_size, out_param, project, way_out
-from seqmix.parts.time_steps import a_log_init, check_ranges, dt_bias_init, log_decay
+from seqmix.parts.qkv import head_size, project, way_out
+from seqmix.parts.time_steps import check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,18 +57,7 @@ class GatedDeltaNet(Mixer):
         return head_size(self, "key_dim", 0.75), head_size(self, "value_dim", 1.5)
 
     def params(self) -> dict:
-        self.positive(d_model=self.d_model)
-        D, H, (_, V) = self.d_model, self.heads, self.sizes
-        return {
-            **delta_heads.params(self, gate=(H, V)),
-            "decay": {
-                "weight": Param((D, H), ("embed", "heads")),
-                "A_log": Param((H,), ("heads",), a_log_init(self.a_min, self.a_max), decay=False),
-                "dt_bias": Param((H,), ("heads",), dt_bias_init(self.dt_min, self.dt_max), decay=False),
-            },
-            "norm": norm_params((V,), ("head_dim",)),
-            "out": out_param(H, V, D),
-        }
+        return delta_heads.gated_params(self)
 
     # Training and scoring
 
@@ -82,16 +69,11 @@ class GatedDeltaNet(Mixer):
     def _run(self, params, x, state, segment_ids):
         """y and the state after it; entries of the state may be None."""
         heads, beta, conv = delta_heads.inputs(self, params, x, conv=state.get("conv"), segment_ids=segment_ids)
-        decay = self._log_decay(params, x)
+        decay = delta_heads.log_decay(params, x)
         options = {"chunk": self.chunk, "implementation": self.implementation, "segment_ids": segment_ids}
         mixed, kv = delta_rule(*heads, beta, decay, scale=self._scale, state=state["kv"], **options)
         y = self.merge(params, self._context(params, x), mixed)
         return y, {"conv": conv, "kv": kv} if self.conv_width else {"kv": kv}
-
-    def _log_decay(self, params, x):
-        """[B, T, H] in promote(x.dtype, float32)."""
-        p = params["decay"]
-        return log_decay(delta_heads.per_head(x, p["weight"]), p["A_log"], p["dt_bias"])
 
     @property
     def _scale(self) -> float:
@@ -118,7 +100,7 @@ class GatedDeltaNet(Mixer):
         """
         self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
         (q, k, _), beta, _ = delta_heads.inputs(self, params, x, segment_ids=segment_ids)
-        decay = self._log_decay(params, x)
+        decay = delta_heads.log_decay(params, x)
         return delta_mixing_matrix(q, k, beta, decay, scale=self._scale, segment_ids=segment_ids)
 
     # Decoding

@@ -15,9 +15,8 @@ the real one of `linear_attention` over 2 K channels: with the angles P_t = phas
 
 which is the paper's surrogate attention, data-controlled rotary positions times decays. Nothing is divided by
 prefix products. A state is kept as its real and imaginary parts, in the frame of the last token. "complex" is what
-lucidrains/gateloop-transformer computes, against which the equations were checked; it reduces the gradient into
-W_mag and W_phase to 0.9 of itself (here `a_lr_scale` sets their learning rate), and its JAX port, unlike the paper
-and this, decays by the real part of a alone.
+lucidrains/gateloop-transformer computes, with which this agrees (docs/peer_checks.md); it reduces the gradient into
+W_mag and W_phase to 0.9 of itself (here `a_lr_scale` sets their learning rate).
 """
 
 import math

@@ -8,7 +8,7 @@
 
 W_down, W_up and b are "decay" in the tree. The paper norms by a layer norm and gives the output gate a bias; the
 authors' later code has the RMS norm and no bias, as here. Convolutions are no part of the paper but an option of that
-code (there, too, without bias). Equations checked against flash-linear-attention's layer.
+code (there, too, without bias). It agrees with flash-linear-attention's layer (docs/peer_checks.md).
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,9 @@
     h_t            = f_t h_{t-1} + i_t z_t                     per channel, real; tied: f = 1 - i
     y              = W_out (tanh(h) * o)
 
-No paper describes it; the equations are those of tobiaskatsch/GatedLinearRNN in its parallel mode, checked against
-that code, whose W_out has a bias. There the gates of its other mode see h_{t-1}, which no scan computes.
+No paper describes it; the equations are those of tobiaskatsch/GatedLinearRNN in its parallel mode, with which this
+agrees (docs/peer_checks.md) but for the bias of its W_out. There the gates of its other mode see h_{t-1}, which no
+scan computes.
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ softmax over layers of a learned matrix: 0 in the first of L layers and at the s
 not know of each other, and those of one scanned stack have equal fields; so it is a field, which differs between
 the mixers of a period, or with `learned_bound` a learned value per channel, sigmoid(w), that starts at the field
 and may move either way. The published code takes a layer norm with bias where this has an RMS norm;
-flash-linear-attention's layer has that too, but silu for q and nothing for v. Equations checked against both.
+flash-linear-attention's layer has that too, but silu for q and nothing for v, and else agrees (docs/peer_checks.md).
 """
 
 import math

@@ -10,8 +10,8 @@
 Convolutions are depthwise, causal, of conv_width taps, without bias. Decays and the output gate come through
 `gate_rank` channels: W_down, W_up, A_log and dt_bias are "decay" in the tree, G_down, G_up and b "gate". Where decays
 are equal over the channels this is Gated DeltaNet, but for the gate's sigmoid. The paper interleaves three such layers
-with one of full attention without positions. dt_bias starts as in Gated DeltaNet, where flash-linear-attention's
-layer has zeros, with which nearly all is forgotten at each token. Equations checked against that layer.
+with one of full attention without positions. A_log and dt_bias start as in Gated DeltaNet. It agrees with
+flash-linear-attention's layer (docs/peer_checks.md).
 """
 
 from dataclasses import dataclass

@@ -14,8 +14,10 @@ These are far apart: with 8 heads at depth 0, 0.5 .. 0.0039 against 0 .. 7 a tok
 layers has one depth for all of them; for others put several mixers into its period. `lrpe` (the published model
 has it in its first layer) adds learned angles, k_s^T q_t becoming sum_k q_k k_k cos(theta_k (t - s)) (LRPE-d).
 
-The released module also knows silu on v, a layer norm and a low-rank gate; this is the paper's form. The op's
-algorithm is Lightning Attention-2's (2401.04658). Checked against the authors' lightning-attention repository.
+The op's algorithm is Lightning Attention-2's (2401.04658). With the alibi decays of a power of two of heads (for other
+numbers that code interleaves two such series) it agrees with the reference of the authors' lightning-attention package
+(docs/peer_checks.md). The example of a layer there has silu on v, a layer norm and a low-rank sigmoid gate; this is
+the paper's form.
 """
 
 from dataclasses import dataclass

@@ -9,7 +9,8 @@
 
 A is discretised by the zero-order hold, B by Euler's rule, as in the authors' code (equation 4 has the hold for both).
 Their W_in and W_x are held here as one weight per part. A_log starts at log(1 .. N) in every channel, softplus(dt_bias)
-log-uniform in [dt_min, dt_max]; other projections are drawn normally. Equations checked against the released code.
+log-uniform in [dt_min, dt_max]; other projections are drawn normally. It agrees with the released layer
+(docs/peer_checks.md).
 """
 
 from dataclasses import dataclass

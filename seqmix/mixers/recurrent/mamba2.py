@@ -12,29 +12,19 @@ h // (H / n_groups).
 
 W_in is held as one weight per part, with heads as a dimension, so that heads are cut over a mesh and no part
 straddles two shards; concatenating z, x, B, C, dt (and conv's x, B, C) gives the published matrices, and the
-number of weights is theirs. The published code draws W_in uniformly, with a third of the variance used here.
+number of weights is theirs. The published code draws W_in uniformly, with a third of the variance used here. The
+op agrees with the paper's minimal listing (docs/peer_checks.md).
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
-from seqmix.core import param
-from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
-from seqmix.core.param import Param
-from seqmix.core.sharding import constrain
-from seqmix.ops.conv import short_conv, short_conv_flops
 from seqmix.ops.linear import linear_attention, linear_attention_flops
 from seqmix.ops.linear_reference import linear_mixing_matrix
-from seqmix.parts import time_steps
-from seqmix.parts.norms import norm_params, rms_norm
-
-
-def _uniform(bound: float):
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+from seqmix.parts import ssd_heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,49 +52,15 @@ class Mamba2(Mixer):
     context_form: ClassVar[str] = "state"
 
     def __post_init__(self):
-        sizes = ("d_state", "head_dim", "expand", "n_groups", "conv_width", "chunk")
-        self.positive(**{name: getattr(self, name) for name in sizes})
-        time_steps.check_ranges(self, ("dt_min", "dt_max"), ("a_min", "a_max"))
-        if self.d_model == 0:
-            return
-        inner = self.expand * self.d_model
-        if inner % self.head_dim:
-            got = f"{self.expand} * {self.d_model} = {inner} and head_dim {self.head_dim}"
-            raise ValueError(f"Mamba2.head_dim: expected a divisor of expand * d_model, got {got}")
-        if self.heads % self.n_groups:
-            got = f"{self.heads} heads and n_groups {self.n_groups}"
-            raise ValueError(f"Mamba2.n_groups: expected a divisor of the number of heads, got {got}")
+        ssd_heads.check(self)
 
     @property
     def heads(self) -> int:
         """H = expand * d_model / head_dim."""
         return self.expand * self.d_model // self.head_dim
 
-    # Weights
-
     def params(self) -> dict:
-        self.positive(d_model=self.d_model)
-        D, H, P, W = self.d_model, self.heads, self.head_dim, self.conv_width
-        group, axes = (self.n_groups, self.d_state), ("kv_heads", "state")
-        shapes = {"x": ((H, P), ("heads", "head_dim")), "B": (group, axes), "C": (group, axes)}
-        uniform = _uniform(W**-0.5)  # as PyTorch draws the weights and biases of a depthwise convolution
-        a_log = time_steps.a_log_init(self.a_min, self.a_max)
-        dt_bias = time_steps.dt_bias_init(self.dt_min, self.dt_max, self.dt_floor)
-        tree = {
-            "in": {
-                **{k: Param((D, *s), ("embed", *a)) for k, (s, a) in {"z": shapes["x"], **shapes}.items()},
-                "dt": Param((D, H), ("embed", "heads")),
-            },
-            "conv": {k: Param((W, *s), (None, *a), uniform) for k, (s, a) in shapes.items()},
-            "A_log": Param((H,), ("heads",), a_log, decay=False),
-            "D": Param((H,), ("heads",), param.ones, decay=False),
-            "dt_bias": Param((H,), ("heads",), dt_bias, decay=False),
-            "norm": norm_params((H, P), ("heads", "head_dim")),
-            "out": Param((H, P, D), ("heads", "head_dim", "embed"), fan_in=H * P),
-        }
-        if self.conv_bias:
-            tree["conv_bias"] = {k: Param(s, a, uniform, decay=False) for k, (s, a) in shapes.items()}
-        return tree
+        return ssd_heads.params(self)
 
     # Training and scoring
 
@@ -115,68 +71,41 @@ class Mamba2(Mixer):
 
     def _run(self, params, x, state, segment_ids):
         """y and the state after it; entries of the state may be None."""
-        z, dt, log_decay, parts, conv = self._inputs(params, x, state["conv"], segment_ids)
+        z, dt, log_decay, parts, conv = ssd_heads.inputs(params, x, conv=state["conv"], segment_ids=segment_ids)
         v = (dt[..., None] * parts["x"]).astype(x.dtype)
         options = {"chunk": self.chunk, "implementation": self.implementation}
         mixed, ssm = linear_attention(
             parts["C"], parts["B"], v, log_decay, state=state["ssm"], segment_ids=segment_ids, **options
         )
-        mixed = mixed + params["D"].astype(dt.dtype)[:, None] * parts["x"]
-        y = self.merge(params, {"z": z, "segment_ids": segment_ids}, mixed)
-        return y, {"conv": conv, "ssm": ssm}
-
-    def _inputs(self, params, x, conv_state, segment_ids):
-        """z, dt, log_decay, {x, B, C} after the convolutions, and the state of these."""
-        acc = jnp.promote_types(x.dtype, jnp.float32)
-        weights = {k: w.astype(x.dtype) for k, w in params["in"].items()}
-        dt = jnp.einsum("btd,dh->bth", x, weights.pop("dt"), preferred_element_type=acc)
-        parts = {k: jnp.einsum("btd,dhp->bthp", x, w) for k, w in weights.items()}
-        for key, over in (("z", "heads"), ("x", "heads"), ("B", "kv_heads"), ("C", "kv_heads")):
-            parts[key] = constrain(parts[key], "batch", "time", over, None)
-        dt = jax.nn.softplus(constrain(dt, "batch", "time", "heads") + params["dt_bias"].astype(acc))
-        log_decay = -jnp.exp(params["A_log"].astype(acc)) * dt
-        z = parts.pop("z")
-        parts, conv_state = short_conv(
-            parts, params["conv"], params.get("conv_bias"), state=conv_state, segment_ids=segment_ids
-        )
-        return z, dt, log_decay, jax.tree.map(jax.nn.silu, parts), conv_state
+        mixed = ssd_heads.skip(params, mixed, parts["x"])
+        return ssd_heads.way_out(self, params, z, mixed, segment_ids), {"conv": conv, "ssm": ssm}
 
     # The mixing matrix
 
     def project(self, params, x, *, segment_ids=None, positions=None, **inputs):
         """Values [B, T, H, P]: the convolved x. Time steps and the skip belong to the matrix."""
         self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
-        z, _, _, parts, _ = self._inputs(params, x, None, segment_ids)
+        z, _, _, parts, _ = ssd_heads.inputs(params, x, segment_ids=segment_ids)
         return parts["x"], {"z": z, "segment_ids": segment_ids}
 
     def merge(self, params, context, mixed):
-        z, ids = context["z"], context["segment_ids"]
-        scale, out = params["norm"]["scale"], params["out"].astype(z.dtype)
-        h = rms_norm(mixed, scale, eps=self.norm_eps, groups=self.n_groups, gate=z, gate_first=True)
-        y = jnp.einsum("bthp,hpd->btd", h.astype(z.dtype), out)
-        return y if ids is None else jnp.where(ids[..., None] != 0, y, 0)
+        return ssd_heads.way_out(self, params, context["z"], mixed, context["segment_ids"])
 
     def mixing_matrix(self, params, x, *, segment_ids=None, positions=None, **inputs):
         """M[t, s] = (C_t . B_s) exp(log_decay_{s+1} + ... + log_decay_t) dt_s + D [t = s]: [B, H, T, T]."""
         self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
-        _, dt, log_decay, parts, _ = self._inputs(params, x, None, segment_ids)
-        scores = linear_mixing_matrix(parts["C"], parts["B"], log_decay, scale=1.0, segment_ids=segment_ids)
-        skip = params["D"].astype(dt.dtype)[:, None, None] * jnp.eye(x.shape[1], dtype=dt.dtype)
-        if segment_ids is not None:
-            skip = jnp.where(segment_ids[:, None, :, None] != 0, skip, 0)
-        return scores * jnp.moveaxis(dt, 1, 2)[:, :, None, :] + skip
+        _, dt, log_decay, parts, _ = ssd_heads.inputs(params, x, segment_ids=segment_ids)
+        scores = linear_mixing_matrix(parts["C"], parts["B"], log_decay, segment_ids=segment_ids)
+        return ssd_heads.with_steps(params, scores, dt, segment_ids)
 
     # Decoding
 
     def init_state(self, params, batch, max_len, dtype=jnp.float32, **inputs):
         """Zeros: the convolutions' last inputs in `dtype`, and "ssm" [B, H, N, P] in float32 at least."""
         self.check_inputs(inputs)
-        H, P, G, N, rows = self.heads, self.head_dim, self.n_groups, self.d_state, self.conv_width - 1
-        sizes = {"x": (H, P), "B": (G, N), "C": (G, N)}
-        return {
-            "conv": {k: jnp.zeros((batch, rows, *size), dtype) for k, size in sizes.items()},
-            "ssm": jnp.zeros((batch, H, N, P), jnp.promote_types(dtype, jnp.float32)),
-        }
+        shape = batch, self.heads, self.d_state, self.head_dim
+        ssm = jnp.zeros(shape, jnp.promote_types(dtype, jnp.float32))
+        return {"conv": ssd_heads.conv_state(self, batch, dtype), "ssm": ssm}
 
     def prefill(self, params, x, state, *, segment_ids=None, positions=None, **inputs):
         self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
@@ -184,24 +113,13 @@ class Mamba2(Mixer):
         return y, new | {"ssm": new["ssm"].astype(state["ssm"].dtype)}
 
     def state_axes(self):
-        group = ("batch", None, "kv_heads", "state")
-        return {
-            "conv": {"x": ("batch", None, "heads", "head_dim"), "B": group, "C": group},
-            "ssm": ("batch", "heads", "state", "head_dim"),
-        }
+        return {"conv": ssd_heads.conv_axes(), "ssm": ("batch", "heads", "state", "head_dim")}
 
     def state_size(self, context: int) -> int:
-        inner, group = self.heads * self.head_dim, self.n_groups * self.d_state
-        return (self.conv_width - 1) * (inner + 2 * group) + inner * self.d_state
+        return ssd_heads.conv_elements(self) + self.heads * self.head_dim * self.d_state
 
     # Costs
 
     def flops(self, batch: int, seq: int) -> float:
-        H, P, G, N = self.heads, self.head_dim, self.n_groups, self.d_state
-        inner, convolved, tokens = H * P, H * P + 2 * G * N, batch * seq
-        projections = matmul(tokens, self.d_model, 3 * inner + 2 * G * N + H)  # into z, x, B, C, dt, and out
-        conv = short_conv_flops(batch, seq, convolved, self.conv_width, self.conv_bias)
-        op = linear_attention_flops(batch, seq, H, G, N, P, self.chunk)
-        # 8 a channel: dt x, D x, its sum, gate, square, mean, norm, scale; 4 a silu; 8 a head's dt and decay.
-        elementwise = tokens * (8 * inner + 4 * (inner + convolved) + 8 * H)
-        return projections + conv + op + elementwise
+        sizes = self.heads, self.n_groups, self.d_state, self.head_dim
+        return ssd_heads.flops(self, batch, seq) + linear_attention_flops(batch, seq, *sizes, self.chunk)

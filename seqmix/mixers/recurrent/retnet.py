@@ -12,7 +12,7 @@ decay itself, so rotary positions remain. The published form divides scores by s
 sums, and each row of scores by max(|its sum|, 1): all scale a whole row, which the norm undoes (up to its eps),
 so only the first is kept. The norm is the paper's group norm; its later code takes the root mean square instead
 (norm="rms"). A gain would be absorbed by W_out. Angles are rotary's base^(-2i/K) on halves, where the released code
-turns neighbours by base^(-i/(K/2 - 1)). Equations checked against the released torchscale code.
+turns neighbours by base^(-i/(K/2 - 1)). With the same angles its layer agrees (docs/peer_checks.md).
 """
 
 from dataclasses import dataclass

@@ -8,8 +8,8 @@
 
 1 - a^2 is taken as -expm1(2 log_a), so that it does not vanish where a is near 1. Lambda starts such that a^c is
 uniform in [rad_min, rad_max] (the released code puts a itself there). That code feeds in the first token of a
-document with 1 in place of sqrt(1 - a^2), which the equations do not have, and its projections have biases. Equations
-checked against the released recurrentgemma code.
+document with 1 in place of sqrt(1 - a^2), which the equations do not have, and its projections have biases. Else its
+RG-LRU agrees with this (docs/peer_checks.md).
 """
 
 from dataclasses import dataclass

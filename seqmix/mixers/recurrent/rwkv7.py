@@ -14,7 +14,8 @@ place of an MLP. With `value_residual` the values of later layers move towards t
 v + (v_first - v) sigmoid(b_v + x_v D_v U_v), which travel along the stack as shared["v_first"]; the first layer's
 gate is then idle. mu, b_w and the rates start as in the released code by the place of the layer, here the field
 `depth`; down projections at zero, up projections with the variance of its orthogonal ones; r, k and v uniformly, and
-W_out not at zero but as everywhere in this library. Equations checked against the released code (RWKV-LM, x070).
+W_out not at zero but as everywhere in this library. It agrees with the time mixing of the authors' rwkv
+package (docs/peer_checks.md).
 """
 
 from dataclasses import dataclass

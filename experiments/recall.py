@@ -1,0 +1,284 @@
+"""The table of associative recall: `python -m experiments.recall [--mixers=a,b] [--jobs=N] [--out=DIR]`.
+
+For each mixer and width, --config=mqar with every learning rate and seed, all at once (`experiments.lanes`). The
+learning rate is chosen on validation rows by the mean over seeds at the most pairs, the accuracy reported is on
+others. DIR gets one JSON file a cell as it is done, then recall.json, recall.md and (with matplotlib) recall.png and
+recall.svg; the same command skips the cells that are done and were computed with the same settings.
+
+Exit codes: 0 done, 1 a cell failed (the others are kept), 2 a mistake in the command.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from configs.mqar import mqar
+from experiments import progress, serialize
+from seqmix import catalog
+
+TURN = itertools.count()  # over the GPUs
+EVERY = 100  # steps between points of the curves
+
+
+def main(argv=None):
+    """Parses, computes what is missing, writes the table; returns the exit code."""
+    args = parse(argv)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    cells = [(mixer, width) for mixer in args.mixers for width in args.widths]
+    missing = [cell for cell in cells if read(out, args, *cell) is None]
+    progress.say(f"{len(cells)} cells, {len(cells) - len(missing)} already done, {args.jobs} at a time")
+    failed = compute(out, args, missing)
+    rows = [row for cell in cells if (row := read(out, args, *cell))]
+    if rows:
+        write(out, args, rows)
+    for cell in failed:
+        print(f"failed: {cell[0]} at width {cell[1]}: {log(out, *cell)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def parse(argv):
+    """The command's arguments; a mistake ends the process with one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.recall", description=__doc__.splitlines()[0])
+    names = [row.name for row in catalog.ROWS if suits(row)]
+    listed = lambda kind: lambda text: [kind(item) for item in text.split(",") if item]
+    add = lambda flag, kind, default, text: parser.add_argument(flag, type=kind, default=default, help=text)
+    add("--out", str, "runs/recall", "folder of the results (runs/recall)")
+    add(
+        "--mixers", listed(str), names, "names of the catalogue, joined by commas (all causal ones that take no memory)"
+    )
+    add("--widths", listed(int), [64, 128], "widths of the models (64,128)")
+    add("--rates", listed(float), [1e-3, 3e-3, 1e-2], "peak learning rates (0.001,0.003,0.01)")
+    add("--seeds", listed(int), [0, 1, 2], "seeds of weights and batches (0,1,2)")
+    add("--steps", int, None, "updates of a run, a multiple of 100 (the config's)")
+    add("--batch-size", int, None, "rows of an update (the config's)")
+    add("--jobs", int, 1, "cells computed at once, each in a process; the GPUs are shared out")
+    parser.add_argument("--cell", action="store_true", help="compute here, in this process; one mixer and one width")
+    args = parser.parse_args(argv)
+    try:
+        for name in args.mixers:
+            config(args, name, args.widths[0])
+        for width in args.widths:
+            config(args, args.mixers[0], width)
+        if min(len(args.rates), len(args.seeds), args.jobs) < 1:
+            raise ValueError("--rates, --seeds, --jobs: expected at least one")
+        if args.steps and args.steps % EVERY:
+            raise ValueError(f"--steps: expected a multiple of {EVERY}, got {args.steps}")
+    except (ValueError, IndexError) as error:
+        parser.exit(2, f"error: {error}\n")
+    return args
+
+
+def suits(row):
+    """Whether a row's mixer makes a causal language model by itself."""
+    mixer = row.load()(**row.small)
+    return mixer.causal and not mixer.takes and not mixer.selects_over_time
+
+
+def config(args, mixer, width):
+    """The config of a cell."""
+    cfg = mqar(mixer, width)
+    data = dataclasses.replace(cfg.data, batch_size=args.batch_size or cfg.data.batch_size)
+    return dataclasses.replace(cfg, data=data, steps=args.steps or cfg.steps)
+
+
+def digest(args, mixer, width):
+    """What a cell's result depends on, as a short hash."""
+    what = [serialize.to_json(config(args, mixer, width)), args.rates, args.seeds]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+
+def read(out, args, mixer, width):
+    """The stored result of a cell, or None when there is none or it was computed otherwise."""
+    path = out / f"{mixer}_{width}.json"
+    row = json.loads(path.read_text()) if path.exists() else None
+    return row if row and row["digest"] == digest(args, mixer, width) else None
+
+
+# Computing
+
+
+def compute(out, args, cells):
+    """Computes cells, here or in processes; returns those that failed."""
+    if args.cell:
+        for cell in cells:
+            one(out, args, *cell)
+        return []
+    begin, failed = time.perf_counter(), []
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        jobs = {pool.submit(spawn, out, args, *cell): cell for cell in cells}
+        for count, job in enumerate(concurrent.futures.as_completed(jobs), 1):
+            mixer, width = jobs[job]
+            row = read(out, args, mixer, width)
+            if row is None:
+                failed.append((mixer, width))
+            shown = "failed" if row is None else summary(row)
+            left = (time.perf_counter() - begin) / count * (len(cells) - count)
+            progress.say(f"{count}/{len(cells)}  {mixer} {width}: {shown}  ({left / 60:.1f} min left)")
+    return failed
+
+
+def spawn(out, args, mixer, width):
+    """Runs a cell in a process of its own, its output in a log beside the result."""
+    gpus = visible_gpus()
+    share = -(-args.jobs // max(len(gpus), 1))  # cells on a GPU at once
+    env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / share:.3f}"}
+    env |= {"CUDA_VISIBLE_DEVICES": gpus[next(TURN) % len(gpus)]} if gpus else {}
+    join = lambda items: ",".join(map(str, items))
+    flags = [f"--out={out}", f"--mixers={mixer}", f"--widths={width}", "--cell"]
+    flags += [f"--rates={join(args.rates)}", f"--seeds={join(args.seeds)}"]
+    flags += [f"--steps={args.steps}"] if args.steps else []
+    flags += [f"--batch-size={args.batch_size}"] if args.batch_size else []
+    with open(out / f"{mixer}_{width}.log", "w") as file:
+        subprocess.run([sys.executable, "-m", "experiments.recall", *flags], stdout=file, stderr=file, env=env)
+
+
+def visible_gpus():
+    """Ids of the NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES lists them."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return []
+    return [str(index) for index, _ in enumerate(listed.stdout.splitlines())] if listed.returncode == 0 else []
+
+
+def log(out, mixer, width):
+    """The last line that a cell's process wrote."""
+    lines = (out / f"{mixer}_{width}.log").read_text().strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
+def one(out, args, mixer, width):
+    """Trains the lanes of a cell and stores the result."""
+    import jax
+
+    from experiments import lanes
+
+    cfg = config(args, mixer, width)
+    runs = lanes.Lanes(cfg, args.rates, args.seeds, EVERY)
+    say = lambda step, loss, speed: progress.say(
+        f"{mixer} {width}: step {step}/{cfg.steps}  lowest loss {loss:.3f}  {speed:.1f} steps/s  "
+        f"ETA {(cfg.steps - step) / speed:.0f} s"
+    )
+    result = runs.run(say)
+    row = {
+        "mixer": mixer,
+        "width": width,
+        "digest": digest(args, mixer, width),
+        "parameters": cfg.model.count(),
+        "mixers": [type(mixer).__name__ for mixer in cfg.model.mixers],
+        "state": cfg.model.period[-1].state_size(cfg.data.seq_len),
+        "rates": args.rates,
+        "seeds": args.seeds,
+        "steps": cfg.steps,
+        "batch_size": cfg.data.batch_size,
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        **{key: result[key] for key in ("seconds", "compile_seconds", "val", "test")},
+        "loss": [[round(float(x), 4) for x in lane] for lane in result["loss"].T],
+    }
+    temporary = out / f"{mixer}_{width}.json.tmp"
+    temporary.write_text(json.dumps(row))
+    temporary.replace(out / f"{mixer}_{width}.json")
+
+
+# The table
+
+
+def best(row):
+    """(learning rate, {pairs: (mean, sample standard deviation, accuracy of each seed)}) of a cell."""
+    import numpy as np
+
+    shape = (len(row["rates"]), len(row["seeds"]))
+    hardest = max(row["val"], key=int)
+    chosen = int(np.argmax(np.reshape(row["val"][hardest], shape).mean(1)))
+    lanes = {pairs: np.reshape(values, shape)[chosen] for pairs, values in row["test"].items()}
+    spread = lambda a: float(a.std(ddof=1)) if a.size > 1 else 0.0
+    return row["rates"][chosen], {pairs: (float(a.mean()), spread(a), a.tolist()) for pairs, a in lanes.items()}
+
+
+def summary(row):
+    """A cell in half a line."""
+    rate, scores = best(row)
+    shown = ", ".join(f"{pairs} pairs {100 * mean:.1f} ± {100 * sd:.1f}%" for pairs, (mean, sd, _) in scores.items())
+    return f"{shown} at lr {rate:g}, {row['seconds']:.0f} s"
+
+
+def write(out, args, rows):
+    """recall.json, recall.md and the pictures."""
+    (out / "recall.json").write_text(json.dumps(rows, indent=None) + "\n")
+    text = markdown(rows)
+    (out / "recall.md").write_text(text)
+    print(text)
+    try:
+        import matplotlib
+    except ImportError:
+        progress.say("no pictures: matplotlib is not installed (the extra `report`)")
+        return
+    matplotlib.use("agg")
+    draw(out, rows)
+
+
+def markdown(rows):
+    """The table, one line a mixer, sorted by its accuracy at the most pairs and the least width."""
+    widths, pairs = sorted({row["width"] for row in rows}), list(rows[0]["test"])
+    cell = {(row["mixer"], row["width"]): row for row in rows}
+    names = list(dict.fromkeys(row["mixer"] for row in rows))
+    order = lambda name: -best(cell[name, widths[0]])[1][pairs[-1]][0] if (name, widths[0]) in cell else 1
+    heads = [f"width {w}: {part}" for w in widths for part in ("state", "lr", *(f"{n} pairs" for n in pairs))]
+    lines = [f"| mixer | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name in sorted(names, key=order):
+        parts = []
+        for width in widths:
+            row = cell.get((name, width))
+            rate, scores = best(row) if row else (None, {})
+            shown = [f"{100 * scores[n][0]:.1f} ± {100 * scores[n][1]:.1f}" for n in pairs] if row else ["", ""]
+            parts += [f"{row['state']:,}", f"{rate:g}", *shown] if row else ["", "", *shown]
+        lines.append(f"| {name} | {' | '.join(parts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(out, rows):
+    """Accuracy by mixer, and the loss curves of each mixer's best learning rate."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    widths = sorted({row["width"] for row in rows})
+    figure, axes = plt.subplots(2, len(widths), figsize=(7 * len(widths), 10), squeeze=False, layout="constrained")
+    for column, width in enumerate(widths):
+        chosen = sorted((r for r in rows if r["width"] == width), key=lambda r: best(r)[1][max(r["test"], key=int)][0])
+        bars, curves = axes[:, column]
+        for offset, (pairs, colour) in enumerate(zip(chosen[0]["test"], ("#9ecae1", "#08519c"), strict=False)):
+            means, errors = zip(*(best(row)[1][pairs][:2] for row in chosen), strict=True)
+            place = np.arange(len(chosen)) + 0.4 * offset
+            bars.barh(
+                place, 100 * np.array(means), 0.38, xerr=100 * np.array(errors), color=colour, label=f"{pairs} pairs"
+            )
+        bars.set_yticks(np.arange(len(chosen)) + 0.2, [row["mixer"] for row in chosen])
+        bars.set(xlabel="right answers, %", xlim=(0, 102), title=f"width {width}")
+        bars.legend(loc="lower right")
+        for index, row in enumerate(reversed(chosen)):
+            rate = best(row)[0]
+            lanes = np.reshape(row["loss"], (len(row["rates"]), len(row["seeds"]), -1))[row["rates"].index(rate)]
+            step = np.linspace(0, row["steps"], lanes.shape[1] + 1)[1:]
+            style = dict(color=plt.cm.tab20(index % 20), ls=("-", "--")[index // 20])
+            curves.plot(step, lanes.mean(0), label=row["mixer"], lw=1.2, **style)
+        curves.set(xlabel="step", ylabel="training loss, nats per answer (mean of seeds)")
+        curves.legend(fontsize=7, ncols=2)
+    for suffix in ("png", "svg"):
+        figure.savefig(out / f"recall.{suffix}", dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
