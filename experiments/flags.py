@@ -1,5 +1,5 @@
-"""The command line of `experiments.train`: `--config=NAME`, then any field of that config as a typed flag, and
-any argument of the config's function (`--config=mqar --mixer=deltanet`).
+"""The command line of `experiments.train`: `--config=NAME` (or the config.json of a run), then any field of that
+config as a typed flag, and any argument of the config's function (`--config=mqar --mixer=deltanet`).
 
 `--model.d-model=64 --model.mixers.0.d-state=64 --optim.peak-lr=1e-3`: dots go down, a number picks from a
 tuple, `-` and `_` are the same. tyro reads the values by their fields' types and prints the help; every
@@ -21,6 +21,8 @@ from pathlib import Path
 
 import tyro
 
+from experiments import serialize
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 OWN = ("config", "workdir", "dry-run", "allow-data-change", "help")  # flags beside the config's fields
 SWITCHES = ("dry-run", "allow-data-change")  # True without a value; attributes of what `parse` returns
@@ -30,13 +32,14 @@ PROGRAM = (
 MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 
 
-def parse(argv):
-    """(cfg, args) from the arguments after the program's name; args has config, workdir (or None), dry_run.
+def parse(argv, also=()):
+    """(cfg, args) from the arguments after the program's name; args has config, workdir (or None), dry_run, and
+    changed, the names of the fields given. `also` are flags that another program has read already.
 
     `--help` prints (the configs, or with --config the fields and their defaults) and exits with 0. Raises
     ValueError in one line.
     """
-    given = _split(argv)
+    given = split(argv)
     helps = given.pop("help", None) is not None
     name = _text("config", given.pop("config")) if "config" in given else None
     if name is None and helps:
@@ -50,17 +53,48 @@ def parse(argv):
         workdir=_text("workdir", given.pop("workdir")) if "workdir" in given else None,
         **{name.replace("-", "_"): _value(name, given.pop(name, "False"), bool) for name in SWITCHES},
     )
+    args.changed = tuple(given)
+    return _change(cfg, given, also), args
+
+
+def override(cfg, changes):
+    """The config with {dotted name: value} written into it; `-` and `_` are the same in a name.
+
+    A value is read as its flag's text would be, so it gets the field's type; a dataclass, a tuple of them, or
+    anything else that has no text replaces what is there, before the fields below it are read. Raises ValueError
+    in one line.
+    """
+    changes = {name.replace("_", "-"): value for name, value in changes.items()}
+    plain = {name: text for name, value in changes.items() if (text := _as_text(value)) is not None}
+    for name in (name for name in changes if name not in plain):
+        if not any(known == name or known.startswith(f"{name}.") for known, _ in _leaves(cfg)):
+            raise ValueError(_unknown(name, dict(_leaves(cfg))))
+        cfg = _replace(cfg, {tuple(name.replace("-", "_").split(".")): changes[name]})
+    return _change(cfg, plain)
+
+
+def _as_text(value):
+    if isinstance(value, tuple) and value and all(isinstance(item, (int, float, str)) for item in value):
+        return ",".join(map(str, value))
+    return str(value) if value is None or isinstance(value, (bool, int, float, str)) else None
+
+
+def _change(cfg, given, also=()):
+    """The config with {flag: text} read and written into it."""
     known = dict(_leaves(cfg))
     changes = {}
     for flag, text in given.items():
         if flag not in known:
-            raise ValueError(_unknown(flag, known))
+            raise ValueError(_unknown(flag, known, also))
         changes[tuple(flag.replace("-", "_").split("."))] = _value(flag, _text(flag, text), known[flag])
-    return (_replace(cfg, changes) if changes else cfg), args
+    return _replace(cfg, changes) if changes else cfg
 
 
-def _split(argv):
-    """{flag: text} of `--flag=text` or `--flag text`, None where there is no text; names with dashes."""
+def split(argv):
+    """{flag: text} of `--flag=text` or `--flag text`, None where there is no text; names with dashes.
+
+    Raises ValueError in one line.
+    """
     given, rest = {}, list(argv)
     while rest:
         argument = rest.pop(0)
@@ -98,6 +132,8 @@ def _names():
 def _load(name, given=None):
     """The config called `name`; what its function takes is popped from the given flags."""
     names = _names()
+    if name and name.endswith(".json"):
+        return serialize.load(Path(name))
     if name is None:
         raise ValueError(f"--config: expected one of {', '.join(names)}, got none")
     if name not in names:
@@ -186,13 +222,13 @@ def _nested(value):
     )
 
 
-def _unknown(flag, known):
+def _unknown(flag, known, also=()):
     inside = [name for name in known if name.startswith(f"{flag}.")]
     if inside:
         return f"--{flag}: expected one of its fields, such as --{inside[0]}"
     last = lambda name: name.rsplit(".", 1)[-1]
     alike = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
-    nearest = max([*known, *OWN], key=lambda name: alike(flag, name) + alike(last(flag), last(name)))
+    nearest = max([*known, *OWN, *also], key=lambda name: alike(flag, name) + alike(last(flag), last(name)))
     return f"--{flag}: unknown field, did you mean --{nearest}?"
 
 

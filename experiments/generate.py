@@ -106,10 +106,10 @@ def sample(model, params, prompt, *, max_tokens, seed=0, vocab=None, stop=None, 
 
 
 class TextStream:
-    """Writes token ids to a binary stream as text, a character as soon as its last byte is there."""
+    """Writes token ids to binary streams as text, a character as soon as its last byte is there."""
 
-    def __init__(self, tokenizer, stream):
-        self.tokenizer, self.stream = tokenizer, stream
+    def __init__(self, tokenizer, *streams):
+        self.tokenizer, self.streams = tokenizer, streams
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def __call__(self, token):
@@ -120,8 +120,9 @@ class TextStream:
         self._write(self.decoder.decode(b"", final=True))
 
     def _write(self, text):
-        self.stream.write(text.encode("utf-8"))
-        self.stream.flush()
+        for stream in self.streams:
+            stream.write(text.encode("utf-8"))
+            stream.flush()
 
 
 def token_bytes(tokenizer, token):

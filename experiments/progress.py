@@ -1,8 +1,8 @@
 """What a run shows and keeps: a live line, metrics.jsonl, TensorBoard curves, the final table.
 
-metrics.jsonl has one record per step ({"kind": "train", "step", "loss", ...}), one per evaluation ("val") and
-one at the end ("final"); "step" counts finished updates. A resumed run first cuts the records past the
-restored step.
+metrics.jsonl has one record per step ({"kind": "train", "step", "loss", ...}), one per line of progress ("speed"),
+one per evaluation ("val") and one at the end ("final"); "step" counts finished updates. A resumed run first cuts
+the records past the restored step.
 """
 
 import contextlib
@@ -94,23 +94,27 @@ class Progress:
         self.time, self.step = time.monotonic(), step
 
     def update(self, step, loss, tokens):
-        """Shows the state after `step` updates; `tokens` were read since the last call. Returns tokens/s."""
+        """Shows the state after `step` updates; `tokens` were read since the last call. Returns {"tokens_per_second"}
+        and, where the device's peak is known, "mfu" in [0, 1].
+        """
         seconds = max(time.monotonic() - self.time, 1e-9)
         done = max(step - self.step, 1)
         rate = tokens / seconds
         text = f"loss {loss:.4f}  {_short(rate)} tokens/s"
+        speed = {"tokens_per_second": rate}
         if self.peak and self.flops:
-            text += f"  MFU {100 * self.flops * done / seconds / self.peak:.1f}%"
+            speed["mfu"] = self.flops * done / seconds / self.peak
+            text += f"  MFU {100 * speed['mfu']:.1f}%"
         memory = peak_memory()
         if memory:
             text += f"  peak {memory / 2**30:.1f} GiB"
-        text += f"  ETA {_clock((self.steps - step) * seconds / done)}"
+        text += f"  ETA {clock((self.steps - step) * seconds / done)}"
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
         else:
             print(f"step {step}/{self.steps}  {text}", file=sys.stderr, flush=True)
         self.restart_clock(step)
-        return rate
+        return speed
 
     def say(self, text):
         """A line that stays."""
@@ -192,7 +196,8 @@ def _short(number):
     return f"{number:.0f}"
 
 
-def _clock(seconds):
+def clock(seconds):
+    """Seconds as 1h02m or 3m04s."""
     seconds = int(seconds)
     hours, minutes = seconds // 3600, seconds // 60 % 60
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"

@@ -6,6 +6,7 @@ as a tuple, since frozen configs hold nothing else), a dtype becomes `{"__dtype_
 
 import dataclasses
 import importlib
+import json
 
 import numpy as np
 
@@ -46,12 +47,25 @@ def from_json(value):
     return cls(**{key: from_json(item) for key, item in value.items() if key != "__class__"})
 
 
+def load(path):
+    """The `Train` config in a JSON file. Raises ValueError in one line, as for the flag --config."""
+    from experiments.config import Train
+
+    try:
+        cfg = from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--config: {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(cfg, Train):
+        raise ValueError(f"--config: {path}: expected the config of a run, got {type(cfg).__name__}")
+    return cfg
+
+
 def difference(old, new, ignore=()):
     """The first dotted path at which two JSON forms differ, as (path, old, new); None when they agree.
 
     Paths that start with an entry of `ignore` are not compared.
     """
-    left, right = dict(_flatten(old)), dict(_flatten(new))
+    left, right = dict(flatten(old)), dict(flatten(new))
     for path in [*left, *(p for p in right if p not in left)]:
         if any(path == entry or path.startswith(entry + ".") for entry in ignore):
             continue
@@ -60,7 +74,8 @@ def difference(old, new, ignore=()):
     return None
 
 
-def _flatten(value, path=""):
+def flatten(value, path=""):
+    """(dotted path, value) of every leaf of a JSON form; `length` of a list and `class` of a dataclass are leaves."""
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list):
@@ -70,7 +85,7 @@ def _flatten(value, path=""):
         yield path, value
         return
     for key, item in items:
-        yield from _flatten(item, f"{path}.{'class' if key == '__class__' else key}".lstrip("."))
+        yield from flatten(item, f"{path}.{'class' if key == '__class__' else key}".lstrip("."))
 
 
 def _locate(name):

@@ -60,7 +60,7 @@ def prepare(cfg, workdir, allow_data_change=False):
 
 def train(cfg, workdir, prepared, stop):
     """Steps to the end and reports, or saves and stops when asked; returns the exit code."""
-    from experiments import checkpoint, progress, report
+    from experiments import checkpoint, finish, progress
 
     trainer, dataset, saved, start, state, config = prepared
     saved.clean()
@@ -73,7 +73,7 @@ def train(cfg, workdir, prepared, stop):
         curves.close()
         progress.say(RESUMABLE)
         return STOPPED
-    report.finish(cfg, workdir, trainer, dataset, state["params"], curves)
+    finish.finish(cfg, workdir, trainer, dataset, state["params"], curves)
     return 0
 
 
@@ -137,7 +137,7 @@ def _log(pending, curves, shown):
         curves.write(record)
         tokens += record["tokens"]
     if pending:
-        shown.update(step, record["loss"], tokens)
+        curves.write({"kind": "speed", "step": step, **shown.update(step, record["loss"], tokens)})
         curves.file.flush()
     pending.clear()
 

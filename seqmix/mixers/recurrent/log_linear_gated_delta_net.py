@@ -10,8 +10,8 @@ D[t, s] = exp(log_decay[s + 1] + .. + log_decay[t]). lev(t, s), the number of bi
 document, has NL = log2(max_len) + 1 values. With all level_scales 1 this is Gated DeltaNet. Training costs
 O(T log T), decoding O(log T) states. Positions may not pass max_len, as NL is fixed with the weights.
 
-A_log starts as in this library's Gated DeltaNet. Decoding keeps states that are independent of each other where the paper merges them (see
-`ops/log_linear.py`): as many, with the same y.
+A_log starts as in this library's Gated DeltaNet. Decoding keeps states that are independent of each other where the
+paper merges them (see `ops/log_linear.py`): as many, with the same y.
 """
 
 from dataclasses import dataclass

@@ -1,22 +1,24 @@
 """The end of a run: evaluation, a table beside what simple compressors reach, a sample, the closing line."""
 
+import io
 import sys
 from pathlib import Path
 
-from experiments import generate, progress
+from experiments import checkpoint, generate, progress
 from experiments import tokenizer as tokenizers
 
 
 def finish(cfg, workdir, trainer, dataset, params, curves):
-    """Evaluates, prints the report on stdout and closes the curves; the last line is
-    `val_bits_per_byte=x.xx`, or `accuracy=x.xxx` of a task's hardest rows.
+    """Evaluates, prints the report on stdout, keeps it in report.json and closes the curves; the last line is
+    `val_bits_per_byte=x.xx`, or `accuracy=x.xxx` of a task's hardest rows. That report.json is there says that the
+    run is finished.
     """
     with progress.phase("evaluating"):
         result = trainer.evaluate(params, dataset, cfg.eval.final_batches)
     curves.write({"kind": "final", "step": cfg.steps, **result})
     curves.close()
     if dataset.pairs:
-        return _answers(cfg, workdir, dataset, result)
+        return _answers(cfg, workdir, trainer, dataset, result)
     with progress.phase("measuring the text"):
         stats = dataset.stats()
     bits = result["bits_per_byte"]
@@ -28,32 +30,37 @@ def finish(cfg, workdir, trainer, dataset, params, curves):
     ]
     tokens = f"{result['tokens']:,.0f} validation tokens"
     progress.table(f"Bits per byte, {tokens}", ("model", "bits/byte"), rows)
-    if cfg.sample_tokens > 0:
-        _sample(cfg, params)
-    _curves(workdir)
+    sample = _sample(cfg, params) if cfg.sample_tokens > 0 else None
+    _keep(cfg, workdir, trainer, {**result, **stats, "prompt": cfg.sample_prompt, "sample": sample})
     print(f"val_bits_per_byte={bits:.2f}", flush=True)
 
 
-def _curves(workdir):
+def _keep(cfg, workdir, trainer, kept):
+    """Writes report.json and says where the curves lie."""
+    devices = trainer.mesh.devices
+    kept = {"step": cfg.steps, **kept, "device": devices.flat[0].device_kind, "devices": devices.size}
+    checkpoint.write_json(Path(workdir) / "report.json", kept)
     print(f"curves: {Path(workdir) / 'metrics.jsonl'}, tensorboard --logdir {Path(workdir) / 'tensorboard'}")
 
 
-def _answers(cfg, workdir, dataset, result):
+def _answers(cfg, workdir, trainer, dataset, result):
     rows = [(f"{n} pairs", f"{result[f'accuracy/{n}']:.3f}") for n in dataset.pairs]
     columns = (f"{cfg.model.count():,} parameters, {cfg.steps} steps", "right answers")
     progress.table(f"{cfg.name}, {result['tokens']:,.0f} questions", columns, rows)
-    _curves(workdir)
+    _keep(cfg, workdir, trainer, result)
     print(f"accuracy={result[f'accuracy/{max(dataset.pairs)}']:.3f}", flush=True)
 
 
 def _sample(cfg, params):
+    """Prints a sample and returns what follows the prompt; None where the model does not decode."""
     if not all(mixer.causal and mixer.decodes for mixer in cfg.model.mixers):
         print("sample: none, a mixer of this model does not decode")
-        return
+        return None
     tokenizer = tokenizers.load(cfg.data.tokenizer)
     prompt = generate.prompt_ids(tokenizer, cfg.sample_prompt)
     print(f"sample after {cfg.sample_prompt!r}:", flush=True)
-    stream = generate.TextStream(tokenizer, sys.stdout.buffer)
+    made = io.BytesIO()
+    stream = generate.TextStream(tokenizer, sys.stdout.buffer, made)
     sys.stdout.buffer.write(cfg.sample_prompt.encode())
     generate.sample(
         cfg.model,
@@ -70,3 +77,4 @@ def _sample(cfg, params):
     stream.close()
     sys.stdout.buffer.write(b"\n")
     sys.stdout.buffer.flush()
+    return made.getvalue().decode()
