@@ -89,7 +89,7 @@ class Progress:
             self.task = self.bar.add_task("train", total=steps, completed=start, text="")
             self.bar.start()
 
-    def restart_clock(self, step):
+    def restartclock(self, step):
         """Leaves out of the speed what happened since the last line (compilation, evaluation, saving)."""
         self.time, self.step = time.monotonic(), step
 
@@ -113,7 +113,7 @@ class Progress:
             self.bar.update(self.task, completed=step, text=text)
         else:
             print(f"step {step}/{self.steps}  {text}", file=sys.stderr, flush=True)
-        self.restart_clock(step)
+        self.restartclock(step)
         return speed
 
     def say(self, text):
@@ -151,7 +151,7 @@ class Work:
         share = int(100 * whole / max(self.total, 1))
         text = f"{self.title} {share}%  {_short(whole)} of {_short(self.total)} {self.unit}"
         text += f"  {_short(rate)} {self.unit}/s  {more}"
-        text += f"  {_clock(now - self.begun)}" if last else f"  ETA {_clock((self.total - whole) / max(rate, 1e-9))}"
+        text += f"  {clock(now - self.begun)}" if last else f"  ETA {clock((self.total - whole) / max(rate, 1e-9))}"
         clear = "\r\x1b[K" if self.live else ""
         print(f"{clear}{text}", end="" if self.live and not last else "\n", file=sys.stderr, flush=True)
 
