@@ -89,7 +89,7 @@ class Progress:
             self.task = self.bar.add_task("train", total=steps, completed=start, text="")
             self.bar.start()
 
-    def restartclock(self, step):
+    def restart_clock(self, step):
         """Leaves out of the speed what happened since the last line (compilation, evaluation, saving)."""
         self.time, self.step = time.monotonic(), step
 
@@ -113,7 +113,7 @@ class Progress:
             self.bar.update(self.task, completed=step, text=text)
         else:
             print(f"step {step}/{self.steps}  {text}", file=sys.stderr, flush=True)
-        self.restartclock(step)
+        self.restart_clock(step)
         return speed
 
     def say(self, text):
