@@ -152,7 +152,9 @@ def lock(workdir):
 
 
 def check_config(workdir, config):
-    """Refuses a working directory that holds another config (fields in FREE_FIELDS may differ)."""
+    """Refuses a working directory that holds another config (fields in FREE_FIELDS may differ; `data` is compared by
+    what it holds, see `identity`).
+    """
     path = Path(workdir) / "config.json"
     if not path.exists():
         return
@@ -160,21 +162,11 @@ def check_config(workdir, config):
         held = json.loads(path.read_text())
     except ValueError:
         raise Refused(f"{path} is not JSON") from None
-    found = serialize.difference(held, config, ignore=FREE_FIELDS)
+    found = serialize.difference(held, config, ignore=(*FREE_FIELDS, "data"))
     if found:
         field, old, new = found
         raise Refused(
             f"workdir {workdir} holds another config: {field} is {old!r} there and {new!r} here; give another --workdir"
-        )
-
-
-def check_data(workdir, fingerprint):
-    """Refuses a working directory whose run read other data."""
-    path = Path(workdir) / "data.json"
-    held = json.loads(path.read_text())["fingerprint"] if path.exists() else fingerprint
-    if held != fingerprint:
-        raise Refused(
-            f"workdir {workdir} was trained on other data: fingerprint is {held} there and {fingerprint} here"
         )
 
 

@@ -40,20 +40,28 @@ def _number(section, owner, name, expected, ok):
 class Data:
     """Text, and how it becomes batches."""
 
-    path: str | None = None  # text file, or folder of them (plain or .gz); None: Python's standard library
+    path: str | None = None  # text (file, folder), or a folder experiments.prepare made; None: the standard library
+    mixture: tuple[str, ...] = ()  # several paths instead, each WEIGHT:PATH, a share of the rows
     tokenizer: str = "bytes"  # "bytes", or the path of a JSON file of the `tokenizers` library
     seq_len: int = 256  # tokens of a row, at least 2
+    rows: str = "auto"  # packed, windows (documents of a row see each other), auto: packed if all mixers can
     batch_size: int = 8  # rows of a step, over all devices and microbatches
     val_fraction: float = 0.05  # share of the text that validates, whole documents, in (0, 1)
     seed: int = 0  # of the order of documents and rows, in [0, 2**31)
+    threads: int = 2  # that read ahead; 0: none. The order does not depend on it
 
     def __post_init__(self):
         _require(self.path is None or self.path, "data.path", "a path or None", self.path)
+        for entry in self.mixture:
+            expected = "WEIGHT:PATH with a positive weight"
+            _require(re.fullmatch(r"[0-9.]*[1-9][0-9.]*(e-?[0-9]+)?:.+", entry), "data.mixture", expected, entry)
+        _require(not (self.path and self.mixture), "data.path", "None beside data.mixture", self.path)
+        _require(self.rows in ("auto", "packed", "windows"), "data.rows", "auto or packed or windows", self.rows)
         _require(self.tokenizer, "data.tokenizer", "'bytes' or a path", self.tokenizer)
         _integers("data", self, 2, "seq_len")
         _integers("data", self, 1, "batch_size")
         _number("data", self, "val_fraction", "a number in (0, 1)", lambda x: 0 < x < 1)
-        _integers("data", self, 0, "seed")
+        _integers("data", self, 0, "seed", "threads")
 
 
 @dataclass(frozen=True, kw_only=True)

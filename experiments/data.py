@@ -1,258 +1,150 @@
-"""Text as batches: documents laid end to end and cut into rows, every batch a function of its index alone.
+"""Batches of a run: rows of its sources, mixed by weight and shuffled, every batch a function of its index alone.
 
-The end-of-document id opens each document and, as the target of its last token, closes it; so every byte is
-predicted, and what a row sees never spans two documents. A document longer than a row goes on in another,
-as a segment of its own. The order of documents and of rows is drawn anew for each epoch from (seed, epoch).
+The global order does not depend on how many hosts or threads read it: host h of n takes its rows of the same
+batch.
 """
 
-import dataclasses
-import functools
-import gzip
-import hashlib
 import itertools
-import json
-import lzma
-import os
-import sysconfig
-import zlib
-from pathlib import Path
 
 import grain
 import numpy as np
 
-from experiments import config, synthetic
+from experiments import config, identity, sources, synthetic
 from experiments import tokenizer as tokenizers
+from experiments.rows import Rows, Share
 
-PACKING = 1  # a number for what this file does to the documents; part of the fingerprint
-VAL_SEED = 0  # which validation rows a short evaluation sees does not depend on the run
-NO_SOURCE = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
-COMPRESSED = 2**24  # the compressors are measured on so many bytes at most
+PACKING = 1  # a number for what `rows` does to the documents; part of the fingerprint
 
 
-def load(cfg, vocab, align=1):
-    """The Dataset of a config's `data` for a model with `vocab` token ids; documents start at multiples of `align`.
+def load(cfg, vocab, align=1, packs=True):
+    """The Dataset of a config's `data` for a model with `vocab` token ids; documents start at multiples of `align`,
+    and rows are packed if the model `packs`.
 
-    Raises ValueError in one line for text that is missing, empty, binary or too short, and for token ids
-    beyond the vocabulary.
+    Raises ValueError in one line for text that is missing, empty, binary or too short, for prepared text that is
+    incomplete, damaged or of another tokenizer, and for token ids beyond the vocabulary.
     """
     if isinstance(cfg, config.Synthetic):
         return synthetic.Dataset(cfg, vocab, align)
     if cfg.seq_len % align:
         raise ValueError(f"data.seq_len: expected a multiple of {align}, as the mixers need, got {cfg.seq_len}")
-    documents = _standard_library() if cfg.path is None else _files(Path(cfg.path))
-    if not documents:
-        raise ValueError(f"data.path: expected text, found none in {cfg.path or 'the standard library'}")
-    train, val = _split(documents, cfg.val_fraction)
+    packed = packs if cfg.rows == "auto" else cfg.rows == "packed"
+    if packed and not packs:
+        raise ValueError("data.rows: a mixer of this model cannot pack, expected auto or windows, got packed")
     tokenizer = tokenizers.load(cfg.tokenizer)
-    streams = [Stream.of(tokenizer, [content for _, content in part], align) for part in (train, val)]
-    largest = max(int(stream.tokens.max(initial=0)) for stream in streams)
+    parts, weights = load_sources(cfg, tokenizer)
+    check_vocab(parts, tokenizer, vocab, cfg.tokenizer)
+    align = align if packed else 1
+    train = [part.stream(~part.val, tokenizer.eos, align) for part in parts]
+    val = [part.stream(part.val, tokenizer.eos, align) for part in parts]
+    need = cfg.batch_size if len(parts) == 1 else 1
+    for part, stream in zip(parts, train, strict=True):
+        if stream.size // cfg.seq_len < need:
+            flag, batch = ("data.mixture", "a row") if len(parts) > 1 else ("data.path", "one batch")
+            raise ValueError(
+                f"{flag}: text too short for {batch}: {stream.size} training tokens in {part.label}, "
+                f"expected at least {need * cfg.seq_len} (data.batch_size x data.seq_len)"
+            )
+        if not part.val.any():
+            raise ValueError("data.path: text too short for a validation document")
+    facts = {
+        "tokenizer": tokenizer.fingerprint,
+        "seq_len": cfg.seq_len,
+        "batch_size": cfg.batch_size,
+        "val_fraction": cfg.val_fraction,
+        "seed": cfg.seed,
+        "rows": "packed" if packed else "windows",
+        "align": align,
+        "packing": PACKING,
+    }
+    made = identity.Identity([(part.label, part.digest, w) for part, w in zip(parts, weights, strict=True)], facts)
+    return Dataset(cfg, parts, weights, train, val, packed, made)
+
+
+def check_vocab(parts, tokenizer, vocab, spec):
+    """Raises ValueError in one line for token ids beyond a model's vocabulary."""
+    largest = max([tokenizer.eos, *(part.largest for part in parts)])
     if largest >= vocab:
         raise ValueError(
-            f"data.tokenizer: token ids beyond the vocabulary: model.vocab is {vocab}, "
-            f"{cfg.tokenizer} gives ids up to {largest}"
+            f"data.tokenizer: token ids beyond the vocabulary: model.vocab is {vocab}, {spec} gives ids up to {largest}"
         )
-    count, need = streams[0].tokens.size // cfg.seq_len, cfg.batch_size
-    if count < need:
-        raise ValueError(
-            f"data.path: text too short for one batch: {streams[0].tokens.size} training tokens, "
-            f"expected at least {need * cfg.seq_len} (data.batch_size x data.seq_len)"
-        )
-    if not val:
-        raise ValueError("data.path: text too short for a validation document")
-    held = b"".join(content for _, content in val)
-    entropy = _entropy(content for _, content in documents)
-    return Dataset(cfg, *streams, held, entropy, _fingerprint(cfg, tokenizer, documents, align))
 
 
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """Documents end to end: document i is the first lengths[i] of tokens[offsets[i]:offsets[i + 1]], of them the
-    very first `eos`; the rest is filled up with `eos`.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    lengths: np.ndarray
-    eos: int
-
-    @classmethod
-    def of(cls, tokenizer, documents, align=1):
-        """The stream of these documents (bytes), each filled up to a multiple of `align`."""
-        parts = tokenizer.encode_documents(documents)
-        lengths = np.array([part.size + 1 for part in parts], np.int64)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-lengths // align) * align)])
-        top = max([tokenizer.eos, *(int(part.max(initial=0)) for part in parts)])
-        tokens = np.full(offsets[-1], tokenizer.eos, np.uint16 if top < 2**16 else np.uint32)
-        for part, start in zip(parts, offsets):
-            tokens[start + 1 : start + 1 + part.size] = part
-        return cls(tokens, offsets, lengths, tokenizer.eos)
+def load_sources(cfg, tokenizer):
+    """(sources of a config's `data`, their weights, which sum to 1). Raises ValueError in one line."""
+    if not cfg.mixture:
+        return [sources.load(cfg.path, tokenizer, cfg.tokenizer, cfg.val_fraction)], [1.0]
+    pairs = [entry.partition(":")[::2] for entry in cfg.mixture]
+    parts = [sources.load(path, tokenizer, cfg.tokenizer, cfg.val_fraction, flag="data.mixture") for _, path in pairs]
+    total = sum(float(weight) for weight, _ in pairs)
+    return parts, [float(weight) / total for weight, _ in pairs]
 
 
-class Rows(grain.MapDataset):
-    """Row i of an epoch: tokens [i T, (i + 1) T) of its stream, as a dict of arrays [T].
+class Names:
+    """names[n]: what the training document is called that has the number n in a batch's "documents"."""
 
-    tokens, targets, segment_ids and positions are int32, mask is float32; all are 0 where there is no text.
-    With a seed, index // len(self) is the epoch, and its documents come in an order of its own.
-    """
+    def __init__(self, parts):
+        self._parts = parts
+        self._trains = [np.flatnonzero(~part.val) for part in parts]
+        self.first = np.cumsum([0, *(len(trains) for trains in self._trains)])
 
-    def __init__(self, stream, seq_len, count, seed=None):
-        super().__init__()
-        self.stream, self.seq_len, self.count, self.seed = stream, seq_len, count, seed
-        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        epoch, row = divmod(index, self.count)
-        order, starts = self._order(epoch)
-        stream, total = self.stream, int(self.stream.tokens.size)
-        first = row * self.seq_len
-        place = np.arange(first, first + self.seq_len + 1)
-        inside = place < total
-        place = np.minimum(place, total - 1)
-        document = np.searchsorted(starts, place, side="right") - 1
-        within, which = place - starts[document], order[document]
-        ids = stream.tokens[stream.offsets[which] + within].astype(np.int32)
-        ids = np.where(inside, ids, stream.eos)  # the last document of an epoch is closed too
-        real = (inside & (within < stream.lengths[which]))[:-1]
-        begin = np.maximum(starts[document], first)
-        columns = {
-            "tokens": ids[:-1],
-            "targets": ids[1:],
-            "segment_ids": document[:-1] - document[0] + 1,
-            "positions": (place - begin)[:-1],
-        }
-        row = {key: np.where(real, value, 0).astype(np.int32) for key, value in columns.items()}
-        return row | {"mask": real.astype(np.float32)}
-
-    def _draw_order(self, epoch):
-        """(documents in the order of an epoch, where each starts)."""
-        lengths = np.diff(self.stream.offsets)  # filled up
-        order = np.arange(lengths.size)
-        if self.seed is not None:
-            # Raw bits, since numpy promises those alone to stay the same.
-            draws = np.random.Philox(key=[self.seed, epoch]).random_raw(lengths.size)
-            order = np.argsort(draws, kind="stable")
-        return order, np.cumsum(lengths[order]) - lengths[order]
+    def __getitem__(self, number):
+        part = int(np.searchsorted(self.first, number, side="right")) - 1
+        return self._parts[part].name(int(self._trains[part][number - self.first[part]]))
 
 
 class Dataset:
-    """Training and validation batches of one corpus: dicts of arrays [B, T] as `Rows` describes."""
+    """Training and validation batches: dicts of arrays [B, T] as `Rows` describes.
+
+    `identity` is what the batches depend on, `fingerprint` its digest; `names` has the documents' names.
+    """
 
     pairs = ()  # no task with answers that are right or wrong
 
-    def __init__(self, cfg, train, val, held, entropy, fingerprint):
+    def __init__(self, cfg, parts, weights, train, val, packed, made):
         batch, seq = cfg.batch_size, cfg.seq_len
-        rows = Rows(train, seq, train.tokens.size // seq, cfg.seed)
-        self._train = rows.shuffle(seed=cfg.seed).repeat().batch(batch)
-        count = -(-val.tokens.size // (seq * batch)) * batch
-        self._val = Rows(val, seq, count).shuffle(seed=VAL_SEED).batch(batch)
-        self._held, self._entropy = held, entropy
-        self.fingerprint = fingerprint
-        tokens = [int(stream.lengths.sum()) for stream in (train, val)]
-        self.bytes_per_token = len(held) / tokens[1]
-        documents = train.lengths.size + val.lengths.size
+        self._cfg, self._parts = cfg, parts
+        self.identity, self.fingerprint = made, made.fingerprint
+        self.names = Names(parts)
+        each = []
+        for index, stream in enumerate(train):
+            seed = cfg.seed + (index << 32)  # an order of its own for each source
+            rows = Rows(stream, seq, stream.size // seq, seed, packed, self.names.first[index])
+            each.append(rows.shuffle(seed=(cfg.seed + index) % 2**32).repeat())
+        self._train = each[0] if len(each) == 1 else grain.MapDataset.mix(each, weights)
+        counts = [-(-stream.size // seq) for stream in val]
+        counts[-1] += -sum(counts) % batch  # the last batch is filled up with rows without text
+        rows = [Rows(stream, seq, count, packed=packed) for stream, count in zip(val, counts, strict=True)]
+        rows = rows[0] if len(rows) == 1 else grain.MapDataset.concatenate(rows)
+        self._val = rows.shuffle(seed=sources.VAL_SEED).batch(batch)
+        tokens = [sum(int(stream.lengths.sum()) for stream in streams) for streams in (train, val)]
+        self.bytes_per_token = sum(int(part.sizes[part.val].sum()) for part in parts) / tokens[1]
+        documents = sum(len(part.counts) for part in parts)
         self.summary = f"{documents} documents, {tokens[0]:,} tokens to train, {tokens[1]:,} to validate"
 
-    def train_batches(self, start=0):
-        """Batches start, start + 1, ... without end."""
-        return (self._train[index] for index in itertools.count(start))
+    def train_batches(self, start=0, host=0, hosts=1):
+        """Batches start, start + 1, ... without end; of several hosts, each reads its own batch_size / hosts rows.
+
+        Raises shards.Damaged, an OSError, for a damaged record.
+        """
+        batch = self._cfg.batch_size
+        if batch % hosts or not 0 <= host < hosts:
+            raise ValueError(f"hosts: expected a divisor of data.batch_size {batch} and a host below it, got {hosts}")
+        batches = Share(self._train, batch, host, hosts).batch(batch // hosts)
+        if not self._cfg.threads:
+            return (batches[index] for index in itertools.count(start))
+        options = grain.ReadOptions(num_threads=self._cfg.threads, prefetch_buffer_size=2 * self._cfg.threads)
+        return iter(batches[start:].to_iter_dataset(options))
 
     def val_batches(self, count=0):
         """The first `count` validation batches of a fixed random order; 0 or more than there are: all."""
         total = len(self._val)
         return (self._val[index] for index in range(min(count, total) if count else total))
 
+    def held(self):
+        """Some of the validation text."""
+        return b"".join(part.held() for part in self._parts)[: sources.COMPRESSED]
+
     def stats(self):
-        """{"unigram_entropy": of the whole corpus, "gzip_bits", "xz_bits": on the validation text}, in bits a
-        byte.
-        """
-        held = self._held[:COMPRESSED]
-        return {
-            "unigram_entropy": self._entropy,
-            "gzip_bits": 8 * len(gzip.compress(held, 9)) / len(held),
-            "xz_bits": 8 * len(lzma.compress(held, preset=9)) / len(held),
-        }
-
-
-def _standard_library():
-    root = Path(sysconfig.get_path("stdlib"))
-    return _read(root, (path for path in _walk(root) if path.suffix == ".py"))
-
-
-def _files(path):
-    if path.is_dir():
-        return _read(path, _walk(path, skip=()))
-    if not path.exists():
-        raise ValueError(f"data.path: no such file or directory: {path}")
-    return _read(path.parent, [path])
-
-
-def _walk(root, skip=NO_SOURCE):
-    """The files under a folder, without hidden ones and without the folders named in `skip`."""
-    for folder, below, names in os.walk(root, followlinks=True):
-        below[:] = [name for name in below if name not in skip and not name.startswith(".")]
-        paths = (Path(folder, name) for name in names if not name.startswith("."))
-        yield from (path for path in paths if path.is_file())  # no pipes, sockets or dangling links
-
-
-def _read(root, paths):
-    """(name, bytes) of each file that is not empty, by name."""
-    named = sorted((path.relative_to(root).as_posix(), path) for path in paths)
-    documents = ((name, _text(path)) for name, path in named)
-    return [(name, content) for name, content in documents if content]
-
-
-def _text(path):
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"data.path: {path}: {getattr(error, 'strerror', None) or error}") from None
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data.path: expected UTF-8 text, {path} is not at byte {error.start}") from None
-    if b"\0" in content:
-        raise ValueError(f"data.path: expected text, {path} is binary (a NUL at byte {content.index(0)})")
-    return content
-
-
-def _split(documents, fraction):
-    """(training, validation): in the order of their names' hashes, documents that still fit into `fraction`
-    of the bytes validate (the smallest one if none does); a single document is cut, its end validates.
-    """
-    if len(documents) == 1:
-        name, content = documents[0]
-        cut = int(len(content) * (1 - fraction))
-        cut = content.rfind(b"\n", 0, cut) + 1 or cut
-        while 0 < cut < len(content) and content[cut] & 0xC0 == 0x80:  # inside a character
-            cut -= 1
-        parts = ([(f"{name}, start", content[:cut])], [(f"{name}, end", content[cut:])])
-        return tuple([part for part in documents if part[1]] for documents in parts)
-    room = fraction * sum(len(content) for _, content in documents)
-    val = []
-    for name, content in sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest()):
-        if len(content) <= room:
-            val.append((name, content))
-            room -= len(content)
-    val = val or [min(documents, key=lambda document: len(document[1]))]
-    names = {name for name, _ in val}
-    return [document for document in documents if document[0] not in names], val
-
-
-def _fingerprint(cfg, tokenizer, documents, align):
-    digests = [[name, hashlib.sha256(content).hexdigest()] for name, content in documents]
-    settings = [cfg.seq_len, cfg.batch_size, cfg.val_fraction, cfg.seed, align]
-    whole = json.dumps([PACKING, tokenizer.fingerprint, settings, digests])
-    return hashlib.sha256(whole.encode()).hexdigest()
-
-
-def _entropy(contents):
-    counts = sum(np.bincount(np.frombuffer(content, np.uint8), minlength=256) for content in contents)
-    share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log2(share)).sum())
+        """{"unigram_entropy": of the whole corpus, "gzip_bits", "xz_bits": on validation text}, in bits a byte."""
+        histogram = np.sum([part.histogram for part in self._parts], axis=0)
+        return {"unigram_entropy": sources.entropy(histogram), **sources.compressed(self.held())}

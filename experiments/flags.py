@@ -24,8 +24,11 @@ import tyro
 from experiments import serialize
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OWN = ("config", "workdir", "dry-run", "help")  # flags beside the config's fields
-PROGRAM = "python -m experiments.train --config={} [--field=value ...] [--workdir=DIR] [--dry-run]"
+OWN = ("config", "workdir", "dry-run", "allow-data-change", "help")  # flags beside the config's fields
+SWITCHES = ("dry-run", "allow-data-change")  # True without a value; attributes of what `parse` returns
+PROGRAM = (
+    "python -m experiments.train --config={} [--field=value ...] [--workdir=DIR] [--dry-run] [--allow-data-change]"
+)
 MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 
 
@@ -48,7 +51,7 @@ def parse(argv, also=()):
     args = types.SimpleNamespace(
         config=name,
         workdir=_text("workdir", given.pop("workdir")) if "workdir" in given else None,
-        dry_run=_value("dry-run", given.pop("dry-run", "False"), bool),
+        **{name.replace("-", "_"): _value(name, given.pop(name, "False"), bool) for name in SWITCHES},
     )
     args.changed = tuple(given)
     return _change(cfg, given, also), args
@@ -105,7 +108,7 @@ def split(argv):
         if flag in given:
             raise ValueError(f"--{flag}: given twice")
         if not equals:
-            if flag == "dry-run":
+            if flag in SWITCHES:
                 text = "True"
             else:
                 text = rest.pop(0) if rest and not rest[0].startswith("--") else None
@@ -179,7 +182,8 @@ def _help(cfg, name):
         args=["--help"],
         prog=PROGRAM.format(name),
         description="Every field is a flag, --field=value. --workdir: the run's directory (runs/NAME). "
-        f"--dry-run: print parameters, FLOPs, memory and shardings, and end.{own}",
+        "--dry-run: print parameters, FLOPs, memory and shardings, and end. --allow-data-change: resume on other "
+        f"data than the run had, and note it in the workdir.{own}",
         config=MARKERS,
     )
 

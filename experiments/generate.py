@@ -5,9 +5,7 @@ Prefills the prompt, then steps with the decoding state inside one jitted functi
 comes. The same seed gives the same text. A mistake prints one line `error: ...` and exits with 2.
 """
 
-import argparse
 import codecs
-import difflib
 import functools
 import math
 import os
@@ -17,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+
+from experiments import cli
 
 MOST_TOKENS = 2**24  # room for more would be a mistake: a state with a cache is allocated for all of them
 
@@ -137,6 +137,13 @@ def prompt_ids(tokenizer, text):
 
 def load(workdir, warn):
     """(Train config, params) of the newest good checkpoint in a working directory, on one device."""
+    return restore(workdir, warn)[:2]
+
+
+def restore(workdir, warn, step=None):
+    """(Train config, params, step) of a checkpoint in a working directory, on one device; step None: of the newest
+    good one.
+    """
     from experiments import checkpoint
     from seqmix.core import param
 
@@ -146,19 +153,20 @@ def load(workdir, warn):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         param.abstract(cfg.model.params()),
     )
-    restored = checkpoint.Checkpoints(workdir, warn=warn).restore(abstract)
-    if restored is None:
+    saved = checkpoint.Checkpoints(workdir, warn=warn)
+    steps = saved.steps()
+    if not steps:
         raise checkpoint.Refused(f"workdir {workdir} has no checkpoint yet")
-    return cfg, restored[1]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ValueError(message.removeprefix("argument "))
+    if step is not None:
+        if step not in steps:
+            raise checkpoint.Refused(f"workdir {workdir} has no checkpoint {step}, only {', '.join(map(str, steps))}")
+        saved.steps = lambda: [step]
+    step, params, *_ = saved.restore(abstract)
+    return cfg, params, step
 
 
 def _arguments(argv):
-    parser = _Parser(prog="python -m experiments.generate", description="Continue a prompt.", allow_abbrev=False)
+    parser = cli.Parser(prog="python -m experiments.generate", description="Continue a prompt.")
     parser.add_argument("--workdir", required=True, help="the directory of a run")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=256, help="how many tokens at most")
@@ -167,12 +175,7 @@ def _arguments(argv):
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the most likely that make up p")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     parser.add_argument("--greedy", action="store_true", help="always the most likely token")
-    known = [name for action in parser._actions for name in action.option_strings]
-    for flag in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
-        if flag not in known:
-            nearest = difflib.get_close_matches(flag, known, 1, 0)[0]
-            raise ValueError(f"{flag}: unknown flag, did you mean {nearest}?")
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def run(args):
@@ -217,8 +220,7 @@ def main(argv=None):
     try:
         run(_arguments(sys.argv[1:] if argv is None else argv))
     except (ValueError, Refused) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return cli.refuse(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:

@@ -130,6 +130,32 @@ class Progress:
             self.bar = None
 
 
+class Work:
+    """The share of some work that is done, its speed and the time left, on stderr: a live line on a terminal, a
+    line every `seconds` elsewhere. `unit` is what is counted; `before` of `total` was done by an earlier process.
+    """
+
+    def __init__(self, title, unit, total, before=0, seconds=10):
+        self.title, self.unit, self.total, self.before, self.seconds = title, unit, total, before, seconds
+        self.live = sys.stderr.isatty()
+        self.begun = self.told = time.monotonic()
+
+    def update(self, done, more="", last=False):
+        """Shows that `done` was done since the start, when it is time to; `more` is text behind it."""
+        now = time.monotonic()
+        if not last and now - self.told < (0.2 if self.live else self.seconds):
+            return
+        self.told = now
+        rate = done / max(now - self.begun, 1e-9)
+        whole = self.before + done
+        share = int(100 * whole / max(self.total, 1))
+        text = f"{self.title} {share}%  {_short(whole)} of {_short(self.total)} {self.unit}"
+        text += f"  {_short(rate)} {self.unit}/s  {more}"
+        text += f"  {clock(now - self.begun)}" if last else f"  ETA {clock((self.total - whole) / max(rate, 1e-9))}"
+        clear = "\r\x1b[K" if self.live else ""
+        print(f"{clear}{text}", end="" if self.live and not last else "\n", file=sys.stderr, flush=True)
+
+
 def peak_memory():
     """Most bytes in use at once on the first device so far; None where the device does not say (a CPU)."""
     import jax

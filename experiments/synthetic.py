@@ -1,15 +1,13 @@
 """Batches of a task as a dataset of `experiments.data`: every batch a function of its index alone."""
 
 import functools
-import hashlib
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import serialize
+from experiments import identity, serialize
 
 VAL_SEED = 2**31  # what every run validates on; no seed of a config reaches it
 VAL_BATCHES = 64
@@ -26,8 +24,9 @@ class Dataset:
         self.pairs = cfg.task.pairs
         self._seed = cfg.seed
         self._draw = jax.jit(functools.partial(cfg.task.batch, rows=cfg.batch_size))
-        task = json.dumps(serialize.to_json(cfg))
-        self.fingerprint = hashlib.sha256(task.encode()).hexdigest()
+        task = {f"task.{name}": value for name, value in serialize.to_json(cfg.task).items()}
+        self.identity = identity.Identity([], {**task, "batch_size": cfg.batch_size, "seed": cfg.seed})
+        self.fingerprint = self.identity.fingerprint
         self.summary = f"{type(cfg.task).__name__}: rows of {cfg.seq_len} tokens with {cfg.task.pairs} pairs"
 
     def train_batches(self, start=0):

@@ -1,5 +1,5 @@
 """Trains a language model: `python -m experiments.train --config=NAME [--field=value ...] [--workdir=DIR]
-[--dry-run]`.
+[--dry-run] [--allow-data-change]`.
 
 The default workdir is runs/NAME. The same command resumes: on the CPU a run that was killed and restarted has
 the losses of an unbroken one to the bit, because batch i and the randomness of step i depend on i alone.
@@ -24,7 +24,7 @@ STOPPED = 75
 RESUMABLE = f"stopped, resumable: run the same command (exit code {STOPPED})"
 
 
-def prepare(cfg, workdir):
+def prepare(cfg, workdir, allow_data_change=False):
     """What a run needs before its first step: (trainer, dataset, checkpoints, start, state, config as JSON).
 
     Everything that can refuse does so before anything in `workdir` is written.
@@ -39,9 +39,11 @@ def prepare(cfg, workdir):
     progress.say(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind}")
     trainer = loop.Trainer(cfg, mesh)
     with progress.phase("reading the data"):
-        dataset = data.load(cfg.data, cfg.model.vocab, math.lcm(*(mixer.align for mixer in cfg.model.period)))
+        align = math.lcm(*(mixer.align for mixer in cfg.model.period))
+        dataset = data.load(cfg.data, cfg.model.vocab, align, trainer.packs)
     progress.say(dataset.summary)
-    checkpoint.check_data(workdir, dataset.fingerprint)
+    for change in dataset.identity.check(workdir, allow_data_change):
+        progress.say(f"warning: other data from here on: {change}")
 
     if not trainer.packs:
         progress.say("warning: a mixer of this model cannot pack, so the documents of a row see each other")
@@ -51,8 +53,7 @@ def prepare(cfg, workdir):
         with progress.phase("initialising the weights"):
             return trainer, dataset, saved, 0, jax.block_until_ready(trainer.init()), config
     start, params, rest, manifest = restored
-    if manifest["fingerprint"] != dataset.fingerprint:
-        raise checkpoint.Refused(f"checkpoint {start} in {workdir} was made on other data")
+    dataset.identity.resumed(start, manifest["fingerprint"])
     progress.say(f"resumed from step {start}")
     return trainer, dataset, saved, start, {"params": params, **rest}, config
 
@@ -64,7 +65,7 @@ def train(cfg, workdir, prepared, stop):
     trainer, dataset, saved, start, state, config = prepared
     saved.clean()
     checkpoint.write_json(Path(workdir) / "config.json", config)
-    checkpoint.write_json(Path(workdir) / "data.json", {"fingerprint": dataset.fingerprint})
+    checkpoint.write_json(Path(workdir) / "data.json", dataset.identity.record())
     curves = progress.Curves(workdir, start)
     save = functools.partial(_save, saved, {"fingerprint": dataset.fingerprint, "config": config})
     state, done = _loop(cfg, trainer, dataset, state, start, curves, save, stop)
@@ -202,7 +203,7 @@ def main(argv):
     try:
         with checkpoint.lock(workdir):
             try:
-                prepared = prepare(cfg, workdir)
+                prepared = prepare(cfg, workdir, args.allow_data_change)
             except ValueError as error:  # while training, one is a bug and keeps its traceback
                 fail(error)
             return train(cfg, workdir, prepared, stop)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import data
+from experiments import data, rows, sources
 from experiments.config import Data
 
 EOS = 258
@@ -58,20 +58,22 @@ def same(left, right):
 )
 def test_rows_are_the_documents(documents, seq_len, seed, align):
     seq_len = -(-seq_len // align) * align
-    stream = data.Stream.of(data.tokenizers.Bytes(), documents, align)
-    count = -(-stream.tokens.size // seq_len)
+    tokens = np.frombuffer(b"".join(documents), np.uint8)
+    counts = np.array([len(document) for document in documents])
+    stream = rows.Stream(tokens.__getitem__, np.cumsum(counts) - counts, counts, EOS, align)
+    count = -(-stream.size // seq_len)
     for epoch in (0, 3):
-        rows = data.Rows(stream, seq_len, count, seed)
-        rows = [rows[epoch * count + index] for index in range(count)]
-        whole = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
+        made = rows.Rows(stream, seq_len, count, seed)
+        made = [made[epoch * count + index] for index in range(count)]
+        whole = {key: np.concatenate([row[key] for row in made]) for key in made[0]}
         real = whole["mask"] == 1
         assert real.sum() == sum(map(len, documents)) + len(documents)
         predicted = whole["targets"][real]
         closed = np.split(predicted, np.flatnonzero(predicted == EOS) + 1)
         assert closed.pop().size == 0  # each document is closed
-        made = [bytes(part[:-1].tolist()) for part in closed]
-        assert sorted(made) == sorted(documents)  # and each byte of it is a target once
-        for row in rows:
+        found = [bytes(part[:-1].tolist()) for part in closed]
+        assert sorted(found) == sorted(documents)  # and each byte of it is a target once
+        for row in made:
             check_row(row, align)
 
 
@@ -89,7 +91,7 @@ def check_row(row, align):
 def test_batches_are_functions_of_their_index(corpus):
     cfg = small(corpus)
     whole = take(cfg, 0, 60)  # several epochs
-    tokens = data.load(cfg, 260)._train[0]["tokens"].size
+    tokens = cfg.batch_size * cfg.seq_len
     epoch = sum(len(text) + 1 for text in texts()) // tokens
     assert 2 * epoch < 60
     for start in (1, epoch - 1, 41):
@@ -101,16 +103,16 @@ def test_batches_have_the_declared_form(corpus):
     batch = take(small(corpus), 0, 1)[0]
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
         key: ((4, 16), "float32" if key == "mask" else "int32")
-        for key in ("tokens", "targets", "mask", "segment_ids", "positions")
+        for key in ("tokens", "targets", "mask", "segment_ids", "positions", "documents")
     }
 
 
 def test_order_depends_on_seed_and_epoch(corpus):
-    rows = lambda seed, start: np.concatenate([b["tokens"] for b in take(small(corpus, seed=seed), start, 8)])
-    first = rows(0, 0)
-    assert np.array_equal(first, rows(0, 0))
-    assert not np.array_equal(first, rows(1, 0))
-    assert not np.array_equal(first, rows(0, 100))
+    found = lambda seed, start: np.concatenate([b["tokens"] for b in take(small(corpus, seed=seed), start, 8)])
+    first = found(0, 0)
+    assert np.array_equal(first, found(0, 0))
+    assert not np.array_equal(first, found(1, 0))
+    assert not np.array_equal(first, found(0, 100))
 
 
 def test_fingerprint_changes_with_what_the_batches_depend_on(corpus, tmp_path):
@@ -129,14 +131,14 @@ def test_fingerprint_changes_with_what_the_batches_depend_on(corpus, tmp_path):
 
 def test_validation_is_whole_documents_apart_from_training(corpus):
     loaded = data.load(small(corpus), 260)
-    held = loaded._held
+    held = loaded.held()
     assert 0 < len(held) <= 0.2 * sum(map(len, texts()))
     targets = np.concatenate([b["targets"][b["mask"] == 1] for b in loaded.val_batches()])
     assert targets.size == round(len(held) / loaded.bytes_per_token)
     assert collections.Counter(targets[targets != EOS].tolist()) == collections.Counter(held)
     validates = [text for text in texts() if text in held]
     assert sum(map(len, validates)) >= len(held)
-    assert data.load(small(corpus, seed=5), 260)._held == held
+    assert data.load(small(corpus, seed=5), 260).held() == held
 
 
 def test_short_evaluations_see_the_same_rows(corpus):
@@ -163,7 +165,7 @@ def test_a_single_file_validates_on_its_end(tmp_path):
     text = "".join(f"line {index} of a b\u00e9b\u00e9\n" for index in range(200))
     path = tmp_path / "one.txt"
     path.write_text(text)
-    held = data.load(small(path), 260)._held.decode()
+    held = data.load(small(path), 260).held().decode()
     assert text.endswith(held) and held.startswith("line ") and abs(len(held) / len(text) - 0.2) < 0.01
 
 
@@ -212,4 +214,4 @@ def test_the_standard_library_is_the_default():
     assert time.monotonic() - start < 20  # half a second where nothing else runs
     stats = loaded.stats()
     assert 4 < stats["unigram_entropy"] < 5.5 and stats["xz_bits"] < stats["gzip_bits"] < 3
-    assert not any("/test/" in name or "site-packages" in name for name, _ in data._standard_library())
+    assert not any("/test/" in name or "site-packages" in name for name, _ in sources._standard_library())

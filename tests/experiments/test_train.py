@@ -325,4 +325,5 @@ def test_other_data_is_refused(flags, unbroken):
         done = launch("train", *flags, f"--workdir={unbroken[0]}", check=False)
     finally:
         first.write_text(content)
-    assert done.returncode == 2 and "fingerprint" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert f"other data: source: {folder}" in done.stderr.splitlines()[-1]
