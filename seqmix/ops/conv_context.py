@@ -1,4 +1,4 @@
-"""Short convolutions with time cut over a mesh: the few tokens that stand before each stretch come from those before."""
+"""Short convolutions with time cut over a mesh: the few tokens before each stretch come from the stretches before."""
 
 import jax
 import jax.numpy as jnp

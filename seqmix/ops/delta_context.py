@@ -26,7 +26,9 @@ def run(lay, form, d, args, head_axes, *, state, run_ids, **options):
 
     def local(state, runs, *args):
         given = zip(args, names, head_axes, strict=True)
-        args = [lay.local_key_heads(x, d.Hk, at) if x is not None and "key_heads" in name else x for x, name, at in given]
+        args = [
+            lay.local_key_heads(x, d.Hk, at) if x is not None and "key_heads" in name else x for x, name, at in given
+        ]
         renumbered = None if runs is None else packing.runs(runs)
 
         def call(v, state):

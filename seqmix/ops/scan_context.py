@@ -11,7 +11,7 @@ from seqmix.ops.mesh import on_shares
 
 
 def linear(lay, op, x, log_a, state, segment_ids, *, reverse, **options):
-    """`linear_scan`'s result with `op`, itself; log_a has as many axes as x. The axis after time is cut as heads are."""
+    """`linear_scan`'s result with `op`, itself; log_a has as many axes as x. What follows time is cut as heads are."""
     runs = None
     if segment_ids is not None:  # numbered in the direction of the scan
         runs = jnp.flip(packing.runs(jnp.flip(segment_ids, 1)), 1) if reverse else packing.runs(segment_ids)
