@@ -59,11 +59,29 @@ def use_mesh(mesh, rules=None):
 
 
 def active():
-    """(mesh, rules) in force, or None."""
-    return _active.get()
+    """(mesh, rules) in force, or None; within `shares` too."""
+    held = _active.get()
+    return None if held == "shares" else held
 
 
-def _mesh_axes(entry) -> tuple[str, ...]:
+@contextlib.contextmanager
+def shares():
+    """Within it, arrays are one device's shares (inside `shard_map`): no rules are in force."""
+    token = _active.set("shares")
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def on_one_device() -> bool:
+    """Whether an op's arrays lie on one device: shares of a mesh, a mesh of one, or a machine of one."""
+    held = _active.get()
+    return held == "shares" or (jax.device_count() if held is None else held[0].size) == 1
+
+
+def mesh_axes(entry) -> tuple[str, ...]:
+    """The mesh axes that a rule names."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
@@ -77,7 +95,7 @@ def spec(axes, shape, mesh, rules=None, *, strict=True) -> PartitionSpec:
     rules = RULES if rules is None else rules
     used, parts = set(), []
     for name, size in zip(axes, shape, strict=True):
-        wanted = tuple(a for a in _mesh_axes(rules.get(name)) if a in mesh.shape and mesh.shape[a] > 1)
+        wanted = tuple(a for a in mesh_axes(rules.get(name)) if a in mesh.shape and mesh.shape[a] > 1)
         ways = math.prod(mesh.shape[a] for a in wanted)
         if size % ways:
             if strict and name not in OPTIONAL:
@@ -93,7 +111,7 @@ def spec(axes, shape, mesh, rules=None, *, strict=True) -> PartitionSpec:
 
 def constrain(x, *axes):
     """Hints where an activation lies, by the logical names of its dimensions; nothing happens without rules."""
-    held = _active.get()
+    held = active()
     if held is None:
         return x
     mesh, rules = held

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims
+from seqmix.ops import conv_context
+from seqmix.ops.mesh import layout
 
 
 def short_conv(x, weight, bias=None, *, state=None, segment_ids=None):
@@ -42,6 +44,12 @@ def short_conv(x, weight, bias=None, *, state=None, segment_ids=None):
     if segment_ids is not None:
         packing.check(segment_ids, *xs[0].shape[:2])
         run_ids = packing.runs(segment_ids)
+
+    cuts = [layout(*x.shape[:2], *x.shape[2:3]) for x in xs]
+    if cuts[0] is not None and cuts[0].time and all(len(w) > 1 for w in weights):
+        each = zip(cuts, xs, weights, biases, states, strict=True)
+        pairs = [conv_context.run(lay, short_conv, _last_tokens, *leaves, run_ids) for lay, *leaves in each]
+        return tree.unflatten([y for y, _ in pairs]), tree.unflatten([last for _, last in pairs])
 
     def convolve(form):
         return lambda: [form(*leaves, run_ids) for leaves in zip(xs, weights, biases, states, strict=True)]

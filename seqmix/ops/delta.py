@@ -1,15 +1,19 @@
 """The delta rule: a matrix state that is corrected towards its values instead of only added to."""
 
+import functools
+
 import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.flops import matmul
 from seqmix.core.shapes import dims
+from seqmix.ops import delta_context
 from seqmix.ops.delta_chunked import delta_rule_chunked, rank_one_chunked
 from seqmix.ops.delta_reference import delta_rule_reference, rank_one_reference
 from seqmix.ops.dispatch import pick
 from seqmix.ops.linear_chunked import plan
 from seqmix.ops.linear_reference import decay_spec
+from seqmix.ops.mesh import layout
 from seqmix.ops.triangular import unit_lower_inverse_flops
 
 
@@ -77,9 +81,12 @@ def delta_rule(
     args = q, k, v, beta, log_decay, k if erase is None else erase
     options = dict(scale=scale, state=state, run_ids=run_ids)
     name = pick("delta_rule", implementation, {"chunked": None, "reference": None})
-    if name == "reference" or d.T == 1:
-        return delta_rule_reference(*args, **options)
-    return delta_rule_chunked(*args, **options, chunk=chunk)
+    plain = name == "reference" or d.T == 1
+    form = delta_rule_reference if plain else functools.partial(delta_rule_chunked, chunk=chunk)
+    lay = layout(d.B, d.T, d.H, d.Hk)
+    if lay is not None and lay.time:
+        return delta_context.run(lay, form, d, args, (2, 3, 3, 3, 2, 3), **options)
+    return form(*args, **options)
 
 
 def diagonal_plus_rank_one(
@@ -126,9 +133,12 @@ def diagonal_plus_rank_one(
     args = q, k, v, left, right, log_decay
     options = dict(scale=scale, state=state, run_ids=run_ids)
     name = pick("diagonal_plus_rank_one", implementation, {"chunked": None, "reference": None})
-    if name == "reference" or d.T == 1:
-        return rank_one_reference(*args, **options)
-    return rank_one_chunked(*args, **options, chunk=chunk)
+    plain = name == "reference" or d.T == 1
+    form = rank_one_reference if plain else functools.partial(rank_one_chunked, chunk=chunk)
+    lay = layout(d.B, d.T, d.H, d.Hk)
+    if lay is not None and lay.time:
+        return delta_context.run(lay, form, d, args, (2,) * 6, **options)
+    return form(*args, **options)
 
 
 def delta_rule_flops(batch, seq, heads, key_heads, key_dim, value_dim, chunk=64, per_channel=False, steps=1) -> int:

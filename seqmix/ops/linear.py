@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from seqmix.core import packing
 from seqmix.core.flops import matmul
 from seqmix.core.shapes import dims
-from seqmix.ops import linear_chunked, linear_gpu, linear_reference
+from seqmix.ops import linear_chunked, linear_context, linear_gpu, linear_reference
 from seqmix.ops.dispatch import pick
 from seqmix.ops.linear_reference import decay_spec
+from seqmix.ops.mesh import layout
 
 
 def linear_attention(
@@ -64,6 +65,10 @@ def linear_attention(
     d, acc = _check(q, k, v, log_decay, state, segment_ids, normalize, eps, causal, chunk)
     runs = None if segment_ids is None else packing.runs(segment_ids)
     call = (q, k, v, log_decay, state, runs)
+    lay = layout(d.B, d.T, d.H, d.Hk)
+    if lay is not None and lay.time and causal:
+        options = dict(scale=scale, normalize=normalize, eps=eps, chunk=chunk, implementation=implementation)
+        return linear_context.run(lay, linear_attention, d, acc, *call, **options)
     reasons = {"gpu": linear_gpu.unsupported(*call, scale=scale, normalize=normalize, causal=causal)}
     name = pick("linear_attention", implementation, reasons | {"chunked": None, "reference": None})
     if name == "gpu":

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqmix.core import packing
-from seqmix.ops import dispatch
+from seqmix.ops import dispatch, scan_context
+from seqmix.ops.mesh import layout
 
 
 def linear_scan(
@@ -55,8 +56,12 @@ def linear_scan(
     if state is None:
         state = jnp.zeros_like(x, shape=(x.shape[0], *x.shape[2:]), dtype=acc)
     real, opened = _masks(segment_ids, reverse)
-    args = x, log_a, real, opened, state.astype(acc)
     chosen = dispatch.pick("linear_scan", implementation, {"chunked": None, "reference": None})
+    lay = layout(*x.shape[:2], *x.shape[2:3])
+    if lay is not None and lay.time:
+        options = dict(reverse=reverse, chunk=chunk, implementation=chosen)
+        return scan_context.linear(lay, linear_scan, x, log_a, state.astype(acc), segment_ids, **options)
+    args = x, log_a, real, opened, state.astype(acc)
     if chosen == "reference":
         return _reference(*args, reverse, dtype)
     return _chunked(_Way(chunk, reverse, dtype), *args)

@@ -14,7 +14,8 @@ from jax import lax
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims
-from seqmix.ops import dispatch
+from seqmix.ops import dispatch, scan_context
+from seqmix.ops.mesh import layout
 from seqmix.ops.scan import check_chunk, incoming_states
 
 _SPAN = 128  # tokens of a row whose states the backward pass holds at once, if chunks are not longer
@@ -82,10 +83,12 @@ def selective_scan(
     acc = functools.reduce(jnp.promote_types, (a.dtype for a in (u, dt, A, B, C)), jnp.float32)
     state = jnp.zeros_like(u, shape=(d.B, d.D, d.N), dtype=acc) if state is None else state.astype(acc)
     chosen = dispatch.pick("selective_scan", implementation, {"chunked": None, "reference": None})
-    if chosen == "reference":
-        y, state = _reference(u, dt, A, B, C, state, segment_ids)
+    form = _reference if chosen == "reference" else functools.partial(_by_chunks, chunk=chunk)
+    lay = layout(d.B, d.T, d.D, d.G)
+    if lay is not None and lay.time:
+        y, state = scan_context.selective(lay, form, d, u, dt, A, B, C, state, segment_ids)
     else:
-        y, state = _by_chunks(u, dt, A, B, C, state, segment_ids, chunk)
+        y, state = form(u, dt, A, B, C, state, segment_ids)
     if D is not None:
         y = y + D.astype(acc) * u.astype(acc)
     if segment_ids is not None:

@@ -1,0 +1,62 @@
+"""Recurrences over a sharded time axis: each device works on a stretch of time, and states go from one to the next.
+
+    pass 1   what a stretch makes of a zero state (its end), and what it does to the state that enters it (its factor)
+    gather   ends and factors of all stretches, a few states a device; nothing as long as the sequence moves
+    chain    state entering stretch r = factor_{r-1} (state entering r-1) + end_{r-1},  in the states' dtype
+    pass 2   the stretch from its entering state
+
+Gradients are those of these equations: the gather's is a scatter of sums, so the backward pass hands the states'
+cotangents the other way. The idea is old (two-level scans); as context parallelism of linear recurrences it is in
+LASP (arXiv 2404.02882).
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def enter(axis, end, factor, apply, state, runs, reverse=False):
+    """(state that enters this device's stretch, state after all stretches); called within `shard_map`.
+
+    Args:
+      axis: mesh axes over which time is cut.
+      end: tree of what the stretch makes of a zero state, [B, ...]: the state of its last segment.
+      factor: what it does to an entering state, [B, ...] or None for nothing, as `apply` understands it. It may
+        forget that segments open in the stretch: these are seen to here.
+      apply: (factor, state) -> state.
+      state: what comes before the first stretch, a tree like `end`.
+      runs: the segments' numbers [B, T] in this stretch, counted over the whole row in the direction of the
+        recurrence (`packing.runs`), 0 for padding, or None.
+      reverse: stretches are met from the last to the first.
+    """
+    ranks = jax.lax.axis_size(axis)
+    bounds = None if runs is None else _bounds(runs)
+    ends, factors, bounds = jax.lax.all_gather((end, factor, bounds), axis)
+    at = lambda tree, rank: jax.tree.map(lambda x: x[rank], tree)
+    entering, current = [None] * ranks, None if runs is None else jnp.ones(runs.shape[0], runs.dtype)
+    for rank in reversed(range(ranks)) if reverse else range(ranks):
+        kept = state
+        if runs is not None:
+            first, last = at(bounds, rank)
+            kept = _where(first == current, state, jax.tree.map(jnp.zeros_like, state))
+        entering[rank] = kept
+        passed = kept if factor is None else apply(at(factors, rank), kept)
+        if runs is not None:
+            passed = _where(first == last, passed, jax.tree.map(jnp.zeros_like, passed))
+        new = jax.tree.map(jnp.add, passed, at(ends, rank))
+        state = new if runs is None else _where(last == 0, state, new)
+        current = None if runs is None else jnp.maximum(current, last)
+    index = jax.lax.axis_index(axis)
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *entering)
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), stacked), state
+
+
+def _bounds(runs):
+    """The first and the last segment of each row [B], (0, 0) for padding alone."""
+    last = jnp.max(runs, 1)
+    first = jnp.min(jnp.where(runs == 0, jnp.iinfo(runs.dtype).max, runs), 1)
+    return jnp.minimum(first, last), last
+
+
+def _where(mask, yes, no):
+    """Rows of one tree or the other."""
+    return jax.tree.map(lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)

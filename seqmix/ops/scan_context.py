@@ -1,0 +1,49 @@
+"""Elementwise scans with time cut over a mesh: only the states' chain crosses devices (`seqmix.ops.context`).
+
+Each stretch is gone through twice, the first time for its state alone.
+"""
+
+import jax.numpy as jnp
+
+from seqmix.core import packing
+from seqmix.ops.context import enter
+from seqmix.ops.mesh import on_shares
+
+
+def linear(lay, op, x, log_a, state, segment_ids, *, reverse, **options):
+    """`linear_scan`'s result with `op`, itself; log_a has as many axes as x. What follows time is cut as heads are."""
+    runs = None
+    if segment_ids is not None:  # numbered in the direction of the scan
+        runs = jnp.flip(packing.runs(jnp.flip(segment_ids, 1)), 1) if reverse else packing.runs(segment_ids)
+
+    def local(x, log_a, state, runs):
+        call = lambda state: op(x, log_a, state=state, segment_ids=runs, reverse=reverse, **options)
+        logs = log_a.astype(state.dtype if jnp.iscomplexobj(log_a) else jnp.finfo(state.dtype).dtype)
+        logs = jnp.broadcast_to(logs, (*logs.shape[:1], x.shape[1], *logs.shape[2:]))
+        if runs is not None:
+            logs = jnp.where((runs != 0).reshape(*runs.shape, *[1] * (x.ndim - 2)), logs, 0)
+        decayed = lambda total, state: (jnp.exp(total) * state).astype(state.dtype)
+        end = call(jnp.zeros_like(state))[1]
+        entering, last = enter(lay.time, end, jnp.sum(logs, 1), decayed, state, runs, reverse)
+        return call(entering)[0], last
+
+    tokens = ("batch", "time", "heads", *[None] * x.ndim)[: x.ndim]
+    decays = tuple(name if size > 1 else None for name, size in zip(tokens, log_a.shape, strict=True))
+    states = (tokens[0], *tokens[2:])
+    return on_shares(lay, local, (x, log_a, state, runs), (tokens, decays, states, tokens[:2]), (tokens, states))
+
+
+def selective(lay, form, d, u, dt, A, B, C, state, segment_ids):
+    """(y, state) of form(u, dt, A, B, C, state, runs); channels are cut as heads are, groups as key heads."""
+
+    def local(u, dt, A, B, C, state, runs):
+        B, C = (lay.local_key_heads(m, d.G) for m in (B, C))
+        end = form(u, dt, A, B, C, jnp.zeros_like(state), runs)[1]
+        total = jnp.sum(dt.astype(state.dtype), 1)[..., None] * A.astype(state.dtype)
+        entering, last = enter(lay.time, end, total, lambda total, h: jnp.exp(total) * h, state, runs)
+        return form(u, dt, A, B, C, entering, runs)[0], last
+
+    tokens, groups, states = ("batch", "time", "heads"), ("batch", "time", "key_heads", None), ("batch", "heads", None)
+    names = (tokens, tokens, ("heads", None), groups, groups, states, ("batch", "time"))
+    runs = None if segment_ids is None else packing.runs(segment_ids)
+    return on_shares(lay, local, (u, dt, A, B, C, state, runs), names, (tokens, states))

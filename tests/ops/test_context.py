@@ -1,0 +1,163 @@
+"""Time cut over a mesh changes nothing: values and every gradient of the state-passing ops, packed rows included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmix import ops
+from seqmix.core import sharding
+from seqmix.ops.mesh import layout
+from tests.quick import QUICK
+
+B, T, H, HK, K, V = 2, 16, 4, 2, 3, 5
+# A segment over two stretches of four, one that fills three, padding over a border, a row that begins with padding,
+# a stretch of padding alone.
+PACKED = np.array([[1, 1, 1, 0, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 3, 3], [0, 0, 0, 0, 0, 5, 5, 5, 5, 5, 5, 5, 0, 0, 5, 5]])
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.normal(size=shape)
+
+
+def uniform(*shape):
+    return RNG.random(shape)
+
+
+def unit(*shape):
+    x = normal(*shape)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def linear(kind):
+    decay = {"none": None, "head": -uniform(H), "token": -5 * uniform(B, T, H), "channel": -5 * uniform(B, T, H, K)}[
+        kind
+    ]
+    args = (normal(B, T, HK, K), normal(B, T, HK, K), normal(B, T, H, V), decay, normal(B, H, K, V))
+    return lambda q, k, v, d, s, ids: ops.linear_attention(q, k, v, d, state=s, segment_ids=ids, chunk=2), args
+
+
+def normalised():
+    args = (uniform(B, T, 1, K), uniform(B, T, 1, K), normal(B, T, H, V), (normal(B, H, K, V), uniform(B, H, K)))
+    return lambda q, k, v, s, ids: ops.linear_attention(
+        q, k, v, state=s, segment_ids=ids, normalize=True, eps=1e-3, chunk=2
+    ), args
+
+
+def delta(steps, keys=HK):
+    n = (steps,) if steps > 1 else ()
+    decay = None if steps > 1 else -uniform(B, T, H, K)
+    args = (normal(B, T, keys, K), unit(B, T, *n, keys, K), normal(B, T, *n, H, V), uniform(B, T, *n, H), decay)
+    args += (unit(B, T, *n, H, K), normal(B, H, K, V))
+    return lambda q, k, v, b, d, e, s, ids: ops.delta_rule(
+        q, k, v, b, d, erase=e, steps=steps, state=s, segment_ids=ids, chunk=2
+    ), args
+
+
+def rank_one():
+    args = (normal(B, T, HK, K), normal(B, T, HK, K), normal(B, T, H, V), -unit(B, T, H, K) / 2, unit(B, T, HK, K))
+    args += (-uniform(B, T, H, K), normal(B, H, K, V))
+    return lambda q, k, v, left, right, d, s, ids: ops.diagonal_plus_rank_one(
+        q, k, v, left, right, d, state=s, segment_ids=ids, chunk=2
+    ), args
+
+
+def scan(reverse):
+    args = (normal(B, T, H) + 1j * normal(B, T, H), -uniform(H) + 1j * normal(H), normal(B, H) + 0j)
+    if not reverse:
+        args = (normal(B, T, H, V), -5 * uniform(B, T, H, 1), normal(B, H, V))
+    return lambda x, a, s, ids: ops.linear_scan(x, a, state=s, segment_ids=ids, reverse=reverse, chunk=2), args
+
+
+def selective():
+    args = (normal(B, T, H), uniform(B, T, H), -uniform(H, 3), normal(B, T, 2, 3), normal(B, T, 2, 3), normal(H))
+    args += (normal(B, H, 3),)
+    return lambda u, dt, a, b, c, d, s, ids: ops.selective_scan(
+        u, dt, a, b, c, d, state=s, segment_ids=ids, chunk=2
+    ), args
+
+
+def conv(width, state):
+    args = (normal(B, T, H, 2), normal(width, H, 2), normal(H, 2), normal(B, width - 1, H, 2) if state else None)
+    return lambda x, w, b, s, ids: ops.short_conv(x, w, b, state=s, segment_ids=ids), args
+
+
+def running_softmax():
+    args = (normal(B, T, H), normal(B, T, H, V))
+    return lambda scores, v, ids: ops.logsumexp_scan(scores, v, segment_ids=ids, chunk=2), args
+
+
+CASES = {
+    "linear attention": linear("none"),
+    "linear attention, a decay per head": linear("head"),
+    "linear attention, a decay per token": linear("token"),
+    "linear attention, a decay per channel": linear("channel"),
+    "normalised linear attention": normalised(),
+    "delta rule": delta(1),
+    "delta rule, one key head, two steps": delta(2, keys=1),
+    "diagonal plus rank one": rank_one(),
+    "linear scan": scan(False),
+    "complex linear scan in reverse": scan(True),
+    "selective scan": selective(),
+    "short convolution": conv(3, True),
+    "short convolution, wider than a stretch": conv(7, False),
+    "running softmax": running_softmax(),
+}
+
+
+def pull(function, args, ids):
+    """(values, gradients) of weighted results, compiled under the rules in force."""
+    weights = {}
+
+    def loss(*given):
+        out = function(*given, ids)
+        leaves = jax.tree.leaves(out)
+        if not weights:
+            draw = np.random.default_rng(1)
+            weights["w"] = [
+                draw.normal(size=x.shape) + (1j * draw.normal(size=x.shape) if x.dtype.kind == "c" else 0)
+                for x in leaves
+            ]
+        return sum(jnp.sum(x * w).real for x, w in zip(leaves, weights["w"], strict=True)), out
+
+    wanted = tuple(i for i, x in enumerate(args) if x is not None)
+    return jax.jit(jax.value_and_grad(loss, wanted, has_aux=True), compiler_options=QUICK)(*args)
+
+
+@pytest.mark.parametrize("ids", [None, PACKED], ids=["whole", "packed"])
+@pytest.mark.parametrize("name", CASES)
+def test_four_stretches_of_time_give_what_one_gives(name, ids):
+    function, args = CASES[name]
+    with jax.enable_x64(True):
+        want = pull(function, args, ids)
+        with sharding.use_mesh(sharding.make_mesh(context=4, model=2)):
+            got = pull(function, args, ids)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        # Sums in another order, in float64.
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_nothing_as_long_as_the_sequence_crosses_devices():
+    mesh, length = sharding.make_mesh(context=8), 512
+    with sharding.use_mesh(mesh):
+        lay = lambda *s: jax.ShapeDtypeStruct(
+            s, jnp.float32, sharding=jax.NamedSharding(mesh, jax.P(*[None, "context"][: len(s)]))
+        )
+        op = jax.jit(lambda q, k, v, d: ops.linear_attention(q, k, v, d, chunk=16)[0])
+        text = op.lower(*[lay(1, length, 2, 4)] * 3, lay(1, length, 2)).compile(QUICK).as_text()
+    moved = [line for line in text.splitlines() if "all-gather(" in line or "all-to-all(" in line or "permute(" in line]
+    assert moved and all(str(length) not in line.split("=")[1].split("(")[0] for line in moved), moved
+
+
+def test_a_layout_cuts_what_the_mesh_divides():
+    assert layout(2, 16, 4) is None
+    with sharding.use_mesh(sharding.make_mesh(data=2, context=2, model=2)):
+        lay = layout(2, 16, 4, 2)
+        assert (lay.batch, lay.time, lay.heads, lay.key_heads) == (("data",), ("context",), ("model",), "cut")
+        assert layout(1, 15, 3).batch == layout(1, 15, 3).time == layout(1, 15, 3).heads == ()
+        assert layout(2, 16, 4, 1).key_heads == "whole"
+    with sharding.use_mesh(sharding.make_mesh(model=8)):
+        assert layout(1, 8, 8, 2).key_heads == "one" and layout(1, 8, 24, 3).heads == ()
+        with sharding.shares():
+            assert layout(1, 8, 8) is None
