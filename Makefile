@@ -6,12 +6,13 @@ VENV ?= .venv
 PYTHON ?=
 RUN = $(VENV)/bin/python
 
-.PHONY: help train test conformance lint format table install clean
+.PHONY: help train test faults conformance lint format table install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [CONFIG=$(CONFIG)] [ARGS=\"--optim.peak-lr=1e-3\"]   install, then train a config"
 	@echo "make test [ARGS=\"tests/ops\"]   install, then lint and run the tests"
+	@echo "make faults                    kill, freeze and starve runs (minutes; docs/faults.md)"
 	@echo "make conformance               every catalogue row through every property"
 	@echo "make lint | format | table | clean"
 
@@ -26,6 +27,9 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed lint
 	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8 $(if $(ARGS),$(ARGS),tests)
+
+faults: $(VENV)/installed
+	@JAX_PLATFORMS=cpu $(RUN) -m pytest -m faults tests/faults $(ARGS)
 
 conformance: $(VENV)/installed
 	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8 tests/conformance $(ARGS)

@@ -58,7 +58,9 @@ def load(cfg, vocab, align=1):
         raise ValueError("data.path: text too short for a validation document")
     held = b"".join(content for _, content in val)
     entropy = _entropy(content for _, content in documents)
-    return Dataset(cfg, *streams, held, entropy, _fingerprint(cfg, tokenizer, documents, align))
+    made = Dataset(cfg, *streams, held, entropy, _fingerprint(cfg, tokenizer, documents, align))
+    made.names = [name for name, _ in train]  # by the numbers in a batch's "documents"
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,8 @@ class Stream:
 class Rows(grain.MapDataset):
     """Row i of an epoch: tokens [i T, (i + 1) T) of its stream, as a dict of arrays [T].
 
-    tokens, targets, segment_ids and positions are int32, mask is float32; all are 0 where there is no text.
+    tokens, targets, segment_ids, positions and documents (their numbers in the stream) are int32, mask is float32;
+    all are 0 where there is no text.
     With a seed, index // len(self) is the epoch, and its documents come in an order of its own.
     """
 
@@ -121,6 +124,7 @@ class Rows(grain.MapDataset):
             "targets": ids[1:],
             "segment_ids": document[:-1] - document[0] + 1,
             "positions": (place - begin)[:-1],
+            "documents": which[:-1],
         }
         row = {key: np.where(real, value, 0).astype(np.int32) for key, value in columns.items()}
         return row | {"mask": real.astype(np.float32)}

@@ -13,6 +13,7 @@ import functools
 import importlib
 import io
 import operator
+import sys
 import types
 import typing
 from pathlib import Path
@@ -51,7 +52,30 @@ def parse(argv):
         if flag not in known:
             raise ValueError(_unknown(flag, known))
         changes[tuple(flag.replace("-", "_").split("."))] = _value(flag, _text(flag, text), known[flag])
-    return (_replace(cfg, changes) if changes else cfg), args
+    try:
+        return (_replace(cfg, changes) if changes else cfg), args
+    except ValueError as error:
+        raise ValueError(named(error, cfg)) from None
+
+
+def named(error, cfg=None):
+    """What an error says, with the flag `--optim.peak-lr` for a leading field `optim.peak_lr` of `cfg`, or for
+    leading `model: d_model`.
+    """
+    fields = [] if cfg is None else [name for name, _ in _leaves(cfg)]
+    flag, parts = "", str(error).split(": ")
+    while len(parts) > 1:
+        longer = f"{flag}.{parts[0]}".removeprefix(".").replace("_", "-")
+        if longer not in fields and not any(name.startswith(f"{longer}.") for name in fields):
+            break
+        flag, parts = longer, parts[1:]
+    return ": ".join([f"--{flag}", *parts] if flag else parts)
+
+
+def fail(message, code=2):
+    """Ends the process with one line; `error: ` comes first."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def _split(argv):

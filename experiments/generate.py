@@ -135,7 +135,7 @@ def prompt_ids(tokenizer, text):
 
 
 def load(workdir, warn):
-    """(Train config, params) of the newest good checkpoint in a working directory, on one device."""
+    """(Train config, weights, averaged if the run averages them) of the newest good checkpoint, on one device."""
     from experiments import checkpoint
     from seqmix.core import param
 
@@ -145,7 +145,8 @@ def load(workdir, warn):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         param.abstract(cfg.model.params()),
     )
-    restored = checkpoint.Checkpoints(workdir, warn=warn).restore(abstract)
+    weights = "ema" if cfg.optim.ema else "params"
+    restored = checkpoint.Checkpoints(workdir, warn=warn).restore(abstract, weights=weights)
     if restored is None:
         raise checkpoint.Refused(f"workdir {workdir} has no checkpoint yet")
     return cfg, restored[1]

@@ -3,18 +3,20 @@
 import sys
 from pathlib import Path
 
-from experiments import generate, progress
+from experiments import distributed, generate, progress
 from experiments import tokenizer as tokenizers
 
 
-def finish(cfg, workdir, trainer, dataset, params, curves):
+def finish(cfg, workdir, trainer, dataset, params, curves, clock, starts, beat=lambda: None):
     """Evaluates, prints the report on stdout and closes the curves; the last line is
-    `val_bits_per_byte=x.xx`.
+    `val_bits_per_byte=x.xx`. `starts`: (how often the run was started, how many steps were made twice).
     """
-    with progress.phase("evaluating"):
-        result = trainer.evaluate(params, dataset, cfg.eval.final_batches)
-    curves.write({"kind": "final", "step": cfg.steps, **result})
+    with progress.phase("evaluating"), clock.on("eval"):
+        result = trainer.evaluate(params, dataset, cfg.eval.final_batches, beat)
+    curves.write({"kind": "final", "step": cfg.steps, **result, "goodput": clock.goodput(), "starts": starts[0]})
     curves.close()
+    if not distributed.first():
+        return
     with progress.phase("measuring the text"):
         stats = dataset.stats()
     bits = result["bits_per_byte"]
@@ -26,6 +28,8 @@ def finish(cfg, workdir, trainer, dataset, params, curves):
     ]
     tokens = f"{result['tokens']:,.0f} validation tokens"
     progress.table(f"Bits per byte, {tokens}", ("model", "bits/byte"), rows)
+    progress.table(f"Time of this start; goodput {clock.goodput():.1%}", ("part", "seconds", "share"), clock.rows())
+    print(f"starts: {starts[0]}, steps made again after a stop: {starts[1]}")
     if cfg.sample_tokens > 0:
         _sample(cfg, params)
     print(f"curves: {Path(workdir) / 'metrics.jsonl'}, tensorboard --logdir {Path(workdir) / 'tensorboard'}")
@@ -33,6 +37,9 @@ def finish(cfg, workdir, trainer, dataset, params, curves):
 
 
 def _sample(cfg, params):
+    if distributed.several():
+        print("sample: none with several processes; python -m experiments.generate reads the checkpoint")
+        return
     if not all(mixer.causal and mixer.decodes for mixer in cfg.model.mixers):
         print("sample: none, a mixer of this model does not decode")
         return

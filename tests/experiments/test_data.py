@@ -101,7 +101,7 @@ def test_batches_have_the_declared_form(corpus):
     batch = take(small(corpus), 0, 1)[0]
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
         key: ((4, 16), "float32" if key == "mask" else "int32")
-        for key in ("tokens", "targets", "mask", "segment_ids", "positions")
+        for key in ("tokens", "targets", "mask", "segment_ids", "positions", "documents")
     }
 
 
