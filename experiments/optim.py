@@ -97,7 +97,7 @@ def _muon_or(otherwise, tree):
     is_leaf = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
     label = lambda found: "matrix" if found else "other"
     labels, _ = split(jax.tree.map(label, numbers, is_leaf=is_leaf), mask)
-    hide = lambda keep, found: found if keep and found else optax.MaskedNode()
+    hide = lambda keep, found: (found or optax.MaskedNode()) if keep else None
     numbers = jax.tree.map(hide, mask, numbers, is_leaf=lambda x: x is None)
 
     def rms(update, found):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 
 def init(optim):
     """The state before the first step: {"losses" [spike_window] float32, "seen" int32, "skipped" int32}."""
-    zero = jnp.zeros((), jnp.int32)
-    return {"losses": jnp.zeros((optim.spike_window,), jnp.float32), "seen": zero, "skipped": zero}
+    counts = {name: jnp.zeros((), jnp.int32) for name in ("seen", "skipped")}
+    return {"losses": jnp.zeros((optim.spike_window,), jnp.float32), **counts}
 
 
 def judge(state, loss, sigma):

@@ -65,8 +65,9 @@ def environment(**more):
 
 def start(module, *args, **options):
     """The process, its stderr piped."""
-    settings = {"cwd": ROOT, "env": environment(), "text": True, "stdout": subprocess.DEVNULL}
-    return subprocess.Popen(command(module, *args), stderr=subprocess.PIPE, **(settings | options))
+    settings = {"cwd": ROOT, "env": environment(), "text": True}
+    settings |= {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command(module, *args), **(settings | options))
 
 
 def launch(module, *args, check=True, timeout=600, **options):
