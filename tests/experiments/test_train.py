@@ -88,6 +88,11 @@ def test_a_signal_before_the_first_step_ends_the_process(tmp_path, flags):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_dry_run_prints_the_count():
-    done = launch("train", "--config=quickstart", "--dry-run")
+def test_a_dry_run_looks_at_everything(flags):
+    done = launch("train", *flags, "--dry-run")
     assert int(done.stdout.splitlines()[-1].removeprefix("params=")) > 0
+    assert "data: 60 documents" in done.stdout and "the mesh takes 1, this machine has 1\n" in done.stdout
+    done = launch("train", *flags, "--mesh.data=2", "--dry-run")
+    assert "the mesh takes 2, this machine has 1; a run here would be refused" in done.stdout
+    done = launch("train", *changed(flags, "--data.path=/nowhere"), "--dry-run", check=False)
+    assert done.returncode == 2 and done.stderr == "error: --data.path: no such file or directory: /nowhere\n"
