@@ -100,7 +100,7 @@ class Watchdog:
         faulthandler.dump_traceback(all_threads=True)
         with contextlib.suppress(OSError), open(self.path, "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        time.sleep(GRACE)
+        time.sleep(GRACE if distributed.several() else 0)
         os._exit(1)
 
 

@@ -186,13 +186,15 @@ def _log(run, pending, shown):
     """
     import jax
 
+    from experiments import batches
+
     tokens, loss = 0, None
     for step, metrics in jax.device_get(pending):
         values = {key: float(value) for key, value in metrics.items() if key != "stop"}
         record, loss = {"kind": "train", "step": step, **values}, values["loss"]
         if not (math.isfinite(loss) and math.isfinite(values["grad_norm"])):
             run.curves.flush()
-            raise FloatingPointError(_not_finite(run, step, values))
+            raise FloatingPointError(batches.not_finite(run.workdir, run.dataset, step, values))
         run.curves.write(record)
         tokens += record["tokens"]
     if pending:
@@ -200,25 +202,6 @@ def _log(run, pending, shown):
         run.curves.show()
     pending.clear()
     return loss
-
-
-def _not_finite(run, step, values):
-    """Writes what the batch of this step held to a file; returns what to say."""
-    from experiments import checkpoint, distributed
-
-    path = run.workdir / f"not_finite.{step}.json"
-    batch, names = next(run.dataset.train_batches(step - 1)), getattr(run.dataset, "names", None)
-    rows = [{"row": row, "tokens": tokens.tolist()} for row, tokens in enumerate(batch["tokens"])]
-    for row, numbers, mask in zip(rows, batch.get("documents", ()), batch["mask"], strict=False):
-        held = dict.fromkeys(int(number) for number in numbers[mask != 0])
-        row["documents"] = [names[number] if names else number for number in held]
-    if distributed.first():
-        about = {"step": step, "batch": step - 1, "loss": str(values["loss"]), "grad_norm": str(values["grad_norm"])}
-        checkpoint.write_json(path, {**about, "rows": rows})
-    return (
-        f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step} (batch {step - 1}, listed in "
-        f"{path}): the update was not made and nothing saved; the last checkpoint is from before"
-    )
 
 
 def _evaluate(run, step, state, shown):

@@ -13,6 +13,7 @@ import pytest
 
 from experiments import checkpoint, manifest, process
 from experiments.config import Checkpoint
+from tests import runs
 
 SMALL = {"w": np.arange(4.0)}
 REST = {"step": np.int32(1)}
@@ -143,3 +144,23 @@ def test_a_directory_that_cannot_be_written_is_refused_in_one_line(tmp_path):
             tmp_path.chmod(0o700)
         else:
             subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_damage_is_named_and_never_a_fresh_start(tmp_path):
+    said = []
+    saved = checkpoint.Checkpoints(tmp_path, Checkpoint(keep=3, background=False), warn=said.append)
+    for step in (1, 2, 3):
+        saved.save(step, {"w": np.full(3, step, np.float32)}, REST, {})
+    like = abstract({"w": np.ones(3, np.float32)})
+    for step, left in ((3, 2), (2, 1), (1, None)):
+        victim = max(runs.data_files(saved.root / f"{step:08d}"), key=lambda path: path.stat().st_size)
+        runs.flip(victim)
+        said.clear()
+        if left is None:
+            with pytest.raises(checkpoint.Refused, match=r"^no checkpoint in .* verifies .*; not starting afresh$"):
+                saved.restore(like)
+        else:
+            assert saved.restore(like)[1]["w"].tolist() == [left] * 3
+        assert f"{step:08d} is damaged (sha256 of {victim.relative_to(saved.root / f'{step:08d}')} does not" in said[-1]
+    (saved.root / "00000003").rename(saved.root / "x")  # a stray name counts for nothing
+    assert saved.steps() == [1, 2]
