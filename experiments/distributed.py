@@ -21,8 +21,6 @@ def start(settings):
         here |= {"num_processes": settings.processes, "process_id": settings.process}
     elif not launched(os.environ):
         return
-    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(**here)
     except (RuntimeError, ValueError) as error:

@@ -7,12 +7,13 @@ from experiments import distributed, generate, progress
 from experiments import tokenizer as tokenizers
 
 
-def finish(cfg, workdir, trainer, dataset, params, curves, clock, starts, beat=lambda: None):
+def finish(cfg, workdir, trainer, dataset, params, curves, clock, starts, watchdog):
     """Evaluates, prints the report on stdout and closes the curves; the last line is
     `val_bits_per_byte=x.xx`. `starts`: (how often the run was started, how many steps were made twice).
     """
     with progress.phase("evaluating"), clock.on("eval"):
-        result = trainer.evaluate(params, dataset, cfg.eval.final_batches, beat)
+        result = trainer.evaluate(params, dataset, cfg.eval.final_batches, watchdog.beat)
+    watchdog.close()
     curves.write({"kind": "final", "step": cfg.steps, **result, "goodput": clock.goodput(), "starts": starts[0]})
     curves.close()
     if not distributed.first():

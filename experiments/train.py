@@ -94,7 +94,7 @@ def train(cfg, workdir, prepared, stop, clock):
             progress.say(process.RESUMABLE)
             return process.STOPPED
         weights = state.get("ema", state["params"])
-        report.finish(cfg, workdir, trainer, dataset, weights, curves, clock, starts, watchdog.beat)
+        report.finish(cfg, workdir, trainer, dataset, weights, curves, clock, starts, watchdog)
     finally:
         watchdog.close()
         if not distributed.several():  # else a peer that is gone would be waited for

@@ -3,6 +3,8 @@
 import hashlib
 from pathlib import Path
 
+from experiments import checkpoint
+
 
 class WandbRun:
     """The run of a working directory: started again, it goes on under the same id."""
@@ -11,7 +13,7 @@ class WandbRun:
         try:
             import wandb
         except ImportError:
-            raise ValueError("wandb: expected the package wandb, which is not installed: pip install wandb") from None
+            raise checkpoint.Refused("--wandb: expected the package wandb, not installed: pip install wandb") from None
         where = str(Path(workdir).absolute())
         same = hashlib.sha256(where.encode()).hexdigest()[:16]
         self.run = wandb.init(project=project, name=name, id=same, resume="allow", dir=where, config=config)

@@ -111,8 +111,9 @@ def steps(workdir):
 
 
 def data_files(checkpoint):
-    """The files of a checkpoint that its manifest has the digests of."""
-    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json")
+    """The files of a checkpoint that its manifest has the digests of, and that hold anything."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size)
+    return sorted(path for path in files if path != checkpoint / "manifest.json")
 
 
 def flip(path):

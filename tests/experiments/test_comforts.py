@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import clock, config, data, loop, optim, progress, spikes, train
+from experiments import checkpoint, clock, config, data, loop, optim, progress, spikes, train
 from experiments.wandb_run import WandbRun
 from seqmix.core.param import Param
 from seqmix.models import LM
@@ -177,7 +177,7 @@ def test_the_tracker_gets_the_records(tmp_path, monkeypatch):
 
 def test_without_the_package_the_tracker_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="^wandb: expected the package wandb, which is not installed"):
+    with pytest.raises(checkpoint.Refused, match="^--wandb: expected the package wandb, not installed"):
         WandbRun("mixers", "toy", tmp_path, {})
 
 

@@ -112,8 +112,8 @@ def test_14_a_bad_command_fails_before_it_compiles(tmp_path, flags, unbroken):
         "--optim.peek-lr=1": "did you mean --optim.peak-lr?",
         "--steps=ten": "--steps: expected an integer, got 'ten'",
         "--optim.peak-lr=-1": "--optim.peak-lr: expected a positive number",
-        "--model.mixers.0.heads=3": "--model.mixers.0",
-        "--mesh.data=3": "--mesh",
+        "--model.mixers.0.kv-heads=3": "--model.mixers.0",
+        "--mesh.data=3": "mesh: expected at most 1 devices",
         "--data.path=/nowhere": "--data.path: no such file",
     }.items():
         workdir = tmp_path / "run"
@@ -145,15 +145,16 @@ def test_15_a_second_run_is_refused(tmp_path, flags):
 
 @pytest.mark.faults
 def test_15_a_clock_that_jumps(tmp_path, flags, unbroken):
-    """Back by an hour at each look: schedules and randomness follow steps, so nothing changes but the times shown."""
+    """Back by an hour, then on by a day: schedules and randomness follow steps, so only the times shown change."""
     program = (
         "import time, runpy\n"
-        "clock, monotonic, looks = time.time, time.monotonic, [0]\n"
+        "clock, looks = time.time, [0]\n"
         "def jumping():\n"
         "    looks[0] += 1\n"
-        "    return clock() - 3600 * looks[0]\n"
+        "    return clock() + (0 if looks[0] < 200 else -3600 if looks[0] < 400 else 86400)\n"
         "time.time = jumping\n"
         "runpy.run_module('experiments.train', run_name='__main__')\n"
+        "assert looks[0] > 400\n"
     )
     path = tmp_path / "jumping.py"
     path.write_text(program)
