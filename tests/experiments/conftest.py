@@ -26,7 +26,7 @@ TINY = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def compiled():
     """What one process compiled, the others need not."""
     yield
@@ -44,12 +44,7 @@ def flags(corpus):
 
 
 @pytest.fixture(scope="session")
-def small(corpus):
-    return (*runs.SMALL, f"--data.path={corpus}")
-
-
-@pytest.fixture(scope="session")
-def unbroken(tmp_path_factory, flags, compiled):
+def unbroken(tmp_path_factory, flags):
     """(working directory, finished process)."""
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
     return workdir, runs.launch("train", *flags, f"--workdir={workdir}")

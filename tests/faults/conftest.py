@@ -7,6 +7,13 @@ import pytest
 from tests import runs
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled():
+    """What one process compiled, the others need not."""
+    yield
+    shutil.rmtree(runs.CACHE, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def flags(tmp_path_factory):
     """Of the run that every fault befalls."""
@@ -18,8 +25,7 @@ def unbroken(tmp_path_factory, flags):
     """The working directory of the run that nothing befell."""
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
     runs.launch("train", *flags, f"--workdir={workdir}")
-    yield workdir
-    shutil.rmtree(runs.CACHE, ignore_errors=True)
+    return workdir
 
 
 @pytest.fixture
