@@ -25,7 +25,8 @@ def test_a_run_reports(unbroken):
 
 def test_sigkill_and_restart(tmp_path, flags, unbroken):
     after = random.Random().randrange(5, STEPS - 6)
-    code, _ = interrupt(flags, tmp_path / "run", signal.SIGKILL, after)
+    at_once = "--checkpoint.background=False"  # so that a step's checkpoint is there when the next one is logged
+    code, _ = interrupt((*flags, at_once), tmp_path / "run", signal.SIGKILL, after)
     assert code == -signal.SIGKILL, f"killed after {after}"
     done = launch("train", *flags, f"--workdir={tmp_path / 'run'}")
     assert "resumed from step" in done.stderr
