@@ -1,26 +1,40 @@
 """Checkpoints that are whole or absent, and that notice damage.
 
-`<workdir>/checkpoints/00000100/` holds Orbax trees `params/` and `rest/` (optimiser state, step, rng) and
-`manifest.json`: the size and sha256 of every file beside it, the data position and fingerprint, the config.
-All of it is written under a temporary name and renamed, so a killed save leaves nothing that could be taken
-for a checkpoint. Restoring verifies the digests first and falls back, loudly, to the previous step.
+`<workdir>/checkpoints/00000100/` holds Orbax trees `params/`, `rest/` (optimiser state, step, rng) and, with
+an average, `ema/`; and `manifest.json`: the size and sha256 of every file beside it, the data position and
+fingerprint, the config. All of it is written under a temporary name and renamed, so a killed save leaves
+nothing that could be taken for a checkpoint. Restoring verifies the digests first and falls back, loudly, to
+the previous step. With several processes each writes its shards into one shared directory, and process 0 does
+the rest.
 """
 
-import fcntl
-import hashlib
+import contextlib
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments import serialize
+from experiments import distributed, files, manifest, serialize
+from experiments.manifest import Damaged, verify
 
 # Fields that may change between two starts of a run: none of them alters what is learned.
-FREE_FIELDS = ("log_every", "checkpoint", "eval", "mesh", "sample_prompt", "sample_tokens")
+FREE_FIELDS = (
+    "log_every",
+    "checkpoint",
+    "eval",
+    "mesh",
+    "distributed",
+    "sample_prompt",
+    "sample_tokens",
+    "watchdog",
+    "profile",
+    "wandb",
+)
 
 
 class Refused(Exception):
@@ -31,16 +45,13 @@ class NotSaved(Exception):
     """A checkpoint could not be written; the message is one line."""
 
 
-class Damaged(Exception):
-    """A checkpoint is not what its manifest says."""
-
-
 class Checkpoints:
-    """The checkpoints of a working directory, newest last; keeps the last `keep` of them."""
+    """The checkpoints of a working directory; `settings` is a config.Checkpoint, needed to save."""
 
-    def __init__(self, workdir, keep=2, warn=print):
+    def __init__(self, workdir, settings=None, warn=print):
         self.root = Path(workdir).absolute() / "checkpoints"
-        self.keep, self.warn = max(1, keep), warn
+        self.settings, self.warn = settings, warn
+        self._thread = self._failure = None
 
     def steps(self):
         """Steps of the complete-looking checkpoints, ascending."""
@@ -48,32 +59,87 @@ class Checkpoints:
             return []
         return sorted(int(p.name) for p in self.root.iterdir() if p.name.isdigit() and p.is_dir())
 
-    def save(self, step, params, rest, meta):
-        """Writes a checkpoint atomically and drops the oldest beyond `keep`; raises NotSaved when the disk is
-        full or fails, and then those before it are still there.
+    def save(self, step, params, rest, meta, metric=None):
+        """Writes a checkpoint, then drops those that the settings do not keep; `metric` (lower is better) is
+        what keep_best compares.
+
+        With settings.background it returns once the arrays are copied; the next `save` or `wait` raises
+        what went wrong. NotSaved: the disk is full or fails, and the checkpoints before it are still there.
+        FloatingPointError: a leaf is not finite, and nothing was written.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
-        final, temporary = self.root / f"{step:08d}", self.root / f"tmp.{step:08d}"
-        self.clean()
-        need = sum(leaf.nbytes for leaf in jax.tree.leaves((params, rest)))
+        trees = _trees(params, rest)
+        self.wait()
+        bad = manifest.not_finite(trees)
+        if bad:
+            raise FloatingPointError(f"{bad} is not finite after step {step}: not saved; older checkpoints stay")
+        temporary, need = self.root / f"tmp.{step:08d}", sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        writers = []
         try:
-            temporary.mkdir()
-            for name, tree in (("params", params), ("rest", rest)):
-                with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                    checkpointer.save(temporary / name, args=ocp.args.PyTreeSave(tree))
-            manifest = {"step": step, **meta, "files": _digests(temporary)}
-            write_json(temporary / "manifest.json", manifest)
+            self._make(temporary)
+            for name, tree in trees.items():
+                writers.append(ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()))
+                writers[-1].save(temporary / name, args=ocp.args.PyTreeSave(tree))
         except (OSError, ValueError) as error:
+            self._failure = error
+        about = {"step": step, **meta, "metric": metric}
+        self._thread = threading.Thread(target=self._finish, args=(writers, temporary, about), name="save")
+        self._about = step, need, temporary
+        self._thread.start()
+        if self._failure or not self.settings.background:
+            self.wait()
+
+    def wait(self):
+        """Returns when no save is under way; raises NotSaved when the last one failed."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        error, self._thread, self._failure = self._failure, None, None
+        if error is None:
+            return
+        step, need, temporary = self._about
+        reason = _reason(error)
+        with contextlib.suppress(OSError):
+            reason += f"; {shutil.disk_usage(self.root).free} bytes are free"
+        if distributed.first():
             shutil.rmtree(temporary, ignore_errors=True)
-            reason = "no space left on the disk" if "No space left" in str(error) else _first_line(error)
-            raise NotSaved(
-                f"checkpoint of step {step} ({need} bytes) could not be written to {self.root}: {reason}"
-            ) from error
+        raise NotSaved(
+            f"checkpoint of step {step} ({need} bytes) could not be written to {self.root}: {reason}"
+        ) from error
+
+    def _make(self, temporary):
+        """Makes the temporary directory; when process 0 cannot, all processes raise."""
+        failure = None
+        if distributed.first():
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                self.clean()
+                temporary.mkdir()
+            except OSError as error:
+                failure = error
+        if distributed.agree(failure is not None):
+            raise failure or OSError("process 0 could not make the directory")
+
+    def _finish(self, writers, temporary, about):
+        """What follows once the arrays are copied; runs in a thread, which keeps its error for `wait`."""
+        actions = [action for writer in writers for action in (writer.wait_until_finished, writer.close)]
+        for action in (*actions, lambda: self._publish(temporary, about)):
+            try:
+                action()
+            except Exception as error:  # whatever stopped it, `wait` reports it, once every writer has ended
+                self._failure = self._failure or error
+
+    def _publish(self, temporary, about):
+        if self._failure or not distributed.first():
+            return
+        final = self.root / f"{about['step']:08d}"
+        files.write_json(temporary / "manifest.json", {**about, "files": manifest.digests(temporary)})
         if final.exists():
             shutil.rmtree(final)
         os.rename(temporary, final)
-        _sync(self.root)
-        for old in [s for s in self.steps() if s <= step][: -self.keep]:
+        manifest.sync(self.root)
+        done = [step for step in self.steps() if step <= about["step"]]
+        stay = manifest.kept([(step, _metric(self.root / f"{step:08d}")) for step in done], self.settings)
+        for old in set(done) - stay:
             shutil.rmtree(self.root / f"{old:08d}", ignore_errors=True)
 
     def clean(self):
@@ -81,21 +147,28 @@ class Checkpoints:
         for leftover in self.root.glob("tmp.*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def restore(self, params, rest=None):
-        """(step, params, rest, manifest) of the newest checkpoint that verifies, or None when there is none.
+    def restore(self, params, rest=None, *, weights="params", step=None):
+        """(step, params, rest, manifest) of the newest checkpoint that verifies (or of `step`), or None when
+        there is none at all.
 
         `params` and `rest` are trees of ShapeDtypeStruct with shardings; rest=None skips the optimiser's
-        state. Raises Refused when checkpoints exist and none verifies: a run never starts afresh in silence.
+        state; weights="ema" reads the average instead. Raises Refused when checkpoints exist and none
+        verifies: a run never starts afresh in silence.
         """
         steps = self.steps()
-        for step in reversed(steps):
-            path = self.root / f"{step:08d}"
+        if step is not None and step not in steps:
+            raise Refused(f"no checkpoint of step {step} in {self.root}: it holds {steps or 'none'}")
+        for found in reversed(steps if step is None else [step]):
+            path = self.root / f"{found:08d}"
             try:
-                manifest = verify(path)
-                restored = _load(path / "params", params)
-                return step, restored, None if rest is None else _load(path / "rest", rest), manifest
+                about = _verify_once(path)
+                trees = _trees(params, rest)
+                loaded = {name: _load(path / (weights if name == "params" else name), trees[name]) for name in trees}
+                if rest is not None and "ema" in loaded:
+                    loaded["rest"]["ema"] = loaded["ema"]
+                return found, loaded["params"], loaded.get("rest"), about
             except Damaged as error:
-                then = "" if step == steps[0] else "; trying the one before it"
+                then = "" if step is not None or found == steps[0] else "; trying the one before it"
                 self.warn(f"warning: checkpoint {path} is damaged ({error}){then}")
                 last = error
         if steps:
@@ -103,52 +176,33 @@ class Checkpoints:
         return None
 
 
-def verify(path):
-    """The manifest of a checkpoint whose files all match it; raises Damaged naming one that does not."""
+def _trees(params, rest):
+    """{directory: tree} of a state's two parts."""
+    trees = {"params": params}
+    if rest is not None:
+        trees["rest"] = {key: value for key, value in rest.items() if key != "ema"}
+        trees |= {"ema": rest["ema"]} if "ema" in rest else {}
+    return trees
+
+
+def _metric(path):
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        listed = {name: (int(size), str(digest)) for name, (size, digest) in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged("manifest.json is missing or unreadable") from None
-    for name, (size, digest) in listed.items():
-        file = path / name
-        if not file.is_file():
-            raise Damaged(f"{name} is missing")
-        if file.stat().st_size != size:
-            raise Damaged(f"{name} has {file.stat().st_size} bytes, expected {size}")
-        if _sha256(file) != digest:
-            raise Damaged(f"sha256 of {name} does not match")
-    return manifest
+        return json.loads((path / "manifest.json").read_text())["metric"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
-def write_json(path, value):
-    """Writes JSON atomically and durably."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def lock(workdir):
-    """Takes the working directory's lock; keep the returned file open. Raises Refused when another run holds
-    it.
-    """
-    if Path(workdir).exists() and not Path(workdir).is_dir():
-        raise Refused(f"workdir {workdir}: expected a directory, got a file")
-    try:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        file = open(Path(workdir) / "lock", "a")  # noqa: SIM115
-    except OSError as error:
-        raise Refused(f"workdir {workdir}: {error.strerror}") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise Refused(f"workdir {workdir} is in use by another run") from None
-    return file
+def _verify_once(path):
+    """The manifest of a checkpoint that process 0 verified, for all of them."""
+    damage = None
+    if distributed.first():
+        try:
+            verify(path)
+        except Damaged as error:
+            damage = error
+    if distributed.agree(damage is not None):
+        raise damage or Damaged("process 0 found it so")
+    return json.loads((path / "manifest.json").read_text())
 
 
 def check_config(workdir, config):
@@ -201,17 +255,5 @@ def _first_line(error):
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
-def _digests(root):
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    return {str(p.relative_to(root)): [p.stat().st_size, _sha256(p)] for p in files}
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(directory):
-    descriptor = os.open(directory, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def _reason(error):
+    return "no space left on the disk" if "No space left" in str(error) else _first_line(error)

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from seqmix.models import LM
 from seqmix.tasks import MQAR
 
-SCHEDULES = ("cosine", "wsd")
+SCHEDULES = ("cosine", "wsd", "linear", "constant")
+OPTIMIZERS = ("adamw", "muon")
+METRICS = ("val_loss", "loss")
+FAILURES = ("stop", "warn")
 LIMIT = 2**31
 
 
@@ -33,7 +36,7 @@ def _integers(section, owner, least, *names):
 def _number(section, owner, name, expected, ok):
     value = getattr(owner, name)
     real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    _require(real and ok(value), f"{section}.{name}", expected, value)
+    _require(real and ok(value), f"{section}.{name}".lstrip("."), expected, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +89,12 @@ class Synthetic:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW and its schedule."""
+    """The optimiser and its schedule."""
 
     peak_lr: float  # learning rate after the warmup, positive
+    kind: str = "adamw"  # adamw, or muon (Muon for matrices, AdamW for the rest)
     warmup: int = 0  # steps of linear rise to it
-    schedule: str = "cosine"  # after the warmup: cosine, or wsd (constant, then linear decay)
+    schedule: str = "cosine"  # after the warmup: cosine, linear, constant, or wsd (constant, then linear decay)
     decay_steps_fraction: float = 0.2  # wsd: share of the run that decays, in (0, 1]
     end_lr_ratio: float = 0.1  # the last learning rate over the peak, in [0, 1]
     b1: float = 0.9  # decay of the first moment, in [0, 1)
@@ -99,19 +103,24 @@ class Optim:
     weight_decay: float = 0.1  # decoupled, times the learning rate; at least 0
     clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     accumulate: int = 1  # microbatches of a step, a divisor of data.batch_size
+    ema: float = 0.0  # decay per step of the averaged weights that evaluation reads, in [0, 1); 0: no average
+    spike_sigma: float = 0.0  # a step whose loss lies so many deviations above the recent mean is skipped; 0: none
+    spike_window: int = 64  # losses that the mean and deviation are of, at least 2
 
     def __post_init__(self):
+        _require(self.kind in OPTIMIZERS, "optim.kind", " or ".join(OPTIMIZERS), self.kind)
         _require(self.schedule in SCHEDULES, "optim.schedule", " or ".join(SCHEDULES), self.schedule)
         for name in ("peak_lr", "eps"):
             _number("optim", self, name, "a positive number", lambda x: x > 0)
-        for name in ("weight_decay", "clip"):
+        for name in ("weight_decay", "clip", "spike_sigma"):
             _number("optim", self, name, "a number of at least 0", lambda x: x >= 0)
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "ema"):
             _number("optim", self, name, "a number in [0, 1)", lambda x: 0 <= x < 1)
         _number("optim", self, "end_lr_ratio", "a number in [0, 1]", lambda x: 0 <= x <= 1)
         _number("optim", self, "decay_steps_fraction", "a number in (0, 1]", lambda x: 0 < x <= 1)
         _integers("optim", self, 0, "warmup")
         _integers("optim", self, 1, "accumulate")
+        _integers("optim", self, 2, "spike_window")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,11 +157,41 @@ class Checkpoint:
     """Saving; the last step is always saved."""
 
     every: int = 100  # steps between checkpoints; 0: only at the end and when stopped
-    keep: int = 2  # checkpoints that stay
+    keep: int = 2  # newest checkpoints that stay
+    keep_every: int = 0  # checkpoints of multiples of this step stay too; 0: none
+    keep_best: int = 0  # so many with the lowest metric stay too; each save then evaluates
+    metric: str = "val_loss"  # of keep_best: val_loss, or loss (of the training step)
+    background: bool = True  # write while training goes on
+    on_failure: str = "stop"  # when one cannot be written: stop, or warn and train on (the last one always stops)
 
     def __post_init__(self):
-        _integers("checkpoint", self, 0, "every")
+        _integers("checkpoint", self, 0, "every", "keep_every", "keep_best")
         _integers("checkpoint", self, 1, "keep")
+        _require(self.metric in METRICS, "checkpoint.metric", " or ".join(METRICS), self.metric)
+        _require(self.on_failure in FAILURES, "checkpoint.on_failure", " or ".join(FAILURES), self.on_failure)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distributed:
+    """The processes of a run. Slurm's srun and Open MPI's mpirun are noticed; elsewhere all three are given."""
+
+    coordinator: str | None = None  # host:port that process 0 listens on
+    processes: int | None = None  # how many there are
+    process: int | None = None  # which of them this one is, from 0
+    heartbeat: int = 30  # seconds of silence after which a process counts as dead
+
+    def __post_init__(self):
+        given = [name for name in ("coordinator", "processes", "process") if getattr(self, name) is not None]
+        missing = [name for name in ("coordinator", "processes", "process") if getattr(self, name) is None]
+        if not given:
+            _integers("distributed", self, 1, "heartbeat")
+            return
+        _require(not missing, f"distributed.{given[0]}", f"distributed.{' and '.join(missing)} beside it", "none")
+        ok = re.fullmatch(r"\S+:\d+", self.coordinator)
+        _require(ok, "distributed.coordinator", "host:port", self.coordinator)
+        _integers("distributed", self, 1, "processes", "heartbeat")
+        _integers("distributed", self, 0, "process")
+        _require(self.process < self.processes, "distributed.process", f"below {self.processes}", self.process)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,15 +205,23 @@ class Train:
     mesh: Mesh = Mesh()
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
+    distributed: Distributed = Distributed()
     steps: int  # updates in all, at least 1
     seed: int = 0  # of the weights and of dropout-like noise, in [0, 2**31)
     log_every: int = 10  # steps between lines of progress; the curves have every step
     sample_prompt: str = ""  # text that the sample at the end continues
     sample_tokens: int = 128  # tokens of the sample; 0: no sample
+    watchdog: float = 600.0  # seconds without a step after which stacks are dumped and the run ends; 0: no limit
+    profile: tuple[int, int] | None = None  # first and last step of a jax.profiler trace in WORKDIR/profile
+    wandb: str | None = None  # project of Weights & Biases that the curves go to as well
 
     def __post_init__(self):
         _require(re.fullmatch(r"\w[\w.-]*", self.name), "name", "letters, digits, '_', '-', '.'", self.name)
         _integers("", self, 1, "steps", "log_every")
         _integers("", self, 0, "seed", "sample_tokens")
+        _number("", self, "watchdog", "a number of at least 0", lambda x: x >= 0)
+        if self.profile is not None:
+            ok = len(self.profile) == 2 and all(map(_whole, self.profile)) and 1 <= self.profile[0] <= self.profile[1]
+            _require(ok, "profile", "two steps, first and last", self.profile)
         rows, count = self.data.batch_size, self.optim.accumulate
         _require(rows % count == 0, "optim.accumulate", f"a divisor of data.batch_size {rows}", count)

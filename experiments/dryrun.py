@@ -1,4 +1,4 @@
-"""What a config would train, without allocating it: parameters, FLOPs, memory, shardings."""
+"""What a config would train, without allocating it: parameters, FLOPs, memory, shardings, data."""
 
 import dataclasses
 import math
@@ -6,14 +6,18 @@ import math
 import jax
 import jax.numpy as jnp
 
-from experiments import loop, progress
+from experiments import data, loop, progress
 from seqmix.core import param
 
 
 def show(cfg):
-    """Prints the tables of a dry run; the last line of stdout is `params=<int>`."""
+    """Prints the tables of a dry run; the last line of stdout is `params=<int>`. Raises ValueError for what a run
+    would refuse, but for a mesh of more devices than there are here, which it says.
+    """
     model, tree = cfg.model, cfg.model.params()
     sizes, mesh = _mesh(cfg)
+    align = math.lcm(*(mixer.align for mixer in model.period))
+    dataset = data.load(cfg.data, model.vocab, align, all(mixer.packable for mixer in model.period))
     laid = param.shardings(tree, mesh)  # refuses what cannot be laid out, before anything is printed
     rows = [(name, f"{count:,}") for name, count in model.parts().items()]
     total = param.count(tree)
@@ -32,6 +36,10 @@ def show(cfg):
     _memory(cfg, tree, sizes, laid)
     columns, where = ("weight", "shape", "axes", "partition"), ", ".join(f"{k}={v}" for k, v in sizes.items())
     progress.table(f"Shardings on mesh {where}", columns, _shardings(tree, laid), left=4)
+    print(f"data: {dataset.summary}")
+    need, here = math.prod(sizes.values()), jax.device_count()
+    short = "" if need <= here else "; a run here would be refused"
+    print(f"devices: the mesh takes {need}, this machine has {here}{short}")
     print(f"params={total}", flush=True)
 
 

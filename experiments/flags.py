@@ -15,13 +15,14 @@ import importlib
 import inspect
 import io
 import operator
+import sys
 import types
 import typing
 from pathlib import Path
 
 import tyro
 
-from experiments import serialize
+from experiments import cli, serialize
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OWN = ("config", "workdir", "dry-run", "allow-data-change", "help")  # flags beside the config's fields
@@ -87,7 +88,29 @@ def _change(cfg, given, also=()):
         if flag not in known:
             raise ValueError(_unknown(flag, known, also))
         changes[tuple(flag.replace("-", "_").split("."))] = _value(flag, _text(flag, text), known[flag])
-    return _replace(cfg, changes) if changes else cfg
+    try:
+        return _replace(cfg, changes) if changes else cfg
+    except ValueError as error:
+        raise ValueError(named(error, cfg)) from None
+
+
+def named(error, cfg=None):
+    """What an error says, with the flag `--optim.peak-lr` for a leading field `optim.peak_lr` of `cfg`, or for
+    leading `model: d_model`.
+    """
+    fields = [] if cfg is None else [name for name, _ in _leaves(cfg)]
+    flag, parts = "", str(error).split(": ")
+    while len(parts) > 1:
+        longer = f"{flag}.{parts[0]}".removeprefix(".").replace("_", "-")
+        if longer not in fields and not any(name.startswith(f"{longer}.") for name in fields):
+            break
+        flag, parts = longer, parts[1:]
+    return ": ".join([f"--{flag}", *parts] if flag else parts)
+
+
+def fail(message, code=2):
+    """Ends the process with one line; `error: ` comes first."""
+    sys.exit(cli.refuse(message, code))
 
 
 def split(argv):

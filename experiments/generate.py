@@ -136,13 +136,13 @@ def prompt_ids(tokenizer, text):
 
 
 def load(workdir, warn):
-    """(Train config, params) of the newest good checkpoint in a working directory, on one device."""
+    """(Train config, weights, averaged if the run averages them) of the newest good checkpoint, on one device."""
     return restore(workdir, warn)[:2]
 
 
 def restore(workdir, warn, step=None):
-    """(Train config, params, step) of a checkpoint in a working directory, on one device; step None: of the newest
-    good one.
+    """(Train config, weights, step) of a checkpoint in a working directory, on one device, the averaged weights if the
+    run averages them; step None: of the newest good one.
     """
     from experiments import checkpoint
     from seqmix.core import param
@@ -157,11 +157,10 @@ def restore(workdir, warn, step=None):
     steps = saved.steps()
     if not steps:
         raise checkpoint.Refused(f"workdir {workdir} has no checkpoint yet")
-    if step is not None:
-        if step not in steps:
-            raise checkpoint.Refused(f"workdir {workdir} has no checkpoint {step}, only {', '.join(map(str, steps))}")
-        saved.steps = lambda: [step]
-    step, params, *_ = saved.restore(abstract)
+    if step is not None and step not in steps:
+        raise checkpoint.Refused(f"workdir {workdir} has no checkpoint {step}, only {', '.join(map(str, steps))}")
+    weights = "ema" if cfg.optim.ema else "params"
+    step, params, *_ = saved.restore(abstract, weights=weights, step=step)
     return cfg, params, step
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import optim
+from experiments import distributed, optim, spikes
 from seqmix.core import flops, param, sharding
 
 
@@ -44,8 +44,9 @@ def make_mesh(cfg):
 class Trainer:
     """The state's abstract form and shardings, and the compiled functions over it.
 
-    State: {"params", "opt_state", "step" int32, "rng" key data}. The randomness of a step is fold_in(rng,
-    step).
+    State: {"params", "opt_state", "step" int32, "rng" key data}, with optim.ema "ema" (averaged weights), with
+    optim.spike_sigma "spikes" {"losses" [spike_window], "seen", "skipped"}. The randomness of a step is
+    fold_in(rng, step).
     """
 
     def __init__(self, cfg, mesh):
@@ -81,14 +82,18 @@ class Trainer:
                 return jax.device_put(self._init(), self.shardings)
             return jax.jit(self._init, out_shardings=self.shardings)()
 
-    def put(self, batch):
+    def put(self, batch, stopping=False):
         """A host batch on the mesh: rows over the data axes, time over the context axis."""
 
         def place(x):
             spec = sharding.spec(("batch", "time"), x.shape, self.mesh)
-            return jax.device_put(x, NamedSharding(self.mesh, spec))
+            return distributed.place(x, NamedSharding(self.mesh, spec))
 
-        return {key: place(value) for key, value in batch.items()}
+        placed = {key: place(value) for key, value in batch.items() if key != "documents"}
+        if distributed.several():  # each device says whether its process was asked to stop; the step adds them up
+            flags = np.full(self.mesh.devices.size, stopping, np.int32)
+            placed["stop"] = distributed.place(flags, NamedSharding(self.mesh, PartitionSpec(sharding.MESH_AXES)))
+        return placed
 
     def compile_step(self, state, batch):
         """(state, batch) -> (state, metrics), compiled; the state is donated."""
@@ -97,33 +102,40 @@ class Trainer:
         with sharding.use_mesh(self.mesh):
             return step.lower(state, batch).compile()
 
-    def evaluate(self, params, dataset, batches):
+    def evaluate(self, params, dataset, batches, beat=lambda: None):
         """Means over so many validation batches (0: all): {"loss", "tokens"} with "bits_per_byte" for text, with
-        "accuracy/<pairs>" for each kind of row of a task.
+        "accuracy/<pairs>" for each kind of row of a task; `beat` is called after each.
         """
         if self._eval is None:
-            self._eval = jax.jit(self._answers if dataset.pairs else self._nll)
-        sums = 0
+            sums = self._answers if dataset.pairs else self._nll
+            self._eval = jax.jit(sums, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        total = 0
         for batch in dataset.val_batches(batches):
             with sharding.use_mesh(self.mesh):
-                sums = sums + np.array(self._eval(params, self.put(batch)), np.float64)
-        loss = float(sums[0] / sums[1])
-        result = {"loss": loss, "tokens": float(sums[1])}
+                total = total + np.array(self._eval(params, self.put(batch)), np.float64)
+            beat()
+        loss = float(total[0] / total[1])
+        result = {"loss": loss, "tokens": float(total[1])}
         if not dataset.pairs:
             return result | {"bits_per_byte": loss / math.log(2) / dataset.bytes_per_token}
-        shares = sums[2:].reshape(2, -1)
+        shares = total[2:].reshape(2, -1)
         return result | {f"accuracy/{n}": float(a) for n, a in zip(dataset.pairs, shares[0] / shares[1], strict=True)}
 
     def _init(self):
         key = jax.random.key(self.cfg.seed)
         params = param.materialise(self.tree, key)
         trainable, _ = optim.split(params, self.mask)
-        return {
+        state = {
             "params": params,
             "opt_state": self.transform.init(trainable),
             "step": jnp.zeros((), jnp.int32),
             "rng": jax.random.key_data(jax.random.fold_in(key, 1)),
         }
+        if self.cfg.optim.ema:
+            state["ema"] = jax.tree.map(jnp.copy, params)
+        if self.cfg.optim.spike_sigma:
+            state["spikes"] = spikes.init(self.cfg.optim)
+        return state
 
     def _shardings(self):
         replicated = NamedSharding(self.mesh, PartitionSpec())
@@ -131,9 +143,16 @@ class Trainer:
         trainable, _ = optim.split(param.abstract(self.tree), self.mask)
         laid, _ = optim.split(params, self.mask)
         moments = optim.state_shardings(self.transform, trainable, laid, replicated)
-        return {"params": params, "opt_state": moments, "step": replicated, "rng": replicated}
+        laid = {"params": params, "opt_state": moments, "step": replicated, "rng": replicated}
+        if self.cfg.optim.ema:
+            laid["ema"] = params
+        if self.cfg.optim.spike_sigma:
+            laid["spikes"] = jax.tree.map(lambda _: replicated, spikes.init(self.cfg.optim))
+        return laid
 
     def _step(self, state, batch):
+        batch = dict(batch)
+        stop = batch.pop("stop", None)
         trainable, frozen = optim.split(state["params"], self.mask)
         rng = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
 
@@ -142,14 +161,28 @@ class Trainer:
 
         loss, metrics, grads = optim.accumulated(loss_fn, trainable, batch, rng, self.cfg.optim.accumulate)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        scalars = {k: v for k, v in metrics.items() if jnp.ndim(v) == 0 and not k.startswith("update/")}
+        scalars |= {"loss": loss, "grad_norm": norm, "lr": self.lr(state["step"])}
+        keep = jnp.isfinite(loss) & jnp.isfinite(norm)
+        rest = {"step": state["step"] + 1, "rng": state["rng"]}
+        if "spikes" in state:
+            spiked, rest["spikes"] = spikes.judge(state["spikes"], loss, self.cfg.optim.spike_sigma)
+            keep &= ~spiked
+            scalars["skipped"] = rest["spikes"]["skipped"]
+            scalars["lr"] = self.lr(state["step"] - state["spikes"]["skipped"])
+        if stop is not None:
+            scalars["stop"] = jnp.sum(stop)
         updates, moments = self.transform.update(grads, state["opt_state"], trainable)
         params = _write(optim.join(optax.apply_updates(trainable, updates), frozen), metrics)
         new = {"params": params, "opt_state": moments}
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, {key: state[key] for key in new})
-        new |= {"step": state["step"] + 1, "rng": state["rng"]}
-        scalars = {k: v for k, v in metrics.items() if jnp.ndim(v) == 0 and not k.startswith("update/")}
-        return new, {**scalars, "loss": loss, "grad_norm": norm, "lr": self.lr(state["step"])}
+        if "ema" in state:
+            new["ema"] = jax.tree.map(self._average, state["ema"], params, self.mask)
+        new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, {key: state[key] for key in new})
+        return new | rest, scalars
+
+    def _average(self, mean, weight, trained):
+        decay = self.cfg.optim.ema
+        return (decay * mean + (1 - decay) * weight).astype(weight.dtype) if trained else weight
 
     def _loss(self, params, batch, rng=None):
         where = self._where(batch)

@@ -1,10 +1,12 @@
-"""The optimiser: decoupled AdamW driven by what each `Param` says of itself, and the accumulated gradient.
+"""The optimiser: decoupled AdamW or Muon, driven by what each `Param` says of itself, and the accumulated gradient.
 
-update = -lr(step) * lr_scale * (m_hat / (sqrt(v_hat) + eps) + weight_decay * decay * w)
+adamw:  update = -lr(step) * lr_scale * (m_hat / (sqrt(v_hat) + eps) + weight_decay * decay * w)
+muon:   for matrices m_hat / (sqrt(v_hat) + eps) becomes 0.2 sqrt(max(inputs, outputs)) * orthogonalised(m)
 
-Loshchilov & Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101. Weights that are not trainable
-have no gradient, no moments and no update. The trees of trainable and of frozen weights have the shape of the
-whole one, with None where the other has the leaf.
+Loshchilov & Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101. Liu et al., "Muon is Scalable for
+LLM Training", arXiv 2502.16982, whose factor makes AdamW's learning rate and weight decay serve. Weights that are
+not trainable have no gradient, no moments and no update. The trees of trainable and of frozen weights have the
+shape of the whole one, with None where the other has the leaf.
 """
 
 import math
@@ -12,31 +14,32 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from seqmix.core import param
 
 
 def schedule(optim, steps):
-    """The learning rate as a function of the step (0-based): linear warmup, then cosine or WSD.
+    """The learning rate as a function of the number of updates before (0-based): linear warmup, then a named form.
 
-    cosine: peak to end_lr_ratio * peak over the rest of the run. wsd: constant at the peak, then linear to
-    end_lr_ratio * peak over the last decay_steps_fraction of the run (Hu et al., arXiv 2404.06395).
+    cosine, linear: from the peak to end_lr_ratio * peak over the rest of the run. constant: the peak. wsd: constant,
+    then linear to end_lr_ratio * peak over the last decay_steps_fraction of the run (Hu et al., arXiv 2404.06395).
     """
-    if optim.schedule not in ("cosine", "wsd"):
-        raise ValueError(f"optim.schedule: expected 'cosine' or 'wsd', got {optim.schedule!r}")
+    if optim.schedule not in ("cosine", "wsd", "linear", "constant"):
+        raise ValueError(f"optim.schedule: expected cosine, wsd, linear or constant, got {optim.schedule!r}")
     peak, low = optim.peak_lr, optim.peak_lr * optim.end_lr_ratio
     warmup = min(optim.warmup, steps)
 
     def lr(step):
         step = jnp.asarray(step, jnp.float32)
         rising = peak * (step + 1) / max(warmup, 1)
-        if optim.schedule == "cosine":
-            done = jnp.clip((step - warmup) / max(steps - warmup, 1), 0, 1)
-            after = low + (peak - low) * 0.5 * (1 + jnp.cos(math.pi * done))
-        else:
-            length = max(optim.decay_steps_fraction * steps, 1)
-            done = jnp.clip((step - (steps - length)) / length, 0, 1)
-            after = peak + (low - peak) * done
+        length = max(steps - warmup, 1) if optim.schedule != "wsd" else max(optim.decay_steps_fraction * steps, 1)
+        begin = warmup if optim.schedule != "wsd" else steps - length
+        done = jnp.clip((step - begin) / length, 0, 1)
+        after = {
+            "cosine": low + (peak - low) * 0.5 * (1 + jnp.cos(math.pi * done)),
+            "constant": jnp.full_like(done, peak),
+        }.get(optim.schedule, peak + (low - peak) * done)
         return jnp.where(step < warmup, rising, after)
 
     return lr
@@ -60,13 +63,52 @@ def optimizer(optim, steps, tree):
     decay, _ = split(param.decay_mask(tree), mask)
     scales, _ = split(param.lr_scales(tree), mask)
     clip = optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity()
+    direction = optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps, mu_dtype=jnp.float32)
     return optax.chain(
         clip,
-        optax.scale_by_adam(b1=optim.b1, b2=optim.b2, eps=optim.eps, mu_dtype=jnp.float32),
+        _muon_or(direction, tree) if optim.kind == "muon" else direction,
         optax.add_decayed_weights(optim.weight_decay, mask=decay),
         optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)),
         optax.scale_by_learning_rate(schedule(optim, steps)),
     )
+
+
+def matrix(p):
+    """The optax MuonDimensionNumbers of a `Param` that is a matrix from inputs to outputs, else None.
+
+    Every dimension of one has a logical name, none of them that of a vocabulary or a table, weight decay applies,
+    and its leading dimensions multiply to its fan-in. A leading "layers" counts separate matrices.
+    """
+    skip = int(p.axes[:1] == ("layers",))
+    shape, axes = p.shape[skip:], p.axes[skip:]
+    if len(shape) < 2 or not p.decay or None in axes or {"vocab", "table"} & set(axes):
+        return None
+    for inputs in range(1, len(shape)):
+        if math.prod(shape[:inputs]) == (p.fan_in or shape[0]):
+            numbers = [tuple(range(skip, skip + inputs)), tuple(range(skip + inputs, skip + len(shape)))]
+            return optax.contrib.MuonDimensionNumbers(*numbers)
+    return None
+
+
+def _muon_or(otherwise, tree):
+    """Muon's direction for the matrices among trainable weights, `otherwise` for the rest."""
+    mask = param.trainable_mask(tree)
+    numbers = param.map_params(matrix, tree)
+    is_leaf = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
+    label = lambda found: "matrix" if found else "other"
+    labels, _ = split(jax.tree.map(label, numbers, is_leaf=is_leaf), mask)
+    hide = lambda keep, found: (found or optax.MaskedNode()) if keep else None
+    numbers = jax.tree.map(hide, mask, numbers, is_leaf=lambda x: x is None)
+
+    def rms(update, found):
+        sides = [math.prod(update.shape[i] for i in axes) for axes in (found.reduction_axis, found.output_axis)]
+        return 0.2 * math.sqrt(max(sides)) * update
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(mu_dtype=jnp.float32, weight_dimension_numbers=lambda _: numbers),
+        optax.stateless(lambda updates, _: jax.tree.map(rms, updates, numbers)),
+    )
+    return optax.partition({"matrix": muon, "other": otherwise}, labels)
 
 
 def state_shardings(transform, trainable, shardings, replicated):
@@ -75,8 +117,14 @@ def state_shardings(transform, trainable, shardings, replicated):
     `trainable` and `shardings` are the trainable parts of the abstract weights and of their shardings.
     """
     state = jax.eval_shape(transform.init, trainable)
+    masked = lambda x: isinstance(x, optax.MaskedNode)  # a weight that this part of the optimiser passes over
     return optax.tree_utils.tree_map_params(
-        transform, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: replicated
+        transform,
+        lambda held, sharding: held if masked(held) else sharding,
+        state,
+        shardings,
+        transform_non_params=lambda _: replicated,
+        is_leaf=masked,
     )
 
 

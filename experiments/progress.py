@@ -17,13 +17,22 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+_muted = False  # process 0 alone speaks for a run
+
+
+def mute():
+    """Ends what this process shows."""
+    global _muted
+    _muted = True
+
 
 class Curves:
-    """Appends records to metrics.jsonl and TensorBoard."""
+    """Appends records to metrics.jsonl and TensorBoard, and to `also` (an object with write and close)."""
 
-    def __init__(self, workdir, start):
+    def __init__(self, workdir, start, also=None):
         from tensorboardX import SummaryWriter
 
+        self.also = also
         self.path = Path(workdir) / "metrics.jsonl"
         truncate(self.path, start)
         self.file = open(self.path, "a")  # noqa: SIM115
@@ -35,6 +44,12 @@ class Curves:
         for key, value in record.items():
             if key not in ("kind", "step") and isinstance(value, (int, float)):
                 self.board.add_scalar(f"{record['kind']}/{key}", value, record["step"])
+        if self.also:
+            self.also.write(record)
+
+    def show(self):
+        """Lets other processes read what was written."""
+        self.file.flush()
 
     def flush(self):
         """Makes what was written durable (called before a checkpoint is)."""
@@ -47,6 +62,27 @@ class Curves:
         self.flush()
         self.file.close()
         self.board.close()
+        if self.also:
+            self.also.close()
+
+
+class NoCurves:
+    """What the other processes of a run have in place of Curves."""
+
+    def write(self, record):
+        """Nothing."""
+
+    show = flush = close = lambda self: None
+
+
+def last_logged(workdir):
+    """The last step that metrics.jsonl holds; 0 where there is none."""
+    path = Path(workdir) / "metrics.jsonl"
+    last = 0
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            last = max(last, int(json.loads(line)["step"]))
+    return last
 
 
 def truncate(path, step):
@@ -75,7 +111,7 @@ class Progress:
     def __init__(self, steps, start, flops_per_step=None, peak=None):
         self.steps, self.flops, self.peak = steps, flops_per_step, peak
         self.console = Console(stderr=True)
-        self.live = sys.stderr.isatty()
+        self.live = sys.stderr.isatty() and not _muted
         self.time, self.step = time.monotonic(), start
         self.bar = None
         if self.live:
@@ -112,7 +148,7 @@ class Progress:
         if self.bar:
             self.bar.update(self.task, completed=step, text=text)
         else:
-            print(f"step {step}/{self.steps}  {text}", file=sys.stderr, flush=True)
+            say(f"step {step}/{self.steps}  {text}")
         self.restart_clock(step)
         return speed
 
@@ -121,7 +157,7 @@ class Progress:
         if self.bar:
             self.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def close(self):
         """Ends the live line; may be called twice."""
@@ -165,7 +201,8 @@ def peak_memory():
 
 def say(text):
     """A line on stderr, for phases outside the loop."""
-    print(text, file=sys.stderr, flush=True)
+    if not _muted:
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

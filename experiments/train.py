@@ -4,24 +4,20 @@
 The default workdir is runs/NAME. The same command resumes: on the CPU a run that was killed and restarted has
 the losses of an unbroken one to the bit, because batch i and the randomness of step i depend on i alone.
 
-Exit codes: 0 done; 1 the training failed (a loss that is not finite, a full disk); 2 a mistake in the command
-or its inputs (one line `error: ...`); 75 stopped by SIGTERM or SIGINT, after saving if a step was made since
-the last checkpoint: resumable, run the same command. A second signal does not wait for the save.
+Exit codes: 0 done; 1 the training failed (a loss that is not finite, a full disk, a process that died or hangs);
+2 a mistake in the command or its inputs (one line `error: ...`); 75 stopped by SIGTERM or SIGINT, after saving if a
+step was made since the last checkpoint: resumable, run the same command. A second signal does not wait for the
+save. `docs/faults.md` lists what can happen to a run and what it costs.
 """
 
-import functools
+import contextlib
+import dataclasses
 import math
-import os
-import signal
-import sys
-import threading
+import typing
 from pathlib import Path
 
 from absl import app, logging
 from absl import flags as absl_flags
-
-STOPPED = 75
-RESUMABLE = f"stopped, resumable: run the same command (exit code {STOPPED})"
 
 
 def prepare(cfg, workdir, allow_data_change=False):
@@ -47,7 +43,7 @@ def prepare(cfg, workdir, allow_data_change=False):
 
     if not trainer.packs:
         progress.say("warning: a mixer of this model cannot pack, so the documents of a row see each other")
-    saved = checkpoint.Checkpoints(workdir, cfg.checkpoint.keep, warn=progress.say)
+    saved = checkpoint.Checkpoints(workdir, cfg.checkpoint, warn=progress.say)
     restored = saved.restore(trainer.params, trainer.rest)
     if restored is None:
         with progress.phase("initialising the weights"):
@@ -58,135 +54,199 @@ def prepare(cfg, workdir, allow_data_change=False):
     return trainer, dataset, saved, start, {"params": params, **rest}, config
 
 
-def train(cfg, workdir, prepared, stop):
+@dataclasses.dataclass
+class Run:
+    """What the loop and its hooks share."""
+
+    cfg: typing.Any
+    workdir: Path
+    trainer: typing.Any
+    dataset: typing.Any
+    saved: typing.Any
+    curves: typing.Any
+    clock: typing.Any
+    watchdog: typing.Any
+    stop: typing.Any
+    meta: dict  # what each checkpoint's manifest says of data and config
+
+
+def train(cfg, workdir, prepared, stop, clock):
     """Steps to the end and reports, or saves and stops when asked; returns the exit code."""
-    from experiments import checkpoint, finish, progress
+    from experiments import checkpoint, distributed, files, finish, process, progress
+    from experiments import clock as clocks
 
     trainer, dataset, saved, start, state, config = prepared
-    saved.clean()
-    checkpoint.write_json(Path(workdir) / "config.json", config)
-    checkpoint.write_json(Path(workdir) / "data.json", dataset.identity.record())
-    curves = progress.Curves(workdir, start)
-    save = functools.partial(_save, saved, {"fingerprint": dataset.fingerprint, "config": config})
-    state, done = _loop(cfg, trainer, dataset, state, start, curves, save, stop)
-    if not done:
-        curves.close()
-        progress.say(RESUMABLE)
-        return STOPPED
-    finish.finish(cfg, workdir, trainer, dataset, state["params"], curves)
+    starts, curves = (1, 0), progress.NoCurves()
+    if distributed.first():
+        also = _wandb(cfg, workdir, config)
+        saved.clean()
+        process.forget(workdir)
+        files.write_json(Path(workdir) / "config.json", config)
+        files.write_json(Path(workdir) / "data.json", dataset.identity.record())
+        starts = clocks.note_start(workdir, start, progress.last_logged(workdir))
+        curves = progress.Curves(workdir, start, also)
+    meta = {"fingerprint": dataset.fingerprint, "config": config}
+    watchdog = process.Watchdog(cfg.watchdog, workdir)
+    run = Run(cfg, Path(workdir), trainer, dataset, saved, curves, clock, watchdog, stop, meta)
+    try:
+        state, done = _loop(run, state, start)
+        if not done:
+            curves.close()
+            progress.say(process.RESUMABLE)
+            return process.STOPPED
+        finish.finish(run, state.get("ema", state["params"]), starts)
+    finally:
+        watchdog.close()
+        if not distributed.several():  # else a peer that is gone would be waited for
+            with contextlib.suppress(checkpoint.NotSaved):
+                saved.wait()
     return 0
 
 
-def _loop(cfg, trainer, dataset, state, start, curves, save, stop):
+def _wandb(cfg, workdir, config):
+    if cfg.wandb is None:
+        return None
+    from experiments.wandb_run import WandbRun
+
+    return WandbRun(cfg.wandb, cfg.name, workdir, config)
+
+
+def _loop(run, state, start):
     """Steps from `start` to cfg.steps; returns (state, whether it got there). Hooks run at boundaries."""
-    import jax
+    from experiments import clock, distributed, progress
 
-    from experiments import progress
-
+    cfg, trainer, stop, spent = run.cfg, run.trainer, run.stop, run.clock
     if start >= cfg.steps:
         return state, True
-    batches = dataset.train_batches(start)
+    batches = run.dataset.train_batches(start)
     batch = trainer.put(next(batches))
-    with progress.phase("compiling the train step"):
+    with progress.phase("compiling the train step"), spent.on("compile"):
         train_step = trainer.compile_step(state, batch)
     shown = progress.Progress(cfg.steps, start, trainer.flops_per_step, trainer.peak)
-    pending = []
+    trace = clock.Trace(cfg.profile, start, run.workdir / "profile")
+    pending, before = [], None
+    run.watchdog.start()
     try:
         for step in range(start + 1, cfg.steps + 1):
-            stop.waits = True  # from here to the next save, a signal waits for one
-            state, metrics = train_step(state, batch)
+            stop.waits = True  # from here on, a signal waits for a save
+            trace.before(step)
+            with spent.on("step"):
+                state, metrics = train_step(state, batch)
+                trace.after(step, metrics)
             pending.append((step, metrics))
-            batch = trainer.put(next(batches)) if step < cfg.steps else None
-            last, stopping = step == cfg.steps, stop.asked
-            evaluates = cfg.eval.every > 0 and step % cfg.eval.every == 0 and not last
-            saves = last or stopping or (cfg.checkpoint.every > 0 and step % cfg.checkpoint.every == 0)
+            if step < cfg.steps:
+                with spent.on("data wait"):
+                    batch = trainer.put(next(batches), stop.asked)
+            with spent.on("step"):
+                stopping, before = _stopping(stop, before), metrics
+            evaluates, saves = _due(cfg, step, stopping)
             if step % cfg.log_every == 0 or evaluates or saves:
-                _log(pending, curves, shown)
+                with spent.on("step"):
+                    loss = _log(run, pending, shown)
+            run.watchdog.beat()
+            metric = loss if saves and cfg.checkpoint.metric == "loss" else None
             if evaluates:
-                record = trainer.evaluate(state["params"], dataset, cfg.eval.batches)
-                curves.write({"kind": "val", "step": step, **record})
-                shown.say(f"step {step}  val  " + "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "tokens"))
+                found = _evaluate(run, step, state, shown)
+                metric = found if cfg.checkpoint.metric == "val_loss" else metric
             if saves:
-                curves.flush()
-                save(step, jax.block_until_ready(state))
-                stop.waits = False
+                _save(run, step, state, metric, required=stopping or step == cfg.steps)
             if evaluates or saves:
                 shown.restart_clock(step)
             if stopping:
                 return state, False
-        return state, not stop.asked
+        return state, distributed.several() or not stop.asked
     finally:
+        trace.close()
         shown.close()
 
 
-def _log(pending, curves, shown):
-    """Fetches the metrics of the pending steps, records each, refuses to go on from a loss that is not
-    finite.
+def _stopping(stop, before):
+    """Whether the run stops after this step. Several processes have to agree, so there the flags that went into
+    the step before decide, which have been added up by now.
+    """
+    from experiments import distributed
+
+    if not distributed.several():
+        return stop.asked
+    return before is not None and int(before["stop"]) > 0
+
+
+def _due(cfg, step, stopping):
+    """(whether to evaluate after this step, whether to save)."""
+    divides = lambda every: every > 0 and step % every == 0
+    last = step == cfg.steps
+    saves = last or divides(cfg.checkpoint.every)
+    compared = saves and cfg.checkpoint.keep_best > 0 and cfg.checkpoint.metric == "val_loss"
+    return (divides(cfg.eval.every) and not last) or compared, saves or stopping
+
+
+def _log(run, pending, shown):
+    """Fetches the metrics of the pending steps and records each; returns the last loss. Refuses to go on from a
+    loss that is not finite.
     """
     import jax
 
-    tokens = 0
+    from experiments import batches
+
+    tokens, loss = 0, None
     for step, metrics in jax.device_get(pending):
-        record = {"kind": "train", "step": step, **{key: float(value) for key, value in metrics.items()}}
-        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-            curves.flush()
-            raise FloatingPointError(
-                f"loss {record['loss']}, gradient norm {record['grad_norm']} at step {step} "
-                f"(batch {step - 1}): not saved; the last checkpoint is from before"
-            )
-        curves.write(record)
+        values = {key: float(value) for key, value in metrics.items() if key != "stop"}
+        record, loss = {"kind": "train", "step": step, **values}, values["loss"]
+        if not (math.isfinite(loss) and math.isfinite(values["grad_norm"])):
+            run.curves.flush()
+            raise FloatingPointError(batches.not_finite(run.workdir, run.dataset, step, values))
+        run.curves.write(record)
         tokens += record["tokens"]
     if pending:
-        curves.write({"kind": "speed", "step": step, **shown.update(step, record["loss"], tokens)})
-        curves.file.flush()
+        spoken = shown.update(step, loss, tokens)
+        run.curves.write({"kind": "speed", "step": step, **spoken})
+        run.curves.show()
     pending.clear()
+    return loss
 
 
-def _save(saved, meta, step, state):
+def _evaluate(run, step, state, shown):
+    """Validates, records it and returns the loss."""
+    cfg, weights = run.cfg, state.get("ema", state["params"])
+    with run.clock.on("eval"):
+        record = run.trainer.evaluate(weights, run.dataset, cfg.eval.batches, run.watchdog.beat)
+    run.curves.write({"kind": "val", "step": step, **record})
+    shown.say(f"step {step}  val  " + "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "tokens"))
+    return record["loss"]
+
+
+def _save(run, step, state, metric, required):
+    """Begins a save, or when `required` makes it; a failure raises, or warns if the settings say so."""
+    import jax
+
+    from experiments import checkpoint, progress
+
+    def attempt(action, required):
+        try:
+            action()
+        except checkpoint.NotSaved as error:
+            if required or run.cfg.checkpoint.on_failure == "stop":
+                raise
+            progress.say(f"warning: {error}; training goes on")
+
+    jax.block_until_ready(state)
     rest = {key: value for key, value in state.items() if key != "params"}
-    saved.save(step, state["params"], rest, {**meta, "data_position": step})
-
-
-class Stop:
-    """What SIGTERM and SIGINT do. While `waits`, the first one sets `asked`, which the loop sees after its
-    step; otherwise, and the second time, the process ends at once.
-
-    A thread acts on them, since Python's own handlers do not run while the main thread compiles.
-    """
-
-    def __init__(self):
-        self.asked = self.waits = False
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # the byte in the pipe is what counts
-        threading.Thread(target=self._watch, args=(read,), daemon=True).start()
-
-    def _watch(self, read):
-        while True:
-            number = os.read(read, 1)[0]
-            if number not in (signal.SIGTERM, signal.SIGINT):
-                continue
-            name = signal.Signals(number).name
-            if self.asked or not self.waits:
-                cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # which the live line hides
-                print(f"{cursor}{name}: {RESUMABLE}", file=sys.stderr, flush=True)
-                os._exit(STOPPED)
-            self.asked = True
-            print(f"{name}: saving at the next step", file=sys.stderr, flush=True)
-
-
-def fail(message, code=2):
-    """Ends the process with one line; `error: ` comes first."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
-    sys.exit(code)
+    with run.clock.on("save"):
+        run.curves.flush()
+        attempt(run.saved.wait, required=False)
+        meta = {**run.meta, "data_position": step}
+        attempt(lambda: run.saved.save(step, state["params"], rest, meta, metric), required)
+        if required:
+            attempt(run.saved.wait, required)
+            run.stop.waits = False
 
 
 def main(argv):
     """Entry point behind absl: parses, then trains or prints the dry run."""
-    from experiments import flags
+    from experiments import clock, flags
 
+    spent = clock.Clock()
+    cfg = None
     try:
         cfg, args = flags.parse(argv[1:])
         if args.dry_run:
@@ -194,23 +254,36 @@ def main(argv):
 
             dryrun.show(cfg)
             return 0
+        from experiments import distributed
+
+        distributed.start(cfg.distributed)
     except ValueError as error:
-        fail(error)
-    stop = Stop()
-    from experiments import checkpoint
+        flags.fail(flags.named(error, cfg))
+    from experiments import process, progress
 
     workdir = args.workdir or f"runs/{cfg.name}"
+    if not distributed.first():
+        progress.mute()
+    with process.failing(workdir):
+        return _run(cfg, workdir, args.allow_data_change, process.Stop(), spent)
+
+
+def _run(cfg, workdir, allow_data_change, stop, spent):
+    """Prepares and trains under the workdir's lock; returns the exit code."""
+    from experiments import checkpoint, distributed, flags, process
+
     try:
-        with checkpoint.lock(workdir):
+        with process.lock(workdir) if distributed.first() else contextlib.nullcontext():
             try:
-                prepared = prepare(cfg, workdir, args.allow_data_change)
+                with spent.on("start-up"):
+                    prepared = prepare(cfg, workdir, allow_data_change)
             except ValueError as error:  # while training, one is a bug and keeps its traceback
-                fail(error)
-            return train(cfg, workdir, prepared, stop)
+                flags.fail(flags.named(error, cfg))
+            return train(cfg, workdir, prepared, stop, spent)
     except checkpoint.Refused as error:
-        fail(error)
+        flags.fail(error)
     except (checkpoint.NotSaved, FloatingPointError, OSError) as error:
-        fail(error, code=1)
+        flags.fail(error, code=1)
 
 
 def only_program(argv):

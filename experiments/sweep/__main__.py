@@ -90,7 +90,7 @@ def show(runs):
 
 def launch(own, cfg, workdir, fixed, shared):
     """Does what the flags say; returns the exit code."""
-    from experiments import checkpoint
+    from experiments import process
     from experiments.sweep import emit, local, plan
 
     root = Path(workdir).absolute()
@@ -99,7 +99,7 @@ def launch(own, cfg, workdir, fixed, shared):
         from experiments.sweep import tuner
 
         space = plan.function(own["sweep"], "space")
-        with checkpoint.lock(root):
+        with process.lock(root):
             source = tuner.Trials(space, cfg, root, fixed, int(own["trials"]))
             if "list" in own:
                 show(source.runs())
@@ -129,7 +129,7 @@ def launch(own, cfg, workdir, fixed, shared):
             print(job.job_id)
         print(f"submitted {len(submitted)} of {len(runs)} runs; their logs: {root}/ID/log.txt and {root}/slurm")
         return 0
-    with checkpoint.lock(root):
+    with process.lock(root):
         return local.Local(root, local.Listed(runs), jobs).run()
 
 

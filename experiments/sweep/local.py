@@ -176,10 +176,10 @@ class Local:
             self.finished.append(run)
             shown.say(f"{how} {run.id}  {run.describe()}")
         elif not self.signals:
-            from experiments import checkpoint
+            from experiments import files
 
             reason = _reason(code)
-            checkpoint.write_json(run.workdir / "outcome.json", {"code": code, "reason": reason})
+            files.write_json(run.workdir / "outcome.json", {"code": code, "reason": reason})
             self.failed.append((run, reason))
             shown.say(f"failed {run.id} ({reason})  {run.describe()}")
         if ok or not self.signals:  # a run that was stopped has not ended

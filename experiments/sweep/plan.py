@@ -51,12 +51,12 @@ class Run:
 
     def command(self):
         """What trains it on this machine; writes the config that it names."""
-        from experiments import checkpoint
+        from experiments import files
 
         self.workdir.mkdir(parents=True, exist_ok=True)
         path = self.workdir / "config.json"
         if not path.exists():
-            checkpoint.write_json(path, serialize.to_json(self.cfg))
+            files.write_json(path, serialize.to_json(self.cfg))
         return [sys.executable, "-m", "experiments.train", f"--config={path}", f"--workdir={self.workdir}"]
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import checkpoint, config, data, evaluate, loop, prepare, scoring, serialize
+from experiments import checkpoint, config, data, evaluate, files, loop, prepare, scoring, serialize
 from seqmix.core import param
 from seqmix.mixers.conv.hyena import Hyena
 from seqmix.mixers.dense.attention import Attention
@@ -41,11 +41,12 @@ def tiny(path, *mixers, seq_len=32):
 def saved(workdir, cfg, steps=(10,)):
     """A working directory with checkpoints of random weights, other ones at each step."""
     workdir.mkdir()
-    checkpoint.write_json(workdir / "config.json", serialize.to_json(cfg))
+    files.write_json(workdir / "config.json", serialize.to_json(cfg))
     for step in steps:
         params = param.materialise(cfg.model.params(), jax.random.key(step))
         params = jax.tree.map(lambda x: 3 * x, params)  # far from uniform predictions
-        checkpoint.Checkpoints(workdir).save(step, params, {"step": jnp.int32(step)}, {"fingerprint": "x"})
+        keeper = checkpoint.Checkpoints(workdir, config.Checkpoint(keep=9, background=False))
+        keeper.save(step, params, {"step": jnp.int32(step)}, {"fingerprint": "x"})
     return workdir
 
 
@@ -216,11 +217,11 @@ def test_changed_data_is_said(run, tmp_path, capsys):
     _, cfg = run
     loaded = data.load(cfg.data, 260)
     record, parts = loaded.identity.record(), data.load_sources(cfg.data, data.tokenizers.load("bytes"))[0]
-    checkpoint.write_json(tmp_path / "data.json", record)
+    files.write_json(tmp_path / "data.json", record)
     evaluate._warn_changed(tmp_path, parts)
     assert capsys.readouterr().err == ""
     record["sources"][0][1] = "0" * 64
-    checkpoint.write_json(tmp_path / "data.json", record)
+    files.write_json(tmp_path / "data.json", record)
     evaluate._warn_changed(tmp_path, parts)
     assert "warning: the data is not what the run was trained on" in capsys.readouterr().err
 

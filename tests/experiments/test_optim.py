@@ -24,6 +24,7 @@ BASE = dict(
     weight_decay=0.1,
     clip=0.0,
     accumulate=1,
+    kind="adamw",
 )
 TREE = {
     "kernel": Param((3, 2), ("embed", "mlp")),
@@ -89,8 +90,12 @@ def test_schedules():
     )
     wsd = optim.schedule(settings(schedule="wsd", warmup=10), 100)
     np.testing.assert_allclose([wsd(0), wsd(50), wsd(80), wsd(90), wsd(100)], [0.01, 0.1, 0.1, 0.055, 0.01], rtol=1e-5)
+    linear = optim.schedule(settings(schedule="linear", warmup=10), 110)
+    np.testing.assert_allclose([linear(9), linear(60), linear(85), linear(110)], [0.1, 0.055, 0.0325, 0.01], rtol=1e-5)
+    constant = optim.schedule(settings(schedule="constant", warmup=10), 110)
+    np.testing.assert_allclose([constant(0), constant(9), constant(110)], [0.01, 0.1, 0.1], rtol=1e-6)
     with pytest.raises(ValueError, match="schedule"):
-        optim.schedule(settings(schedule="linear"), 10)
+        optim.schedule(settings(schedule="step"), 10)
 
 
 def test_accumulation_is_the_whole_batch():

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from configs.mqar import mqar
-from experiments import config, flags, lanes, optim, recall, synthetic, train
+from experiments import clock, config, flags, lanes, optim, recall, synthetic, train
 from seqmix import catalog
 from seqmix.core import param
 from seqmix.tasks import MQAR
@@ -42,7 +42,7 @@ def test_training_reports_the_share_of_right_answers(tmp_path, capsys, monkeypat
     cfg, args = flags.parse(["--config=mqar", "--mixer=linear_attention", *TINY, "--eval.every=2", "--eval.batches=1"])
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, final_batches=0))
     stop = type("Never", (), {"asked": False, "waits": False})()
-    assert train.train(cfg, tmp_path, train.prepare(cfg, tmp_path), stop) == 0
+    assert train.train(cfg, tmp_path, train.prepare(cfg, tmp_path), stop, clock.Clock()) == 0
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     final = records[-1]
     assert final["kind"] == "final" and final["tokens"] == 2 * 2 * (1 + 4)
