@@ -182,6 +182,8 @@ def _function(name):
 
 def _arguments(name):
     """The flags that the config's own function takes, as text for the help."""
+    if name not in _names():  # the config.json of a run
+        return ""
     parameters = inspect.signature(_function(name)).parameters.values()
     return ", ".join(f"--{p.name.replace('_', '-')} ({p.default})" for p in parameters)
 

@@ -23,7 +23,7 @@ class Dataset:
             raise ValueError(f"data.task.seq_len: expected a multiple of {align}, got {cfg.seq_len}")
         self.pairs = cfg.task.pairs
         self._seed = cfg.seed
-        self._draw = jax.jit(functools.partial(cfg.task.batch, rows=cfg.batch_size))
+        self._task, self._rows = cfg.task, cfg.batch_size
         task = {f"task.{name}": value for name, value in serialize.to_json(cfg.task).items()}
         self.identity = identity.Identity([], {**task, "batch_size": cfg.batch_size, "seed": cfg.seed})
         self.fingerprint = self.identity.fingerprint
@@ -38,7 +38,7 @@ class Dataset:
         return (self._batch(VAL_SEED, index) for index in range(count or VAL_BATCHES))
 
     def _batch(self, seed, index):
-        drawn = jax.device_get(self._draw(key(seed, index)))
+        drawn = jax.device_get(_draw(self._task, self._rows, np.uint32(seed), index))
         rows, time = drawn["tokens"].shape
         drawn["segment_ids"] = np.ones((rows, time), np.int32)
         drawn["positions"] = np.broadcast_to(np.arange(time, dtype=np.int32), (rows, time))
@@ -48,3 +48,8 @@ class Dataset:
 def key(seed, index):
     """What batch `index` of a stream is drawn from."""
     return jax.random.fold_in(jax.random.key(jnp.uint32(seed)), index)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _draw(task, rows, seed, index):
+    return task.batch(key(seed, index), rows)

@@ -183,7 +183,7 @@ def test_the_program_answers_a_typo_in_one_line():
     for arguments, message in {
         ("--config=mamba2_1B",): "error: --config: unknown config 'mamba2_1B', did you mean 'mamba2_1b'?",
         ("--config=quickstart", "--optim.peek-lr=1"): "error: --optim.peek-lr: unknown field, did you mean",
-        (): "error: --config: expected one of hybrid_1b, mamba2_130m, mamba2_1b, quickstart, transformer_1b",
+        (): "error: --config: expected one of hybrid_1b, mamba2_130m, mamba2_1b, mqar, quickstart, transformer_1b",
     }.items():
         done, seconds = run(*arguments)
         assert done.returncode == 2 and done.stdout == ""

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from experiments import checkpoint, config, data, identity, synthetic, train
+from experiments import config, data, files, identity, synthetic, train
 from seqmix.mixers.dense.attention import Attention
 from seqmix.models import LM
 from seqmix.tasks import MQAR
@@ -85,7 +85,8 @@ def test_a_run_resumes_on_other_data_only_when_told(tmp_path, corpus):
     assert start == 0
     rest = {key: value for key, value in state.items() if key != "params"}
     saved.save(4, state["params"], rest, {"fingerprint": dataset.fingerprint, "config": held})
-    checkpoint.write_json(tmp_path / "config.json", held)
+    saved.wait()
+    files.write_json(tmp_path / "config.json", held)
     recorded(dataset, tmp_path)
     assert train.prepare(cfg, tmp_path)[3] == 4
     other = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, seed=7, seq_len=24))

@@ -19,7 +19,7 @@ TINY = ["--model.d-model=32", "--model.vocab=64", "--data.task.vocab=64", "--dat
 TINY += ["--data.task.pairs=1,4", "--data.batch-size=4", "--steps=4", "--optim.warmup=0", "--mesh.data=1"]
 
 
-def tiny(mixer="linear_attention"):
+def tiny(mixer="base_conv"):
     return flags.parse(["--config=mqar", f"--mixer={mixer}", *TINY])[0]
 
 
@@ -37,9 +37,9 @@ def test_every_mixer_of_the_table_has_a_config_with_equal_matrix_states():
                 assert 0 <= mixer.state_size(128) - 32 * width <= 9 * width + 128, name
 
 
-def test_training_reports_the_share_of_right_answers(tmp_path, capsys, monkeypatch):
+def test_training_reports_the_share_of_right_answers(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(synthetic, "VAL_BATCHES", 2)
-    cfg, args = flags.parse(["--config=mqar", "--mixer=linear_attention", *TINY, "--eval.every=2", "--eval.batches=1"])
+    cfg, args = flags.parse(["--config=mqar", "--mixer=base_conv", *TINY, "--eval.every=2", "--eval.batches=1"])
     cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, final_batches=0))
     stop = type("Never", (), {"asked": False, "waits": False})()
     assert train.train(cfg, tmp_path, train.prepare(cfg, tmp_path), stop, clock.Clock()) == 0
@@ -47,7 +47,7 @@ def test_training_reports_the_share_of_right_answers(tmp_path, capsys, monkeypat
     final = records[-1]
     assert final["kind"] == "final" and final["tokens"] == 2 * 2 * (1 + 4)
     assert 0 <= final["accuracy/4"] <= 1 and "bits_per_byte" not in final
-    assert capsys.readouterr().out.splitlines()[-1] == f"accuracy={final['accuracy/4']:.3f}"
+    assert capfd.readouterr().out.splitlines()[-1] == f"accuracy={final['accuracy/4']:.3f}"
 
 
 def test_the_evaluation_counts_what_the_model_answers_right():
@@ -124,14 +124,14 @@ def test_the_learning_rate_is_chosen_on_validation_and_reported_on_test():
 
 def test_a_cell_is_kept_and_not_computed_again(tmp_path, monkeypatch):
     monkeypatch.setattr(recall, "config", lambda args, mixer, width: dataclasses.replace(tiny(mixer), steps=100))
-    argv = ["--mixers=linear_attention", "--widths=64", "--seeds=0", "--rates=0.01", f"--out={tmp_path}", "--cell"]
+    argv = ["--mixers=base_conv", "--widths=64", "--seeds=0", "--rates=0.01", f"--out={tmp_path}", "--cell"]
     assert recall.main(argv) == 0
-    stored = json.loads((tmp_path / "linear_attention_64.json").read_text())
+    stored = json.loads((tmp_path / "base_conv_64.json").read_text())
     assert len(stored["loss"]) == 1 and stored["steps"] == 100 and stored["state"] > 0
     monkeypatch.setattr(recall, "one", lambda *_: pytest.fail("computed again"))
     assert recall.main(argv) == 0
     args = recall.parse([*argv, "--seeds=1"])
-    assert recall.read(tmp_path, args, "linear_attention", 64) is None
+    assert recall.read(tmp_path, args, "base_conv", 64) is None
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_cell_is_kept_and_not_computed_again(tmp_path, monkeypatch):
         (["--mixers=deltane"], "--mixer: no mixer is called 'deltane'; did you mean 'deltanet'?"),
         (["--widths=65"], "--width: expected a multiple of 64, got 65"),
         (["--seeds="], "--rates, --seeds, --jobs: expected at least one"),
-        (["--batch-size=3"], "data.batch_size: expected a multiple of 2 (pairs), got 3"),
+        (["--batch-size=3"], "--data.batch-size: expected a multiple of 2 (pairs), got 3"),
         (["--steps=150"], "--steps: expected a multiple of 100, got 150"),
     ],
 )
