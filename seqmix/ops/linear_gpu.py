@@ -7,27 +7,16 @@ import functools
 
 import jax
 
-from seqmix.core import sharding
-
-LEAST = 64  # tokens, a chunk of the kernels; below it (decoding) the plain forms read no more than they must
+from seqmix.ops import hopper
 
 
 def unsupported(q, k, v, log_decay, state, runs, *, scale, normalize, causal) -> str | None:
     """Why the kernels cannot run this call here, in a few words; None if they can."""
-    from pallas_kernels import compat
-
-    if not compat.interpreting() and jax.default_backend() != "gpu":
-        return f"needs a Hopper GPU, the default device is a {jax.default_backend()}"
+    reason = hopper.unsupported(q.shape[1])
+    if reason is not None:
+        return reason
     if normalize or not causal:
         return f"has no form for {'normalize' if normalize else 'causal=False'}"
-    if q.shape[1] < LEAST:
-        return f"needs at least {LEAST} tokens, got T={q.shape[1]}"
-    held = sharding.active()
-    devices = jax.device_count() if held is None else held[0].size
-    if devices > 1 and not compat.interpreting():
-        return f"is not yet cut over a mesh, and this one has {devices} devices"
-    if compat.unavailable() is not None:
-        return compat.unavailable()
     from pallas_kernels.linear_attention import gpu
 
     return gpu.supports(q, k, v, log_decay, state, runs, scale=scale)
