@@ -195,6 +195,14 @@ def vector(*shape, dtype=jnp.float32):
     return gpu().SMEM(shape, dtype)
 
 
+def unhoisted(ref, step):
+    """ref[0] of a buffer [1, ...], at an address that the compiler cannot compute before the loop over step >= 0.
+
+    Before the loop it computes every address and descriptor that a buffer's tiles need, and keeps them in registers.
+    """
+    return ref.at[jnp.minimum(step, 0)]
+
+
 def barrier(arrivals):
     return gpu().Barrier(num_arrivals=arrivals)
 
@@ -218,7 +226,7 @@ def pipeline(body, *, steps, specs, stages, warpgroups, around):
         body,
         grid=(steps,),
         in_specs=specs,
-        memory_registers=40,
+        memory_registers=24,
         max_concurrent_steps=min(stages, steps),
         wg_axis="warpgroup",
         num_compute_wgs=warpgroups,

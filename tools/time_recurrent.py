@@ -56,7 +56,7 @@ def ssd(key, b, t):
 
 def run_ssd(x, dt, a, b, c, **options):
     dt = dt.astype(jnp.float32)
-    return ops.linear_attention(c, b, (x * dt[..., None]).astype(x.dtype), dt * a, **options)[0]
+    return ops.linear_attention(c, b, x, dt * a, write=dt, **options)[0]
 
 
 def run_attention(q, k, v, g, **options):
