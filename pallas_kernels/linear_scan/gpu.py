@@ -24,7 +24,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels import compat
 
 LOG2_E = math.log2(math.e)
-CHANNELS = 256  # of a thread block; 128 where these do not divide the width
+CHANNELS = 256  # of a thread block; 128 where these do not divide the width, or are all of it
+LEAST_WIDTH = 256
 UNROLL = 8  # tokens whose tiles are read before the recurrence goes through them
 BLOCKS = 264  # thread blocks that an H100 or H200 holds at once, two to a multiprocessor
 ENOUGH = 100  # thread blocks with which time is not cut: cutting reads the inputs twice
@@ -52,8 +53,8 @@ def supports(x, log_a, state=None, *, capability=None) -> str | None:
             return f"needs bfloat16 or float32, got {name} of {array.dtype}"
     if x.ndim != 3 or x.shape != log_a.shape or 0 in x.shape:
         return f"needs x and log_a of one shape [B, T, D], got {x.shape}, {log_a.shape}"
-    if x.shape[2] % 128:
-        return f"needs a width that is a multiple of 128, got D={x.shape[2]}"
+    if x.shape[2] % 128 or x.shape[2] < LEAST_WIDTH:
+        return f"needs a width that is a multiple of 128 and at least {LEAST_WIDTH}, got D={x.shape[2]}"
     if state is not None and (state.shape != (x.shape[0], x.shape[2]) or state.dtype != jnp.float32):
         return f"needs a float32 state [B, D], got {state.dtype} {state.shape}"
     return None
@@ -72,7 +73,12 @@ class Plan:
 
     @property
     def channels(self) -> int:
-        return CHANNELS if self.width % CHANNELS == 0 else 128
+        """Channels of a thread block, always fewer than all.
+
+        Rows of all channels would be one piece of memory. Such a piece is copied as it is, not cut at the end of time:
+        the last tile would run into the next row of the batch.
+        """
+        return CHANNELS if self.width % CHANNELS == 0 and self.width > CHANNELS else 128
 
     @property
     def tiles(self) -> int:
@@ -84,11 +90,12 @@ def make_plan(x, log_a, splits: int | None = None) -> Plan:
     batch, time, width = x.shape
     rows = 16 if max(x.dtype.itemsize, log_a.dtype.itemsize) == 2 else 8
     tiles = -(-time // rows)
+    plan = Plan(batch, time, width, rows, 1, tiles)
     if splits is None:
-        lanes = batch * width // (CHANNELS if width % CHANNELS == 0 else 128)
+        lanes = batch * width // plan.channels
         splits = 1 if lanes >= ENOUGH else max(1, min(BLOCKS // lanes, tiles // 16))
     steps = -(-tiles // splits)
-    return Plan(batch, time, width, rows, -(-tiles // steps), steps)
+    return dataclasses.replace(plan, splits=-(-tiles // steps), steps=steps)
 
 
 def token_marks(real, opened, plan: Plan):

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 
 from seqmix.ops import hopper
 
-WIDTH = 128  # the kernels' widths are multiples of it; the op pads with channels of zeros
-
 
 def unsupported(x, log_a, reverse) -> str | None:
     """Why the kernels cannot run this call here, in a few words; None if they can."""
@@ -22,11 +20,15 @@ def unsupported(x, log_a, reverse) -> str | None:
         return "has no form for reverse"
     from pallas_kernels.linear_scan import gpu
 
-    width = math.prod(x.shape[2:])
-    if width == 0:
+    if math.prod(x.shape[2:]) == 0:
         return "needs at least one channel"
-    shape = (*x.shape[:2], width + -width % WIDTH)
+    shape = (*x.shape[:2], _padded(math.prod(x.shape[2:])))
     return gpu.supports(jax.ShapeDtypeStruct(shape, x.dtype), jax.ShapeDtypeStruct(shape, log_a.dtype))
+
+
+def _padded(width):
+    """The width that the kernels are given: a multiple of 128, at least 256."""
+    return max(256, width + -width % 128)
 
 
 def scan(x, log_a, real, opened, state):
@@ -35,7 +37,7 @@ def scan(x, log_a, real, opened, state):
 
     def flat(array, *leading):
         array = array.reshape(*leading, width)
-        return jnp.pad(array, [(0, 0)] * len(leading) + [(0, -width % WIDTH)])
+        return jnp.pad(array, [(0, 0)] * len(leading) + [(0, _padded(width) - width)])
 
     log_a = flat(jnp.broadcast_to(log_a, shape), *shape[:2])
     h, state = _run(flat(x, *shape[:2]), log_a, flat(state, shape[0]), real, opened)

@@ -58,11 +58,11 @@ def error(got, want):
 @pytest.mark.parametrize(
     ("time", "width", "dtype", "splits", "gates"),
     [
-        (45, 128, jnp.bfloat16, 1, (-0.5,)),
-        (75, 256, jnp.bfloat16, 3, GATES),
-        (40, 128, jnp.float32, 2, GATES),
-        (1, 128, jnp.bfloat16, 1, (-0.5,)),
-        (16, 128, jnp.bfloat16, 1, (0.0,)),
+        (45, 256, jnp.bfloat16, 1, (-0.5,)),
+        (75, 384, jnp.bfloat16, 3, GATES),
+        (40, 512, jnp.float32, 2, GATES),
+        (1, 256, jnp.bfloat16, 1, (-0.5,)),
+        (16, 512, jnp.bfloat16, 1, (0.0,)),
     ],
     ids=["odd_length", "splits", "float32", "one_token", "no_decay"],
 )
@@ -86,12 +86,13 @@ def test_values_and_gradients_match_float64(time, width, dtype, splits, gates, p
 @needs_mosaic
 def test_calls_that_cannot_run_are_refused_with_the_reason():
     shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
-    x, hopper = shape(2, 64, 128), {"capability": (9, 0)}
+    x, hopper = shape(2, 64, 256), {"capability": (9, 0)}
     assert gpu.supports(x, x, **hopper) is None
     assert "8.0" in gpu.supports(x, x, capability=(8, 0))
-    assert "float16" in gpu.supports(x, shape(2, 64, 128, dtype=jnp.float16), **hopper)
-    assert "D=96" in gpu.supports(shape(2, 64, 96), shape(2, 64, 96), **hopper)
-    assert "one shape" in gpu.supports(x, shape(2, 1, 128), **hopper)
+    assert "float16" in gpu.supports(x, shape(2, 64, 256, dtype=jnp.float16), **hopper)
+    for width in (96, 128, 320):
+        assert f"D={width}" in gpu.supports(shape(2, 64, width), shape(2, 64, width), **hopper)
+    assert "one shape" in gpu.supports(x, shape(2, 1, 256), **hopper)
     assert "state" in gpu.supports(x, x, x, **hopper)
 
 
@@ -102,6 +103,13 @@ def test_a_long_row_is_cut_until_it_fills_the_chip_and_full_batches_are_not():
     for batch in (8, 16):
         x = jax.ShapeDtypeStruct((batch, 32768 // batch, 4096), jnp.bfloat16)
         assert gpu.make_plan(x, x).splits == 1
+
+
+def test_a_thread_block_never_has_all_channels_of_a_row():
+    """Else rows are copied as one piece of memory, and the last tile overwrites the next row of the batch."""
+    for width in range(256, 4097, 128):
+        x = jax.ShapeDtypeStruct((2, 1003, width), jnp.bfloat16)
+        assert gpu.make_plan(x, x).channels < width and width % gpu.make_plan(x, x).channels == 0
 
 
 def test_floor_at_32768_tokens_is_the_bytes_of_its_arrays():
