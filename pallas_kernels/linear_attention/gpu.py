@@ -209,6 +209,7 @@ class Tokens:
         rows, columns = (self.sources, self.decays) if transposed else (self.decays, self.sources)
         down = compat.spread_rows(compat.load_rows(rows), shape)
         across = compat.spread_columns(compat.load_columns(columns), shape)
+        # Without `start` the mask is computed before the loop over chunks, and held in registers.
         row, column = (compat.iota(shape, axis) + self.start for axis in (0, 1))
         visible = row <= column if transposed else row >= column
         exponent = (across - down if transposed else down - across) + self.shift

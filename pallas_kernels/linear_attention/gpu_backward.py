@@ -2,7 +2,8 @@
 
 Two kernels walk time and recompute what they need; neither states nor scores are written, but for bf16 states every
 `ANCHOR` chunks that the decays' gradient needs. Per chunk, with S the state before it, D its gradient after it, g the
-cumulated decays, P_ij = scale 2^(g_i - g_j) for j <= i and a_i, w_j the factors of carry in and out:
+cumulated decays, c those less the logarithms of the writes' weights, P_ij = scale 2^(g_i - c_j) for j <= i and a_i, w_j
+the factors of carry in and out:
 
     forward walk:   dq = a (dy S^T) + (P * dy v^T) k ;       S <- 2^(g_last) S + k^T (w v)
     backward walk:  dk = (w v) D^T + (P * dy v^T)^T q ;      D <- 2^(g_last) D + q^T (a dy)
@@ -80,15 +81,19 @@ def backward(
     given |= {"state": dstate, "ends": back_ends, "left": left}
     dv, parts, first, *back, totals = _walk_backward(lanes, given, scale, keep, log_write is not None)
     dk, dv = _add_parts(parts, k.shape)[:, :time], dv.reshape(v.shape)[:, :time]
-    by_token = lambda x: x.reshape(batch, heads, -1).swapaxes(1, 2)[:, :time]
-    dlog = None
+
+    def by_token(x):
+        x = x.reshape(batch, heads, -1).swapaxes(1, 2)[:, :time]
+        return x if run_ids is None else jnp.where(run_ids[:, :time, None] != 0, x, 0.0)
+
+    dlog = dwrite = None
     if need_decay:
         start = None if state is None else jnp.sum(state * first, axis=(2, 3))
         dlog = by_token(_decay_gradient(plan, anchor, segments, start, walk, back))
-        if run_ids is not None:
-            dlog = jnp.where(run_ids[:, :time, None] != 0, dlog, 0.0)
         dlog = jnp.sum(dlog, axis=(0, 1)) if given_decay.ndim == 1 else dlog
-    return dq, dk, dv, dlog, first, None if totals is None else by_token(jnp.sum(totals, axis=0))
+    if totals is not None:
+        dwrite = by_token(jnp.sum(totals, axis=0))
+    return dq, dk, dv, dlog, first, dwrite
 
 
 def _add_parts(parts, shape):

@@ -11,6 +11,9 @@ right, with carry c_t = a_t (dh_t + c_{t+1}):
 h is read again rather than recomputed: it is rounded to the dtype of x, dlog_a by as much. Where rows and channels are
 too few to fill the chip, time is cut in stretches: a first kernel computes what each makes of a zero carry and what it
 leaves of an incoming one, the second starts every stretch from those before it.
+
+Decays come from the approximate exp2, 2^-22 relative each. Over a long memory this adds up: float32 values were 1e-5
+off after 3000 tokens that keep all but 1e-4 of the state.
 """
 
 import dataclasses
