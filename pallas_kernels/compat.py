@@ -92,6 +92,21 @@ def load_columns(ref):
     return gpu().load(ref, layout=columns_layout(), optimized=False)
 
 
+def lanes_layout(width):
+    """A vector of `width` values, neighbours in one thread: for elementwise work on rows of plain memory."""
+    return gpu().Layout.WG_STRIDED((width,), vec_size=width // 128)
+
+
+def load_lanes(ref):
+    """A row of plain memory, float32."""
+    return gpu().load(ref, layout=lanes_layout(ref.shape[-1])).astype(jnp.float32)
+
+
+def lanes(width, value):
+    """A row of one value."""
+    return gpu().layout_cast(lax.broadcast_in_dim(value, (width,), ()), lanes_layout(width))
+
+
 def zeros(shape):
     return gpu().layout_cast(jnp.zeros(shape, jnp.float32), tile_layout())
 
@@ -180,6 +195,14 @@ def vector(*shape, dtype=jnp.float32):
     return gpu().SMEM(shape, dtype)
 
 
+def unhoisted(ref, step):
+    """ref[0] of a buffer [1, ...], at an address that the compiler cannot compute before the loop over step >= 0.
+
+    Before the loop it computes every address and descriptor that a buffer's tiles need, and keeps them in registers.
+    """
+    return ref.at[jnp.minimum(step, 0)]
+
+
 def barrier(arrivals):
     return gpu().Barrier(num_arrivals=arrivals)
 
@@ -203,7 +226,7 @@ def pipeline(body, *, steps, specs, stages, warpgroups, around):
         body,
         grid=(steps,),
         in_specs=specs,
-        memory_registers=40,
+        memory_registers=24,
         max_concurrent_steps=min(stages, steps),
         wg_axis="warpgroup",
         num_compute_wgs=warpgroups,
@@ -211,17 +234,27 @@ def pipeline(body, *, steps, specs, stages, warpgroups, around):
     )
 
 
-def kernel(body, *, grid, names, out, scratch, warpgroups, name):
-    """A Mosaic GPU kernel over `grid`, with `warpgroups` computing warpgroups and one that fetches."""
+def stream(body, *, steps, specs, stages, carry):
+    """A loop over `steps` in a single warpgroup that fetches its own tiles by TMA, `stages` deep: the last carry.
+
+    body(indices, *tiles, carry) -> carry must `publish` after its last read of the tiles.
+    """
+    return gpu().emit_pipeline(
+        body, grid=(steps,), in_specs=specs, max_concurrent_steps=min(stages, steps), init_carry=carry
+    )
+
+
+def kernel(body, *, grid, names, out, scratch, warpgroups, name, fetching=True):
+    """A Mosaic GPU kernel over `grid`, with `warpgroups` computing warpgroups and, if `fetching`, one that fetches."""
     mgpu = gpu()
     extra = {"interpret": mgpu.InterpretGPUParams(detect_races=True)} if interpreting() else {}
+    if warpgroups + fetching > 1:
+        extra |= {"num_threads": warpgroups + fetching, "thread_name": "warpgroup"}
     return mgpu.kernel(
         body,
         out_type=out,
         grid=grid,
         grid_names=names,
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
         scratch_types=scratch,
         compiler_params=mgpu.CompilerParams(approx_math=True),
         kernel_name=name,
@@ -247,9 +280,9 @@ def store(source, target, predicate=None):
         pl.when(predicate)(lambda: gpu().copy_smem_to_gmem(source, target))
 
 
-def stores_read():
-    """Waits until the copies that this warpgroup started have read their sources."""
-    gpu().wait_smem_to_gmem(0, wait_read_only=True)
+def stores_read(pending=0):
+    """Waits until the copies that this warpgroup started, but the last `pending`, have read their sources."""
+    gpu().wait_smem_to_gmem(pending, wait_read_only=True)
 
 
 def stores_done():

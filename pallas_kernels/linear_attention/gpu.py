@@ -1,11 +1,12 @@
 """Linear attention with one decay per token and head, forward, on Hopper GPUs.
 
-    S_t = exp(log_decay_t) S_{t-1} + k_t v_t^T ;   y_t = scale q_t^T S_t
+    S_t = exp(log_decay_t) S_{t-1} + w_t k_t v_t^T ;   y_t = scale q_t^T S_t
 
 A thread block walks one stretch of time for one or two warpgroups of 64 value columns each: two heads that share their
-keys (Mamba-2's groups), or two halves of one head. Per chunk of 64 tokens, with g the decays in log2 cumulated in it:
+keys (Mamba-2's groups), or two halves of one head. Per chunk of 64 tokens, with g the decays in log2 cumulated in it
+and c = g - log2 w:
 
-    y = 2^g (q S) + (q k^T * 2^(g_i - g_j), j <= i) v ;   S = 2^(g_last) S + k^T (2^(g_last - g) v)
+    y = 2^g (q S) + (q k^T * 2^(g_i - c_j), j <= i) v ;   S = 2^(g_last) S + k^T (2^(g_last - c) v)
 
 The state stays in registers as float32; neither it nor the scores are written to memory. One more warpgroup fetches
 tiles by TMA. Where rows and heads are too few to fill the chip, time is cut in stretches: a first kernel computes each
@@ -30,7 +31,9 @@ COLUMNS = 64  # value columns of a warpgroup
 STAGES = 3
 
 
-def supports(q, k, v, log_decay=None, state=None, run_ids=None, *, scale=1.0, capability=None) -> str | None:
+def supports(
+    q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, *, scale=1.0, capability=None
+) -> str | None:
     """Why `forward` and `backward` cannot run this call, in a few words; None if they can.
 
     Takes arrays or shapes with dtypes. capability: (major, minor) of the GPU that will run it; None asks the default
@@ -63,6 +66,8 @@ def supports(q, k, v, log_decay=None, state=None, run_ids=None, *, scale=1.0, ca
         return f"needs a float32 state [B, H, K, V], got {state.dtype} {state.shape}"
     if run_ids is not None and run_ids.shape != (batch, time):
         return f"needs run ids [B, T], got {run_ids.shape}"
+    if log_write is not None and log_write.shape != (batch, time, heads):
+        return f"needs one weight per token and head, got {log_write.shape}"
     if isinstance(scale, jax.core.Tracer) or not scale > 0:
         return "needs a scale that is a Python number above 0"
     return None
@@ -102,22 +107,23 @@ def units_for(heads: int, key_heads: int, value: int) -> int:
     return 2 if shared else 1
 
 
-def forward(q, k, v, log_decay=None, state=None, run_ids=None, *, scale=1.0, splits=None):
+def forward(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, *, scale=1.0, splits=None):
     """Linear attention, (y [B, T, H, V] bfloat16, final state [B, H, K, V] float32).
 
     q, k: [B, T, Hk, K]; v: [B, T, H, V], all bfloat16; head h reads key head h // (H // Hk). log_decay: natural
     logarithms <= 0, [B, T, H], [H] or None for no decay. state: [B, H, K, V] float32 or None for zeros. run_ids:
     [B, T] int32, numbers 1, 2, ... of a row's segments and 0 for padding, as `seqmix.core.packing.runs` gives
-    them, or None; the state belongs to run 1 and is returned for the last one. scale: a number above 0. splits: into
-    how many stretches to cut time, None to choose. The call must be one that `supports` accepts.
+    them, or None; the state belongs to run 1 and is returned for the last one. log_write: natural logarithms of the
+    weights of k v^T in the state, [B, T, H], or None for 1. scale: a number above 0. splits: into how many stretches
+    to cut time, None to choose. The call must be one that `supports` accepts.
     """
     batch, time, key_heads, _ = q.shape
     heads, value = v.shape[2:]
     if time % 8:  # TMA cuts time in eights; what it reads past the end is 0, which changes nothing
-        q, k, v, log_decay, run_ids = pad_time(q, k, v, log_decay, run_ids)
+        q, k, v, log_decay, run_ids, log_write = pad_time(q, k, v, log_decay, run_ids, log_write)
     units = units_for(heads, key_heads, value)
     plan = planning.make_plan(q, v, batch * heads * value // (COLUMNS * units), splits)
-    decays = planning.chunk_decays(log_decay, run_ids, plan)
+    decays = planning.chunk_decays(log_decay, log_write, run_ids, plan)
     segments = planning.chunk_segments(run_ids, plan)
     lanes = Lanes(plan, units)
     ends = None
@@ -162,31 +168,34 @@ def carried_state(given, ends, left, where, row, head, splits):
 
 
 class Tokens:
-    """Decays and segments of one chunk, as factors for the rows and columns of its tiles."""
+    """Decays and segments of one chunk, as factors for the rows and columns of its tiles.
 
-    def __init__(self, decays, segments, shift=0.0):
-        self.rows = compat.load_rows(decays)
-        self.columns = compat.load_columns(decays)
-        self.last = decays[CHUNK - 1]
+    Each factor reads what it needs when it is asked for: kept vectors are registers that products lack.
+    """
+
+    def __init__(self, decays, segments, start, shift=0.0):
+        # Of tokens that read, and of tokens that write: the same where all write with weight 1.
+        self.decays, self.sources = decays.at[0], decays.at[decays.shape[0] - 1]
+        self.start = start
+        self.last = decays[0, CHUNK - 1]
         self.shift = shift
         self.segments = segments
         if segments is not None:
-            self.row_runs = compat.load_rows(segments.at[pl.ds(0, CHUNK)])
-            self.column_runs = compat.load_columns(segments.at[pl.ds(0, CHUNK)])
+            self.runs = segments.at[pl.ds(0, CHUNK)]
             self.before, self.after = segments[CHUNK], segments[CHUNK + 1]
 
     def carry_in(self):
         """What a token's output reads of the incoming state, scale included: [64]."""
-        exponent = self.rows + self.shift
+        exponent = compat.load_rows(self.decays) + self.shift
         if self.segments is not None:
-            exponent = jnp.where(self.row_runs == self.before, exponent, -jnp.inf)
+            exponent = jnp.where(compat.load_rows(self.runs) == self.before, exponent, -jnp.inf)
         return jnp.exp2(exponent)
 
     def carry_out(self):
         """What is left of a token's write at the chunk's end: [64]."""
-        exponent = self.last - self.rows
+        exponent = self.last - compat.load_rows(self.sources)
         if self.segments is not None:
-            exponent = jnp.where(self.row_runs == self.after, exponent, -jnp.inf)
+            exponent = jnp.where(compat.load_rows(self.runs) == self.after, exponent, -jnp.inf)
         return jnp.exp2(exponent)
 
     def kept(self):
@@ -197,13 +206,16 @@ class Tokens:
     def pairs(self, transposed=False):
         """What token i's output reads of token j's write, scale included: [i, j], or [j, i] transposed."""
         shape = (CHUNK, CHUNK)
-        down, across = compat.spread_rows(self.rows, shape), compat.spread_columns(self.columns, shape)
-        row, column = compat.iota(shape, 0), compat.iota(shape, 1)
+        rows, columns = (self.sources, self.decays) if transposed else (self.decays, self.sources)
+        down = compat.spread_rows(compat.load_rows(rows), shape)
+        across = compat.spread_columns(compat.load_columns(columns), shape)
+        # Without `start` the mask is computed before the loop over chunks, and held in registers.
+        row, column = (compat.iota(shape, axis) + self.start for axis in (0, 1))
         visible = row <= column if transposed else row >= column
         exponent = (across - down if transposed else down - across) + self.shift
         if self.segments is not None:
-            row_runs = compat.spread_rows(self.row_runs, shape)
-            column_runs = compat.spread_columns(self.column_runs, shape)
+            row_runs = compat.spread_rows(compat.load_rows(self.runs), shape)
+            column_runs = compat.spread_columns(compat.load_columns(self.runs), shape)
             visible = visible & (row_runs == column_runs) & (row_runs != 0)
         return jnp.exp2(jnp.where(visible, exponent, -jnp.inf))
 
@@ -217,8 +229,8 @@ def specs_of(lanes, block, row, decays, segments, chunk_at, *arrays):
     decay_row = row if decays.shape[0] > 1 else 0
     specs = [
         compat.vector_spec(
-            (None, lanes.block_heads, CHUNK),
-            lambda i: (decay_row, lanes.decay_block(block), chunk_at(i)),
+            (None, lanes.block_heads, decays.shape[2], CHUNK),
+            lambda i: (decay_row, lanes.decay_block(block), 0, chunk_at(i)),
         )
     ]
     if segments is not None:
@@ -250,10 +262,13 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
         unit = compat.warpgroup(units)
         head, columns = lanes.head_and_columns(block, unit)
 
-        def chunk(_, decay_tile, *tiles):
+        def chunk(indices, decay_tile, *tiles):
             *seg, key_tile, value_tile, carry = tiles
             tokens = Tokens(
-                decay_tile.at[unit if lanes.block_heads > 1 else 0], *(seg or [None]), shift=math.log2(scale)
+                decay_tile.at[unit if lanes.block_heads > 1 else 0],
+                *(seg or [None]),
+                at(indices[0]) * CHUNK,
+                shift=math.log2(scale),
             )
             mine = compat.load_tile(value_tile.at[:, pl.ds(unit * COLUMNS, COLUMNS)]).astype(jnp.float32)
             weights = tokens.carry_in() if reverse else tokens.carry_out()
@@ -304,6 +319,7 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
             tokens = Tokens(
                 decay_tile.at[unit if lanes.block_heads > 1 else 0],
                 *(seg or [None]),
+                at(indices[0]) * CHUNK,
                 shift=math.log2(scale),
             )
             v_mine = v_tile.at[:, mine]

@@ -2,7 +2,8 @@
 
 Two kernels walk time and recompute what they need; neither states nor scores are written, but for bf16 states every
 `ANCHOR` chunks that the decays' gradient needs. Per chunk, with S the state before it, D its gradient after it, g the
-cumulated decays, P_ij = scale 2^(g_i - g_j) for j <= i and a_i, w_j the factors of carry in and out:
+cumulated decays, c those less the logarithms of the writes' weights, P_ij = scale 2^(g_i - c_j) for j <= i and a_i, w_j
+the factors of carry in and out:
 
     forward walk:   dq = a (dy S^T) + (P * dy v^T) k ;       S <- 2^(g_last) S + k^T (w v)
     backward walk:  dk = (w v) D^T + (P * dy v^T)^T q ;      D <- 2^(g_last) D + q^T (a dy)
@@ -44,17 +45,20 @@ ANCHOR = 8  # chunks between states that are kept
 STAGES = 2
 
 
-def backward(q, k, v, log_decay, state, run_ids, dy, dstate=None, *, scale=1.0, need_decay=True, splits=None):
-    """Gradients (dq, dk, dv, dlog_decay, dstate) of `gpu.forward`, from its arguments alone.
+def backward(
+    q, k, v, log_decay, state, run_ids, log_write, dy, dstate=None, *, scale=1.0, need_decay=True, splits=None
+):
+    """Gradients (dq, dk, dv, dlog_decay, dstate, dlog_write) of `gpu.forward`, from its arguments alone.
 
     Arguments as in `forward`; dy [B, T, H, V] bfloat16 and dstate [B, H, K, V] float32 (or None for zeros) are the
     cotangents of its results. Results: dq, dk, dv bfloat16 in their arguments' shapes; dlog_decay float32 in
     log_decay's shape, None if log_decay is None or need_decay is false; the initial state's gradient [B, H, K, V]
-    float32, also where state is None. Every result is the same in every run.
+    float32, also where state is None; dlog_write float32, None if log_write is None. Every result is the same in every
+    run.
     """
     time, given_decay = q.shape[1], log_decay
     if time % 8:
-        q, k, v, log_decay, run_ids, dy = pad_time(q, k, v, log_decay, run_ids, dy)
+        q, k, v, log_decay, run_ids, log_write, dy = pad_time(q, k, v, log_decay, run_ids, log_write, dy)
     batch, padded, key_heads, _ = q.shape
     heads, value = v.shape[2:]
     units = units_for(heads, key_heads, value)
@@ -63,7 +67,7 @@ def backward(q, k, v, log_decay, state, run_ids, dy, dstate=None, *, scale=1.0, 
     blocks = batch * heads * value // (COLUMNS * units)
     plan = planning.make_plan(q, v, blocks, splits, multiple=anchor)
     lanes = Lanes(plan, units)
-    decays = planning.chunk_decays(log_decay, run_ids, plan)
+    decays = planning.chunk_decays(log_decay, log_write, run_ids, plan)
     segments = planning.chunk_segments(run_ids, plan)
     ends = back_ends = left = None
     if plan.splits > 1:
@@ -72,18 +76,24 @@ def backward(q, k, v, log_decay, state, run_ids, dy, dstate=None, *, scale=1.0, 
         left = planning.split_decays(decays, segments, plan)
     given = {"decays": decays, "segments": segments, "q": flat(q), "k": flat(k), "v": flat(v), "dy": flat(dy)}
     keep = anchor if need_decay else None
-    walk = _walk_forward(lanes, given | {"state": state, "ends": ends, "left": left}, scale, keep)
-    back = _walk_backward(lanes, given | {"state": dstate, "ends": back_ends, "left": left}, scale, keep)
-    dq, dk = (_add_parts(parts, q.shape)[:, :time] for parts in (walk[0], back[1]))
-    dv, first = back[0].reshape(v.shape)[:, :time], back[2]
-    dlog = None
+    parts, *walk = _walk_forward(lanes, given | {"state": state, "ends": ends, "left": left}, scale, keep)
+    dq = _add_parts(parts, q.shape)[:, :time]
+    given |= {"state": dstate, "ends": back_ends, "left": left}
+    dv, parts, first, *back, totals = _walk_backward(lanes, given, scale, keep, log_write is not None)
+    dk, dv = _add_parts(parts, k.shape)[:, :time], dv.reshape(v.shape)[:, :time]
+
+    def by_token(x):
+        x = x.reshape(batch, heads, -1).swapaxes(1, 2)[:, :time]
+        return x if run_ids is None else jnp.where(run_ids[:, :time, None] != 0, x, 0.0)
+
+    dlog = dwrite = None
     if need_decay:
         start = None if state is None else jnp.sum(state * first, axis=(2, 3))
-        dlog = _decay_gradient(plan, anchor, segments, start, walk[1:], back[3:])[:, :time]
-        if run_ids is not None:
-            dlog = jnp.where(run_ids[:, :time, None] != 0, dlog, 0.0)
+        dlog = by_token(_decay_gradient(plan, anchor, segments, start, walk, back))
         dlog = jnp.sum(dlog, axis=(0, 1)) if given_decay.ndim == 1 else dlog
-    return dq, dk, dv, dlog, first
+    if totals is not None:
+        dwrite = by_token(jnp.sum(totals, axis=0))
+    return dq, dk, dv, dlog, first, dwrite
 
 
 def _add_parts(parts, shape):
@@ -92,12 +102,11 @@ def _add_parts(parts, shape):
 
 
 def _decay_gradient(plan, anchor, segments, start, walk, back):
-    """Gradient of the log decays, [B, T padded, H] float32, from the sums that the kernels wrote."""
+    """Gradient of the log decays, float32 [B, H, ...] with time last, from the sums that the kernels wrote."""
     pairs, reads, states = walk
     writes, gradients = back
     shape = (plan.batch, plan.heads, plan.chunks, CHUNK)
-    pairs, reads = (jnp.sum(x, axis=0).reshape(shape) for x in (pairs, reads))
-    writes = writes.reshape(shape)
+    pairs, reads, writes = (jnp.sum(x, axis=0).reshape(shape) for x in (pairs, reads, writes))
     # <S, D> at the start of every anchored block; the first one has no state of its own in the arrays.
     anchors = jnp.sum(states.astype(jnp.float32) * gradients.astype(jnp.float32), axis=(3, 4))
     start = jnp.zeros_like(anchors[:, 0]) if start is None else start
@@ -114,15 +123,14 @@ def _decay_gradient(plan, anchor, segments, start, walk, back):
     kept = jnp.stack(kept, axis=-1).reshape(*shape[:3], 1)
     later = planning.cumulate("bhcs,st->bhct", reads, lambda source, target: source >= target)
     earlier = planning.cumulate("bhcs,st->bhct", writes, lambda source, target: source < target)
-    total = pairs + later + earlier + kept
-    return total.reshape(plan.batch, plan.heads, -1).swapaxes(1, 2)
+    return pairs + later + earlier + kept
 
 
-def _heads_of(lanes, block, decay_tile, segment, shift):
+def _heads_of(lanes, block, decay_tile, segment, start, shift):
     """For each head of the block: the factors of its tokens, and its columns within the block's value tile."""
     width = COLUMNS * lanes.units // lanes.block_heads
     for index in range(lanes.block_heads):
-        yield index, Tokens(decay_tile.at[index], segment, shift=shift), pl.ds(index * width, width)
+        yield index, Tokens(decay_tile.at[index], segment, start, shift=shift), pl.ds(index * width, width)
 
 
 def _value_columns(lanes, block):
@@ -133,6 +141,10 @@ def _value_columns(lanes, block):
 
 def _read(ref):
     return compat.load_tile(ref).astype(jnp.float32)
+
+
+def _add(sums, place, value):
+    sums[place] = sums[place] + value if place in sums else value
 
 
 def _row_sums(left, right):
@@ -148,7 +160,8 @@ def _walk_forward(lanes: Lanes, given, scale, anchor):
     def body(*args):
         refs, (dq_ref, *rest) = dict.fromkeys(given) | dict(zip(names, args)), args[len(names) :]
         outs = rest[: 3 if anchor else 0]
-        states, weighted, queries, free, handed, *rest = rest[len(outs) :]
+        *buffers, free, handed = rest[len(outs) : len(outs) + 5]
+        rest = rest[len(outs) + 5 :]
         triangle, ready, sums = rest[:3] if anchor else [None] * 3
         spare = rest[-1] if compat.interpreting() else None
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
@@ -161,14 +174,20 @@ def _walk_forward(lanes: Lanes, given, scale, anchor):
             *seg, q_tile, k_tile, v_tile, dy_tile, carry = tiles
             now = at(indices[0])
             tokens = pl.ds(now * CHUNK, CHUNK)
+            states, weighted, queries = (compat.unhoisted(buffer, now) for buffer in buffers)
             v_mine, dy_mine = v_tile.at[:, mine], dy_tile.at[:, mine]
-            own = Tokens(decay_tile.at[unit if lanes.block_heads > 1 else 0], *(seg or [None]), shift=math.log2(scale))
+            own = Tokens(
+                decay_tile.at[unit if lanes.block_heads > 1 else 0],
+                *(seg or [None]),
+                now * CHUNK,
+                shift=math.log2(scale),
+            )
             compat.stores_read()
             states[unit] = carry.astype(jnp.bfloat16)
             weighted[unit] = scaled_rows(_read(v_mine), own.carry_out()).astype(jnp.bfloat16)
             compat.publish()
             if anchor:
-                keep_state(now, carry)
+                keep_state(now, states.at[unit])
             jobs = [([(compat.transposed(k_tile), weighted.at[unit])], carry * own.kept())]
             jobs.append(([(dy_mine, compat.transposed(v_mine))], None))
             if anchor:
@@ -185,27 +204,24 @@ def _walk_forward(lanes: Lanes, given, scale, anchor):
             reads = None
             if units == 2:
                 pl.when(unit == 1)(lambda: compat.wait(free))
-            for start in range(0, plan.key, COLUMNS):  # a half at a time: registers are what is short
+            for start in range(0, plan.key, COLUMNS):  # a half of dq at a time: registers are what is short
                 half = pl.ds(start, COLUMNS)
                 inter = compat.matmul((dy_mine, compat.transposed(states.at[unit, half])))
                 inter = scaled_rows(inter, own.carry_in())
                 if anchor:
                     read = _row_sums(_read(q_tile.at[:, half]), inter)
                     reads = read if reads is None else reads + read
-                write_queries(compat.matmul((weights, k_tile.at[:, half]), start=inter), half)
+                queries[unit, :, half] = compat.matmul((weights, k_tile.at[:, half]), start=inter).astype(jnp.bfloat16)
             if anchor:
                 sums[unit, 1] = reads
             compat.arrive(handed)
-            pl.when(unit == 0)(lambda: add_queries(tokens))
+            pl.when(unit == 0)(lambda: add_queries(tokens, queries))
             if anchor:
                 write_sums(tokens)
             return after
 
-        def write_queries(total, half):
-            """Keeps half of dq: each warpgroup in a tile of its own, which the first one then adds up."""
-            queries[unit, :, half] = total.astype(jnp.bfloat16)
-
-        def add_queries(tokens):
+        def add_queries(tokens, queries):
+            """Adds up the halves of dq that each warpgroup kept in a tile of its own."""
             compat.wait(handed)
             if units == 2:
                 for start in range(0, plan.key, COLUMNS):
@@ -223,12 +239,9 @@ def _walk_forward(lanes: Lanes, given, scale, anchor):
             for index in range(2):
                 compat.store(sums.at[unit, index], outs[index].at[slot, row, head, tokens])
 
-        def keep_state(now, carry):
+        def keep_state(now, state):
             place = lax.div(now, anchor)
-
-            @pl.when(lax.rem(now, anchor) == 0)
-            def _():
-                outs[2][row, place, head, :, columns] = carry.astype(jnp.bfloat16)
+            compat.store(state, outs[2].at[row, place, head, :, columns], lax.rem(now, anchor) == 0)
 
         def around(run):
             if anchor:
@@ -257,7 +270,9 @@ def _walk_forward(lanes: Lanes, given, scale, anchor):
     padded = plan.chunks * CHUNK
     tile = compat.tile(units, CHUNK, COLUMNS)
     out = [jax.ShapeDtypeStruct((parts, plan.batch, padded, plan.key_heads * plan.key), jnp.bfloat16)]
-    scratch = [compat.tile(units, plan.key, COLUMNS), tile, compat.tile(units, CHUNK, plan.key)]
+    scratch = [
+        compat.tile(1, units, rows, width) for rows, width in ((plan.key, COLUMNS), (CHUNK, COLUMNS), (CHUNK, plan.key))
+    ]
     scratch += [compat.barrier(1), compat.barrier(units)]
     if anchor:
         out += [jax.ShapeDtypeStruct((slots, plan.batch, plan.heads, padded), jnp.float32)] * 2
@@ -287,27 +302,27 @@ def _run(lanes, refs, block, row, at, chunk, around, warpgroups):
     )
 
 
-def _walk_backward(lanes: Lanes, given, scale, anchor):
-    """dv [B, T, H * V], parts of dk, the first state's gradient; with anchor also writes and gradients at anchors."""
+def _walk_backward(lanes: Lanes, given, scale, anchor, weighs):
+    """dv [B, T, H * V], parts of dk, the first state's gradient; with anchor also writes and gradients at anchors.
+
+    weighs: then <v, dv> too, [slots, B, H, T]: the gradient of the logarithms of the writes' weights.
+    """
     plan, width = lanes.plan, COLUMNS * lanes.units
     names = [name for name, x in given.items() if x is not None]
     count, parts = lanes.block_heads, plan.group * plan.value // width
+    extra = 2 * bool(anchor) + weighs  # results beside dv, dk and the first state's gradient
     # With two units each warpgroup updates its own, and both read all; a single unit both update for themselves.
     shared = lanes.units == 2
 
     def body(*args):
         refs, rest = dict.fromkeys(given) | dict(zip(names, args)), args[len(names) :]
         dv_ref, dk_ref, first_ref, *rest = rest
-        outs = rest[: 2 if anchor else 0]
-        states, weighted, dv_staged, dk_staged, *rest = rest[len(outs) :]
-        sums = rest.pop(0) if anchor else None
-        full, free = rest[:2]
-        spares = rest[2:]
+        outs, rest = rest[:extra], rest[extra:]
+        buffers, full, free, *spares = rest[:5], *rest[5:]
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
         warpgroup = compat.warpgroup(2)
         unit = warpgroup if shared else 0
         mine = pl.ds(unit * COLUMNS, COLUMNS)
-        state_of = states if shared else states.at[warpgroup]
         first_head = lanes.decay_block(block) * count
         head, columns = lanes.head_and_columns(block, unit)
         at = lambda i: (split + 1) * plan.steps - 1 - i
@@ -315,38 +330,39 @@ def _walk_backward(lanes: Lanes, given, scale, anchor):
         def chunk(indices, decay_tile, *tiles):
             *seg, q_tile, k_tile, v_tile, dy_tile, carry = tiles
             now = at(indices[0])
-            here = list(_heads_of(lanes, block, decay_tile, *(seg or [None]), math.log2(scale)))
-            own = Tokens(decay_tile.at[unit if count > 1 else 0], *(seg or [None]), shift=math.log2(scale))
+            states, weighted, dv_staged, dk_staged, sums = (compat.unhoisted(buffer, now) for buffer in buffers)
+            state_of = lambda unit: states.at[unit if shared else warpgroup]
+            here = list(_heads_of(lanes, block, decay_tile, *(seg or [None]), now * CHUNK, math.log2(scale)))
+            own = Tokens(decay_tile.at[unit if count > 1 else 0], *(seg or [None]), now * CHUNK, shift=math.log2(scale))
             compat.stores_read()
             compat.wait(free)
-            state_of[:, mine] = carry.astype(jnp.bfloat16)
+            states[warpgroup] = carry.astype(jnp.bfloat16)
             slot = pl.ds(warpgroup * COLUMNS, COLUMNS)
             weighted[:, slot] = scaled_rows(_read(dy_tile.at[:, mine]), own.carry_in()).astype(jnp.bfloat16)
             compat.publish()
             if anchor:
-                keep_gradient(now, carry)
+                keep_gradient(now, states.at[warpgroup])
             write = (compat.transposed(q_tile), weighted.at[:, slot])
             after = compat.matmul(write, start=carry * own.kept())
             compat.arrive(full)
 
             @pl.when(warpgroup == 0)
             def _():
-                values(now, here, q_tile, k_tile, v_tile, dy_tile)
+                values(now, here, q_tile, k_tile, v_tile, dy_tile, state_of, dv_staged, sums)
 
             @pl.when(warpgroup == 1)
             def _():
-                keys(now, here, q_tile, v_tile, dy_tile)
+                keys(now, here, q_tile, v_tile, dy_tile, state_of, weighted, dk_staged)
 
             return after
 
-        def keep_gradient(now, carry):
+        def keep_gradient(now, state):
             place = lax.div(now + 1, anchor)
 
-            @pl.when((lax.rem(now + 1, anchor) == 0) & (now + 1 < plan.chunks) & (shared | (warpgroup == 0)))
-            def _():
-                outs[1][row, place, head, :, columns] = carry.astype(jnp.bfloat16)
+            kept = (lax.rem(now + 1, anchor) == 0) & (now + 1 < plan.chunks) & (shared | (warpgroup == 0))
+            compat.store(state, outs[1].at[row, place, head, :, columns], kept)
 
-        def values(now, here, q_tile, k_tile, v_tile, dy_tile):
+        def values(now, here, q_tile, k_tile, v_tile, dy_tile, state_of, dv_staged, sums):
             tokens = pl.ds(now * CHUNK, CHUNK)
             score = compat.matmul((k_tile, compat.transposed(q_tile)))
             weights = [
@@ -354,25 +370,27 @@ def _walk_backward(lanes: Lanes, given, scale, anchor):
                 for index, factors, _ in here
             ]
             compat.wait(full)
-            gains = [None] * count
-            for index, factors, part in units_in(here):  # a unit at a time: registers are what is short
-                acc = compat.matmul((k_tile, state_of.at[:, part]))
+            found = {}  # by kind of sum and head
+            for unit, index, factors, part in units_in(here):  # a unit at a time: registers are what is short
+                acc = compat.matmul((k_tile, state_of(unit)))
                 acc = scaled_rows(acc, factors.carry_out())
                 if anchor:
-                    gain = _row_sums(_read(v_tile.at[:, part]), acc)
-                    gains[index] = gain if gains[index] is None else gains[index] + gain
+                    _add(found, (0, index), _row_sums(_read(v_tile.at[:, part]), acc))
                 acc = compat.matmul((weights[index], dy_tile.at[:, part]), start=acc)
+                if weighs:
+                    _add(found, (1, index), _row_sums(_read(v_tile.at[:, part]), acc))
                 dv_staged[:, part] = acc.astype(jnp.bfloat16)
             compat.arrive(free)
-            for index in range(count if anchor else 0):
-                sums[index] = gains[index]
+            for place, total in found.items():
+                sums[place] = total
             compat.publish()
             compat.store(dv_staged, dv_ref.at[row, tokens, pl.ds(block * width, width)])
-            for index in range(count if anchor else 0):
-                slot = block % max(1, plan.value // width)
-                compat.store(sums.at[index], outs[0].at[slot, row, first_head + index, tokens])
+            slot = block % max(1, plan.value // width)
+            for kind, index in found:
+                out = outs[-1 if kind else 0]
+                compat.store(sums.at[kind, index], out.at[slot, row, first_head + index, tokens])
 
-        def keys(now, here, q_tile, v_tile, dy_tile):
+        def keys(now, here, q_tile, v_tile, dy_tile, state_of, weighted, dk_staged):
             pairs = []
             for index, factors, part in here:
                 crossed = compat.matmul((v_tile.at[:, part], compat.transposed(dy_tile.at[:, part])))
@@ -381,13 +399,16 @@ def _walk_backward(lanes: Lanes, given, scale, anchor):
             compat.wait(full)
             # Both have updated their states by now: what they added them from is free to hold the weighted values.
             written = weighted.at[:, pl.ds(0, width)]
-            for _, factors, part in units_in(here):
+            for _, _, factors, part in units_in(here):
                 values = scaled_rows(_read(v_tile.at[:, part]), factors.carry_out())
                 written[:, part] = values.astype(jnp.bfloat16)
             compat.publish()
             for start in range(0, plan.key, COLUMNS):
                 half = pl.ds(start, COLUMNS)
-                products = [(written, compat.transposed(state_of.at[half]))]
+                products = [
+                    (written.at[:, part], compat.transposed(state_of(unit).at[half]))
+                    for unit, _, _, part in units_in(here)
+                ]
                 products += [(crossed, q_tile.at[:, half]) for crossed in pairs]
                 dk_staged[:, half] = compat.matmul(*products).astype(jnp.bfloat16)
             compat.arrive(free)
@@ -396,9 +417,9 @@ def _walk_backward(lanes: Lanes, given, scale, anchor):
             compat.store(dk_staged, dk_ref.at[block % parts, row, pl.ds(now * CHUNK, CHUNK), place])
 
         def units_in(here):
-            """`here` by units of 64 columns: (head's index, its factors, the unit's columns)."""
+            """`here` by units of 64 columns: (unit, head's index, its factors, the unit's columns)."""
             heads = [here[unit * count // lanes.units] for unit in range(lanes.units)]
-            return [(head[0], head[1], pl.ds(unit * COLUMNS, COLUMNS)) for unit, head in enumerate(heads)]
+            return [(unit, *head[:2], pl.ds(unit * COLUMNS, COLUMNS)) for unit, head in enumerate(heads)]
 
         def around(run):
             compat.arrive(free)
@@ -423,21 +444,22 @@ def _walk_backward(lanes: Lanes, given, scale, anchor):
         jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.key, plan.value), jnp.float32),
     ]
     scratch = [
-        compat.tile(*(() if shared else (2,)), plan.key, width),
-        compat.tile(CHUNK, 2 * COLUMNS),
-        compat.tile(CHUNK, width),
-        compat.tile(CHUNK, plan.key),
+        compat.tile(1, 2, plan.key, COLUMNS),
+        compat.tile(1, CHUNK, 2 * COLUMNS),
+        compat.tile(1, CHUNK, width),
+        compat.tile(1, CHUNK, plan.key),
+        compat.vector(1, 2, count, CHUNK),
+        compat.barrier(2),
+        compat.barrier(2),
     ]
+    sums = jax.ShapeDtypeStruct((max(1, plan.value // width), plan.batch, plan.heads, padded), jnp.float32)
     if anchor:
-        slots = max(1, plan.value // width)
-        out.append(jax.ShapeDtypeStruct((slots, plan.batch, plan.heads, padded), jnp.float32))
         kept = (plan.batch, plan.chunks // anchor, plan.heads, plan.key, plan.value)
-        out.append(jax.ShapeDtypeStruct(kept, jnp.bfloat16))
-        scratch.append(compat.vector(count, CHUNK))
-    scratch += [compat.barrier(2), compat.barrier(2)]
+        out += [sums, jax.ShapeDtypeStruct(kept, jnp.bfloat16)]
+    out += [sums] * weighs
     if compat.interpreting():
         scratch += [compat.tile(2, CHUNK, CHUNK)] * 2
-    dv, dk, *rest = compat.kernel(
+    dv, dk, first, *rest = compat.kernel(
         body,
         grid=(lanes.blocks, plan.splits, plan.batch),
         names=("block", "split", "row"),
@@ -446,6 +468,5 @@ def _walk_backward(lanes: Lanes, given, scale, anchor):
         warpgroups=2,
         name="linear_attention_dkv",
     )(*[given[name] for name in names])
-    if anchor:
-        rest[1] = jnp.sum(rest[1], axis=0)
-    return dv[:, : plan.time], dk[:, :, : plan.time], *rest
+    writes, gradients = rest[:2] if anchor else (None, None)
+    return dv[:, : plan.time], dk[:, :, : plan.time], first, writes, gradients, rest[-1] if weighs else None

@@ -59,11 +59,22 @@ def make_plan(q, v, lanes: int, splits: int | None = None, multiple: int = 1) ->
     return Plan(batch, time, key_heads, v.shape[2], key, v.shape[3], splits, steps)
 
 
-def chunk_decays(log_decay, run_ids, plan: Plan):
-    """Decays in log2, summed from each chunk's start through the token: float32 [B or 1, H, chunks * 64].
+def chunk_decays(log_decay, log_write, run_ids, plan: Plan):
+    """What the kernels read of decays and writes, float32 [B or 1, H, 1 or 2, chunks * 64], in log2.
 
-    log_decay: None, [H], or [B, T, H]. Past the end and at padding nothing decays.
+    First the decays summed from each chunk's start through the token; then, where tokens write with a weight, that
+    sum less the weight's logarithm: the difference of a reader's first and a writer's second is the log of what is
+    read. log_decay: None, [H], or [B, T, H]; log_write: None or [B, T, H]. Past the end and at padding nothing decays.
     """
+    decays = _chunk_sums(log_decay, run_ids, plan)
+    if log_write is None:
+        return decays[:, :, None]
+    weights = jnp.pad(log_write.astype(jnp.float32) * LOG2_E, ((0, 0), (0, plan.chunks * CHUNK - plan.time), (0, 0)))
+    weights = weights.swapaxes(1, 2)
+    return jnp.stack([jnp.broadcast_to(decays, weights.shape), decays - weights], axis=2)
+
+
+def _chunk_sums(log_decay, run_ids, plan: Plan):
     padded = plan.chunks * CHUNK
     if log_decay is None and run_ids is None:
         return jnp.zeros((1, plan.heads, padded), jnp.float32)
@@ -109,7 +120,7 @@ def chunk_segments(run_ids, plan: Plan):
 
 def split_decays(decays, segments, plan: Plan):
     """What is left of a state after each split, [B or 1, H, splits] float32; 0 where another run has begun."""
-    ends = decays.reshape(-1, plan.heads, plan.splits, plan.steps, CHUNK)[..., -1]
+    ends = decays[:, :, 0].reshape(-1, plan.heads, plan.splits, plan.steps, CHUNK)[..., -1]
     left = jnp.exp2(jnp.sum(ends, axis=-1))
     if segments is None:
         return left

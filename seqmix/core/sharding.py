@@ -61,13 +61,13 @@ def use_mesh(mesh, rules=None):
 def active():
     """(mesh, rules) in force, or None; within `shares` too."""
     held = _active.get()
-    return None if held == "shares" else held
+    return None if held is None or held[1] is None else held
 
 
 @contextlib.contextmanager
-def shares():
-    """Within it, arrays are one device's shares (inside `shard_map`): no rules are in force."""
-    token = _active.set("shares")
+def shares(mesh):
+    """Within it, arrays are one device's shares of those on `mesh` (inside `shard_map`): no rules are in force."""
+    token = _active.set((mesh, None))
     try:
         yield
     finally:
@@ -77,7 +77,18 @@ def shares():
 def on_one_device() -> bool:
     """Whether an op's arrays lie on one device: shares of a mesh, a mesh of one, or a machine of one."""
     held = _active.get()
-    return held == "shares" or (jax.device_count() if held is None else held[0].size) == 1
+    if held is None:
+        return jax.device_count() == 1
+    mesh, rules = held
+    return rules is None or mesh.size == 1
+
+
+def platform() -> str:
+    """What an op's arrays lie on, cpu, gpu or tpu: the mesh's devices (also of another machine), or the default."""
+    held = _active.get()
+    devices = () if held is None or not hasattr(held[0], "devices") else held[0].devices.flat
+    name = next((device.platform for device in devices), jax.default_backend())
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def mesh_axes(entry) -> tuple[str, ...]:

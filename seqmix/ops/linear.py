@@ -17,6 +17,7 @@ def linear_attention(
     v,
     log_decay=None,
     *,
+    write=None,
     scale=1.0,
     state=None,
     segment_ids=None,
@@ -28,7 +29,7 @@ def linear_attention(
 ):
     """Reads a matrix-valued state that decays and takes up an outer product k v^T at each token.
 
-        S_t = exp(log_decay_t) * S_{t-1} + k_t v_t^T             y_t = scale * q_t^T S_t
+        S_t = exp(log_decay_t) * S_{t-1} + write_t k_t v_t^T     y_t = scale * q_t^T S_t
         z_t = exp(log_decay_t) * z_{t-1} + k_t                   (normalize)
         y_t = scale * q_t^T S_t / (scale * q_t^T z_t + eps)      (normalize)
 
@@ -39,6 +40,8 @@ def linear_attention(
       v: [B, T, H, V], floating.
       log_decay: None (no decay), [H] (constant), [B, T, H] (per head) or [B, T, H, K] (per channel of k), floating,
         <= 0. Any size is right; no bound is assumed.
+      write: None (1) or [B, T, H], floating, >= 0: the weight of what a token writes, such as Mamba-2's time step;
+        without normalize only. It is v * write, but v need not be multiplied in memory.
       scale: factor on q.
       state: what earlier tokens left, as returned: [B, H, K, V], or with normalize the pair (S, z) with
         z [B, H, K]. None: zeros.
@@ -62,18 +65,23 @@ def linear_attention(
     Source: Katharopoulos et al. 2006.16236 (equations 16-20); RetNet 2307.08621, GLA 2312.06635, Mamba-2 2405.21060
     and Lightning 2401.04658 are it with their decays.
     """
-    d, acc = _check(q, k, v, log_decay, state, segment_ids, normalize, eps, causal, chunk)
+    d, acc = _check(q, k, v, log_decay, write, state, segment_ids, normalize, eps, causal, chunk)
     runs = None if segment_ids is None else packing.runs(segment_ids)
-    call = (q, k, v, log_decay, state, runs)
     lay = layout(d.B, d.T, d.H, d.Hk)
-    if lay is not None and lay.time and causal:
-        options = dict(scale=scale, normalize=normalize, eps=eps, chunk=chunk, implementation=implementation)
-        return linear_context.run(lay, linear_attention, d, acc, *call, **options)
-    reasons = {"gpu": linear_gpu.unsupported(*call, scale=scale, normalize=normalize, causal=causal)}
+    call = (q, k, v, log_decay, state, runs, write)
+    kind = dict(scale=scale, normalize=normalize)
+    if lay is not None and causal:
+        kernel = implementation in (None, "gpu") and linear_context.kernel(lay, *call, **kind)
+        if lay.time or kernel:
+            options = kind | dict(eps=eps, chunk=chunk, implementation="gpu" if kernel else implementation)
+            return linear_context.run(lay, linear_attention, d, acc, *call, **options)
+    reasons = {"gpu": linear_gpu.unsupported(*call, **kind, causal=causal)}
     name = pick("linear_attention", implementation, reasons | {"chunked": None, "reference": None})
     if name == "gpu":
         return linear_gpu.run(*call, scale)
     out_dtype, dtype = v.dtype, jnp.result_type(q, k, v)
+    if write is not None:
+        v = v * write[..., None].astype(acc)
     q, k, v = (x.astype(dtype) for x in (q, k, v))
     decay = _decay(log_decay, acc, d.T)
     if runs is not None:
@@ -101,16 +109,16 @@ def linear_attention(
     return y, (states[0], states[1][..., 0]) if normalize else states[0]
 
 
-def _check(q, k, v, log_decay, state, segment_ids, normalize, eps, causal, chunk):
+def _check(q, k, v, log_decay, write, state, segment_ids, normalize, eps, causal, chunk):
     """Sizes by letter and the accumulating dtype; raises ValueError for what does not fit."""
     pair = isinstance(state, tuple | list) and len(state) == 2
     if state is not None and pair != normalize:
         expected = "the pair (S, z) with normalize" if normalize else "one array without normalize"
         raise ValueError(f"state: expected {expected}, got {type(state).__name__}")
     specs = {"q": "B T Hk K", "k": "B T Hk K", "v": "B T H V", "log_decay": decay_spec(log_decay)}
-    specs |= {"state": "B H K V", "state_z": "B H K"}
+    specs |= {"write": "B T H", "state": "B H K V", "state_z": "B H K"}
     state, state_z = state if pair else (state, None)
-    arrays = dict(q=q, k=k, v=v, log_decay=log_decay, state=state, state_z=state_z)
+    arrays = dict(q=q, k=k, v=v, log_decay=log_decay, write=write, state=state, state_z=state_z)
     d = dims(specs, **arrays)
     for name, x in arrays.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
@@ -123,6 +131,8 @@ def _check(q, k, v, log_decay, state, segment_ids, normalize, eps, causal, chunk
         packing.check(segment_ids, d.B, d.T)
     if eps < 0 or (eps and not normalize):
         raise ValueError(f"eps: expected {'a value >= 0' if normalize else '0 without normalize'}, got {eps}")
+    if write is not None and normalize:
+        raise ValueError("write: expected None with normalize, got an array")
     if not causal and (log_decay is not None or state is not None):
         given = "log_decay" if log_decay is not None else "state"
         raise ValueError(f"{given}: expected None with causal=False, got an array")

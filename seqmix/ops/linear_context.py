@@ -3,36 +3,55 @@
 import jax
 import jax.numpy as jnp
 
+from seqmix.core import sharding
+from seqmix.ops import linear_gpu
 from seqmix.ops.context import enter
 from seqmix.ops.mesh import on_shares
 
 
-def run(lay, op, d, acc, q, k, v, log_decay, state, runs, *, normalize, **options):
-    """`linear_attention`'s result, with `op`, itself, on each device's stretch of time.
+def kernel(lay, q, k, v, log_decay, state, runs, write, **kind) -> bool:
+    """Whether each device can run its share through a kernel."""
+    whole = ("batch", "heads", None, None)
+    names = (*_names(log_decay)[:4], whole, ("batch", "time"), ("batch", "time", "heads"))
+    given = (q, k, v, log_decay, None if isinstance(state, tuple | list) else state, runs, write)
+    with sharding.shares(lay.mesh):
+        local = [None if x is None else lay.share(x, *name) for x, name in zip(given, names, strict=True)]
+        return linear_gpu.unsupported(*local, **kind, causal=True) is None
 
-    The arguments are the op's, `d` its sizes, `acc` the states' dtype. A stretch is gone through twice, the first
-    time for its state alone.
+
+def run(lay, op, d, acc, q, k, v, log_decay, state, runs, write, *, normalize, **options):
+    """`linear_attention`'s result, with `op`, itself, on each device's share.
+
+    The arguments are the op's, `d` its sizes, `acc` the states' dtype. Where time is cut, a stretch is gone through
+    twice, the first time for its state alone.
     """
-    tokens, decays = ("batch", "time", "heads", None), None
-    if log_decay is not None:
-        decays = ("heads",) if log_decay.ndim == 1 else tokens[: log_decay.ndim]
+    keys, _, tokens, decays = _names(log_decay)
     whole = ("batch", "heads", None, None)
     states = (whole, whole[:3]) if normalize else whole
     if state is None:
         zeros = lambda *shape: jnp.zeros((d.B, d.H, d.K, *shape), acc)
         state = (zeros(d.V), zeros()) if normalize else zeros(d.V)
     state = jax.tree.map(lambda s: s.astype(acc), state)
+    fixed = dict(normalize=normalize, **options)
 
-    def local(q, k, v, log_decay, state, runs):
+    def local(q, k, v, log_decay, write, state, runs):
         q, k = (lay.local_key_heads(x, d.Hk) for x in (q, k))
-        call = lambda state: op(q, k, v, log_decay, state=state, segment_ids=runs, normalize=normalize, **options)
+        call = lambda state: op(q, k, v, log_decay, write=write, state=state, segment_ids=runs, **fixed)
+        if not lay.time:
+            return call(state)
         end = call(None)[1]
         entering, state = enter(lay.time, end, _total(log_decay, q.shape[1], runs, acc), _decayed, state, runs)
         return call(entering)[0], state
 
-    keys = ("batch", "time", "key_heads", None)
-    names = (keys, keys, tokens, decays, states, ("batch", "time"))
-    return on_shares(lay, local, (q, k, v, log_decay, state, runs), names, (tokens, states))
+    names = (keys, keys, tokens, decays, tokens[:3], states, ("batch", "time"))
+    return on_shares(lay, local, (q, k, v, log_decay, write, state, runs), names, (tokens, states))
+
+
+def _names(log_decay):
+    """The names of the dimensions of q, k, v and log_decay."""
+    keys, tokens = ("batch", "time", "key_heads", None), ("batch", "time", "heads", None)
+    decays = None if log_decay is None else ("heads",) if log_decay.ndim == 1 else tokens[: log_decay.ndim]
+    return keys, keys, tokens, decays
 
 
 def _total(log_decay, time, runs, acc):

@@ -6,51 +6,51 @@ Residuals are the call's own arguments: the backward kernels compute states and 
 import functools
 
 import jax
+import jax.numpy as jnp
 
-from seqmix.core import sharding
+from seqmix.ops import hopper
 
-LEAST = 64  # tokens, a chunk of the kernels; below it (decoding) the plain forms read no more than they must
+LEAST_WRITE = 1e-30
 
 
-def unsupported(q, k, v, log_decay, state, runs, *, scale, normalize, causal) -> str | None:
+def unsupported(q, k, v, log_decay, state, runs, write, *, scale, normalize, causal) -> str | None:
     """Why the kernels cannot run this call here, in a few words; None if they can."""
-    from pallas_kernels import compat
-
-    if not compat.interpreting() and jax.default_backend() != "gpu":
-        return f"needs a Hopper GPU, the default device is a {jax.default_backend()}"
+    reason = hopper.unsupported(q.shape[1])
+    if reason is not None:
+        return reason
     if normalize or not causal:
         return f"has no form for {'normalize' if normalize else 'causal=False'}"
-    if q.shape[1] < LEAST:
-        return f"needs at least {LEAST} tokens, got T={q.shape[1]}"
-    held = sharding.active()
-    devices = jax.device_count() if held is None else held[0].size
-    if devices > 1 and not compat.interpreting():
-        return f"is not yet cut over a mesh, and this one has {devices} devices"
-    if compat.unavailable() is not None:
-        return compat.unavailable()
     from pallas_kernels.linear_attention import gpu
 
-    return gpu.supports(q, k, v, log_decay, state, runs, scale=scale)
+    return gpu.supports(q, k, v, log_decay, state, runs, write, scale=scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def run(q, k, v, log_decay, state, runs, scale):
+def run(q, k, v, log_decay, state, runs, write, scale):
     """(y [B, T, H, V], state [B, H, K, V]) of a call that `unsupported` has no reason against."""
+    log_write = None
+    if write is not None:  # the kernels take logarithms; near 0 they are of a weight too small to see
+        write = write.astype(jnp.float32)
+        log_write = jnp.log(write + jnp.where(write < LEAST_WRITE, LEAST_WRITE, 0.0))
+    return _run(q, k, v, log_decay, state, runs, log_write, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _run(q, k, v, log_decay, state, runs, log_write, scale):
     from pallas_kernels.linear_attention import gpu
 
-    return gpu.forward(q, k, v, log_decay, state, runs, scale=scale)
+    return gpu.forward(q, k, v, log_decay, state, runs, log_write, scale=scale)
 
 
-def _forward(q, k, v, log_decay, state, runs, scale):
-    return run(q, k, v, log_decay, state, runs, scale), (q, k, v, log_decay, state, runs)
+def _forward(*call):
+    return _run(*call), call[:-1]
 
 
 def _backward(scale, arguments, cotangents):
     from pallas_kernels.linear_attention import gpu_backward
 
     state = arguments[4]
-    *gradients, d_state = gpu_backward.backward(*arguments, *cotangents, scale=scale)
-    return *gradients, None if state is None else d_state, None
+    *gradients, d_state, d_write = gpu_backward.backward(*arguments, *cotangents, scale=scale)
+    return *gradients, None if state is None else d_state, None, d_write
 
 
-run.defvjp(_forward, _backward)
+_run.defvjp(_forward, _backward)

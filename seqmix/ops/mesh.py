@@ -36,6 +36,16 @@ class Layout:
             parts.append(axes or None)
         return PartitionSpec(*parts)
 
+    def share(self, x, *names):
+        """The shape and dtype of what a device works on of x, or None of None."""
+        if x is None:
+            return None
+        ways = {None: 1, "key_heads": self.ways("heads") if self.key_heads == "cut" else 1}
+        ways |= {name: self.ways(name) for name in ("batch", "time", "heads")}
+        one = self.key_heads == "one"
+        sizes = [1 if one and n == "key_heads" else size // ways[n] for size, n in zip(x.shape, names, strict=True)]
+        return jax.ShapeDtypeStruct(sizes, x.dtype)
+
     def local_key_heads(self, x, key_heads: int, axis: int = 2):
         """The key heads (of x along `axis`) that this device's heads read, from what `spec` left it of them."""
         if self.key_heads != "one":
@@ -80,7 +90,7 @@ def on_shares(lay: Layout, function, arrays, names, out_names):
     kept = [None if array is None else spec for array, spec in zip(arrays, names, strict=True)]
 
     def local(*given):
-        with sharding.shares():
+        with sharding.shares(lay.mesh):
             return function(*given)
 
     mapped = jax.shard_map(

@@ -159,5 +159,5 @@ def test_a_layout_cuts_what_the_mesh_divides():
         assert layout(2, 16, 4, 1).key_heads == "whole"
     with sharding.use_mesh(sharding.make_mesh(model=8)):
         assert layout(1, 8, 8, 2).key_heads == "one" and layout(1, 8, 24, 3).heads == ()
-        with sharding.shares():
+        with sharding.shares(None):
             assert layout(1, 8, 8) is None

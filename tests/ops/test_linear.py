@@ -173,6 +173,27 @@ def test_state_passing_equals_one_pass_with_gradients(x64, kind):
     close(parts(arrays, cotangents(arrays)), differentiate(arrays, implementation="reference"))
 
 
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+def test_a_weight_of_writes_is_a_factor_on_the_values(x64, implementation):
+    arrays = draw("head", 9)
+    write = np.random.default_rng(1).choice([0.0, 0.3, 2.0], size=(B, 9, H))
+    q, k, v, log_decay = (arrays[name] for name in ("q", "k", "v", "log_decay"))
+
+    def run(weighs, v, write):
+        options = dict(write=write) if weighs else {}
+        v = v if weighs else v * write[..., None]
+        return linear_attention(q, k, v, log_decay, implementation=implementation, **options)
+
+    cotangents = draw("none", 9, seed=2)["v"], arrays["state"]
+    got, want = (jax.vjp(functools.partial(run, weighs), v, write) for weighs in (True, False))
+    for a, b in zip((*got[0], *got[1](cotangents)), (*want[0], *want[1](cotangents)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="write: expected None with normalize"):
+        linear_attention(q, k, v, log_decay, write=write, normalize=True)
+    with pytest.raises(ValueError, match="write"):
+        linear_attention(q, k, v, log_decay, write=write[..., :1])
+
+
 def test_packed_equals_separate(x64):
     arrays = draw("channel", 20, batch=1)
     ids = np.array([[0] * 2 + [5] * 4 + [0] + [5] * 3 + [2] * 6 + [0] * 4], np.int32)

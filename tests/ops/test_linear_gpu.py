@@ -29,14 +29,14 @@ def test_without_a_gpu_the_kernel_is_refused_with_the_reason():
 @pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
 def test_kernels_agree_with_the_chunked_form():
     """Values and all gradients of one packed call: 5e-3 is what bfloat16 operands leave of either form."""
+    write = jax.random.uniform(jax.random.key(1), (1, 77, 2)).at[:, ::7].set(0)  # 0 has a gradient too
 
     def run(implementation):
-        def call(q, k, v, log_decay, state):
-            return linear_attention(
-                q, k, v, log_decay, scale=0.5, state=state, segment_ids=IDS, implementation=implementation
-            )
+        def call(q, k, v, log_decay, state, write):
+            options = {"state": state, "write": write, "segment_ids": IDS, "implementation": implementation}
+            return linear_attention(q, k, v, log_decay, scale=0.5, **options)
 
-        results, pull = jax.vjp(call, *_inputs())
+        results, pull = jax.vjp(call, *_inputs(), write)
         return results, pull(
             jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), results)
         )

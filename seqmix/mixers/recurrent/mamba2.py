@@ -72,10 +72,9 @@ class Mamba2(Mixer):
     def _run(self, params, x, state, segment_ids):
         """y and the state after it; entries of the state may be None."""
         z, dt, log_decay, parts, conv = ssd_heads.inputs(params, x, conv=state["conv"], segment_ids=segment_ids)
-        v = (dt[..., None] * parts["x"]).astype(x.dtype)
-        options = {"chunk": self.chunk, "implementation": self.implementation}
+        options = {"write": dt, "chunk": self.chunk, "implementation": self.implementation}
         mixed, ssm = linear_attention(
-            parts["C"], parts["B"], v, log_decay, state=state["ssm"], segment_ids=segment_ids, **options
+            parts["C"], parts["B"], parts["x"], log_decay, state=state["ssm"], segment_ids=segment_ids, **options
         )
         mixed = ssd_heads.skip(params, mixed, parts["x"])
         return ssd_heads.way_out(self, params, z, mixed, segment_ids), {"conv": conv, "ssm": ssm}

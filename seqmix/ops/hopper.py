@@ -1,0 +1,18 @@
+"""What every op asks before it takes a Hopper kernel of `pallas_kernels`."""
+
+from seqmix.core import sharding
+
+LEAST = 64  # tokens; below it (decoding) the plain forms read no more than they must
+
+
+def unsupported(length: int) -> str | None:
+    """Why no Hopper kernel runs over `length` tokens here, in a few words; None if one may."""
+    from pallas_kernels import compat
+
+    if not compat.interpreting() and sharding.platform() != "gpu":
+        return f"needs a Hopper GPU, the device is a {sharding.platform()}"
+    if length < LEAST:
+        return f"needs at least {LEAST} tokens, got T={length}"
+    if not sharding.on_one_device() and not compat.interpreting():
+        return "needs one device, or rules that cut its arrays over a mesh (core/sharding.use_mesh)"
+    return compat.unavailable()

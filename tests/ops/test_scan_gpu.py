@@ -1,0 +1,60 @@
+"""The scan through the Hopper kernels: interpreted where there is no such GPU, refused with a reason otherwise."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat
+from seqmix.ops.scan import linear_scan
+
+IDS = jnp.asarray([[0] * 5 + [3] * 40 + [7] * 30 + [0] * 2])
+
+
+def draw(decay_shape):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (1, 77, 3, 20), jnp.bfloat16)
+    log_a = -jax.random.uniform(keys[1], decay_shape)
+    return x, log_a, jax.random.normal(keys[2], (1, 3, 20))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_without_a_gpu_the_kernel_is_refused_with_the_reason():
+    x, log_a, _ = draw((1, 77, 3, 20))
+    with pytest.raises(ValueError, match="cannot run 'gpu': needs a Hopper GPU"):
+        linear_scan(x, log_a, implementation="gpu")
+
+
+@pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
+@pytest.mark.parametrize(("shape", "ids"), [((1, 77, 3, 20), IDS), ((3, 1), None)], ids=["packed", "constant"])
+def test_kernels_agree_with_the_chunked_form(shape, ids):
+    """Values and all gradients: both round bfloat16 results, and the kernels' slopes read a rounded h, 2.4e-3."""
+
+    def run(implementation):
+        call = lambda x, log_a, state: linear_scan(
+            x, log_a, state=state, segment_ids=ids, implementation=implementation
+        )
+        results, pull = jax.vjp(call, *draw(shape))
+        return results, pull(
+            jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), results)
+        )
+
+    with compat.interpret():
+        got = run("gpu")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(run("chunked")), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= 5e-3 * np.linalg.norm(b)
+
+
+@pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"log_a": 1j}, "complex64"), ({"reverse": True}, "reverse"), ({"tokens": 8}, "64 tokens")],
+    ids=["complex", "reverse", "short"],
+)
+def test_what_the_kernels_cannot_do_is_named(change, reason):
+    x, log_a, _ = draw((1, 77, 3, 20))
+    tokens = change.pop("tokens", 77)
+    log_a = log_a * change.pop("log_a", 1)
+    with compat.interpret(), pytest.raises(ValueError, match=reason):
+        linear_scan(x[:, :tokens], log_a[:, :tokens], implementation="gpu", **change)
