@@ -297,8 +297,8 @@ def wait(barrier_ref):
     gpu().barrier_wait(barrier_ref)
 
 
-def capability() -> tuple[int, int] | None:
-    """(major, minor) compute capability of the default device; None if it is no NVIDIA GPU."""
-    device = jax.devices()[0]
+def capability(device=None) -> tuple[int, int] | None:
+    """(major, minor) compute capability of a device (the default one); None if it is no NVIDIA GPU."""
+    device = device or jax.devices()[0]
     text = getattr(device, "compute_capability", None)
     return tuple(int(part) for part in str(text).split(".")) if device.platform == "gpu" and text else None

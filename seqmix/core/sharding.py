@@ -9,6 +9,7 @@ import contextvars
 import math
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "context", "model")
@@ -83,12 +84,11 @@ def on_one_device() -> bool:
     return rules is None or mesh.size == 1
 
 
-def platform() -> str:
-    """What an op's arrays lie on, cpu, gpu or tpu: the mesh's devices (also of another machine), or the default."""
+def device():
+    """A device that an op's arrays lie on: of the mesh (which may be another machine's), or the default one."""
     held = _active.get()
-    devices = () if held is None or not hasattr(held[0], "devices") else held[0].devices.flat
-    name = next((device.platform for device in devices), jax.default_backend())
-    return "gpu" if name in ("cuda", "rocm") else name
+    devices = () if held is None else getattr(held[0], "devices", np.empty(0)).flat
+    return next(iter(devices), None) or jax.devices()[0]
 
 
 def mesh_axes(entry) -> tuple[str, ...]:

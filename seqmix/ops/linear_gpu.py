@@ -22,7 +22,7 @@ def unsupported(q, k, v, log_decay, state, runs, write, *, scale, normalize, cau
         return f"has no form for {'normalize' if normalize else 'causal=False'}"
     from pallas_kernels.linear_attention import gpu
 
-    return gpu.supports(q, k, v, log_decay, state, runs, write, scale=scale)
+    return gpu.supports(q, k, v, log_decay, state, runs, write, scale=scale, capability=hopper.capability())
 
 
 def run(q, k, v, log_decay, state, runs, write, scale):

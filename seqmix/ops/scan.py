@@ -60,8 +60,9 @@ def linear_scan(
     real, opened = _masks(segment_ids, reverse)
     reasons = {"gpu": scan_gpu.unsupported(x, log_a, reverse), "chunked": None, "reference": None}
     lay = layout(*x.shape[:2], *x.shape[2:3])
-    if lay is not None and lay.time:
-        options = dict(reverse=reverse, chunk=chunk, implementation=implementation)
+    kernel = lay is not None and implementation in (None, "gpu") and scan_context.kernel(lay, x, log_a, reverse)
+    if lay is not None and (lay.time or kernel):
+        options = dict(reverse=reverse, chunk=chunk, implementation="gpu" if kernel else implementation)
         return scan_context.linear(lay, linear_scan, x, log_a, state.astype(acc), segment_ids, **options)
     chosen = dispatch.pick("linear_scan", implementation, reasons)
     args = x, log_a, real, opened, state.astype(acc)

@@ -5,9 +5,23 @@ Each stretch is gone through twice, the first time for its state alone.
 
 import jax.numpy as jnp
 
-from seqmix.core import packing
+from seqmix.core import packing, sharding
+from seqmix.ops import scan_gpu
 from seqmix.ops.context import enter
 from seqmix.ops.mesh import on_shares
+
+
+def kernel(lay, x, log_a, reverse) -> bool:
+    """Whether each device can run its share of a `linear_scan` through a kernel."""
+    tokens, decays = _names(x, log_a)
+    with sharding.shares(lay.mesh):
+        return scan_gpu.unsupported(lay.share(x, *tokens), lay.share(log_a, *decays), reverse) is None
+
+
+def _names(x, log_a):
+    """The names of the dimensions of both; those of size one in log_a have none."""
+    tokens = ("batch", "time", "heads", *[None] * x.ndim)[: x.ndim]
+    return tokens, tuple(name if size > 1 else None for name, size in zip(tokens, log_a.shape, strict=True))
 
 
 def linear(lay, op, x, log_a, state, segment_ids, *, reverse, **options):
@@ -18,6 +32,8 @@ def linear(lay, op, x, log_a, state, segment_ids, *, reverse, **options):
 
     def local(x, log_a, state, runs):
         call = lambda state: op(x, log_a, state=state, segment_ids=runs, reverse=reverse, **options)
+        if not lay.time:
+            return call(state)
         logs = log_a.astype(state.dtype if jnp.iscomplexobj(log_a) else jnp.finfo(state.dtype).dtype)
         logs = jnp.broadcast_to(logs, (*logs.shape[:1], x.shape[1], *logs.shape[2:]))
         if runs is not None:
@@ -27,8 +43,7 @@ def linear(lay, op, x, log_a, state, segment_ids, *, reverse, **options):
         entering, last = enter(lay.time, end, jnp.sum(logs, 1), decayed, state, runs, reverse)
         return call(entering)[0], last
 
-    tokens = ("batch", "time", "heads", *[None] * x.ndim)[: x.ndim]
-    decays = tuple(name if size > 1 else None for name, size in zip(tokens, log_a.shape, strict=True))
+    tokens, decays = _names(x, log_a)
     states = (tokens[0], *tokens[2:])
     return on_shares(lay, local, (x, log_a, state, runs), (tokens, decays, states, tokens[:2]), (tokens, states))
 

@@ -29,7 +29,8 @@ def unsupported(x, log_a, reverse) -> str | None:
     if width < LEAST_WIDTH and not compat.interpreting():
         return f"was not run on a GPU below {LEAST_WIDTH} channels, got {math.prod(x.shape[2:])}"
     shape = (*x.shape[:2], width)
-    return gpu.supports(jax.ShapeDtypeStruct(shape, x.dtype), jax.ShapeDtypeStruct(shape, log_a.dtype))
+    given = (jax.ShapeDtypeStruct(shape, dtype) for dtype in (x.dtype, log_a.dtype))
+    return gpu.supports(*given, capability=hopper.capability())
 
 
 def _padded(width):

@@ -1,5 +1,6 @@
 """Compiling ahead of time for an H100, through ptxas, on a machine without a GPU."""
 
+import functools
 import re
 
 import jax
@@ -24,17 +25,23 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 @pytest.fixture
-def spilled(monkeypatch, capfd):
-    """spilled(function, *shapes): compiles it for an H100 and gives the bytes that each of its kernels spills."""
+def h100s(monkeypatch):
+    """h100s(count): so many H100s of one host, that can be compiled for but not run on."""
     pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax-cuda13-plugin to compile for a GPU")
     if compat.unavailable() is not None:
         pytest.skip(compat.unavailable())
     monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=TARGET, topology="1x1x1")
-    h100 = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    describe = functools.partial(topologies.get_topology_desc, platform="cuda", topology_name="", target_config=TARGET)
+    return lambda count: describe(topology=f"1x{count}x1").devices
+
+
+@pytest.fixture
+def spilled(h100s, monkeypatch, capfd):
+    """spilled(function, *shapes): compiles it for an H100 and gives the bytes that each of its kernels spills."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    h100 = jax.sharding.SingleDeviceSharding(h100s(1)[0])
 
     def compiled(function, *shapes):
         put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=h100)

@@ -1,0 +1,53 @@
+"""Compiled for eight H100s, the ops keep their kernels, and what they are given stays where it is."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from seqmix import ops
+from seqmix.core import sharding
+
+B, T, H, K, V = 8, 1024, 8, 128, 64
+MOVES = r"= (.*?) (all-gather|all-to-all|collective-permute)(?:-start)?\("
+
+
+def hlo(mesh, function, *arguments):
+    """The compiled gradient's text, of arguments given as (shape, dtype, *names of dimensions)."""
+    with sharding.use_mesh(mesh):
+        laid = []
+        for shape, dtype, *names in arguments:
+            spec = sharding.spec(names, shape, mesh)
+            laid.append(jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec)))
+        loss = lambda *args: jnp.sum(function(*args).astype(jnp.float32) ** 2)
+        return jax.jit(jax.grad(loss, tuple(range(len(laid))))).lower(*laid).compile().as_text()
+
+
+CALLS = {
+    "linear_attention": (
+        lambda q, k, v, d: ops.linear_attention(q, k, v, -jnp.exp(d), write=jnp.exp(d))[0],
+        ((B, T, 1, K), jnp.bfloat16, "batch", "time", None, None),
+        ((B, T, 1, K), jnp.bfloat16, "batch", "time", None, None),
+        ((B, T, H, V), jnp.bfloat16, "batch", "time", "heads", None),
+        ((B, T, H), jnp.float32, "batch", "time", "heads"),
+    ),
+    "linear_scan": (
+        lambda x, a: ops.linear_scan(x, -jnp.exp(a))[0],
+        ((B, T, 8, 256), jnp.bfloat16, "batch", "time", "heads", None),
+        ((B, T, 8, 256), jnp.bfloat16, "batch", "time", "heads", None),
+    ),
+}
+
+
+@pytest.mark.parametrize("context", [1, 2])
+@pytest.mark.parametrize("op", CALLS)
+def test_kernels_are_in_the_program_of_eight_gpus_and_no_token_moves(h100s, op, context):
+    mesh = sharding.make_mesh(data=2, fsdp=4 // context // 2, context=context, model=2, devices=h100s(8))
+    text = hlo(mesh, *CALLS[op])
+    kernels = ("forward", "backward") if op == "linear_scan" else ("forward", "dq", "dkv")
+    assert all(f"{op}_{kernel}_mosaic_gpu" in text for kernel in kernels)
+    moved = re.findall(MOVES, text)
+    # A state has K or one number a channel; a share of the tokens has 1024 / context.
+    assert bool(moved) == (context > 1)
+    assert not any(str(T // context) in shape or str(T) in shape for shape, _ in moved), moved
