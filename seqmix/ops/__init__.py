@@ -1,5 +1,6 @@
 """Pure functions of arrays, in layout [B, T, H, K]: `from seqmix import ops; ops.linear_attention(...)`."""
 
+from seqmix.ops.block_sparse import block_sparse_attention
 from seqmix.ops.conv import short_conv
 from seqmix.ops.delta import delta_rule, diagonal_plus_rank_one
 from seqmix.ops.fft_conv import long_conv
@@ -12,6 +13,7 @@ from seqmix.ops.softmax import attention, merge
 
 __all__ = [
     "attention",
+    "block_sparse_attention",
     "delta_rule",
     "diagonal_plus_rank_one",
     "linear_attention",

@@ -109,7 +109,7 @@ def neighbourhoods(draw):
     return masks.Neighbourhood(tuple(grid), tuple(window), tuple(stride), tuple(dilation), tuple(causal))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40)
 @given(mask=neighbourhoods(), beyond=st.integers(0, 5), bq=st.integers(1, 9), bk=st.integers(1, 9))
 def test_neighbourhoods_are_the_published_rule_and_their_tiles_exact(mask, beyond, bq, bk):
     size = int(np.prod(mask.grid))
@@ -158,7 +158,7 @@ def composed(mask, time, keys):
     return mask.dense(time, keys)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40)
 @given(mask=COMPOSED, shape=st.sampled_from(SHAPES))
 def test_compositions_are_the_logic_of_their_parts(mask, shape):
     agrees(mask, composed(mask, *shape))
@@ -199,7 +199,7 @@ def check_data_case(mask, seen, data, bq, bk):
     assert ((blind == PARTIAL) | (blind == want)).all()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), static=LEAVES, bq=st.integers(1, 6), bk=st.integers(1, 6))
 def test_masks_of_data_are_their_rules_and_their_tiles_never_wrong(seed, static, bq, bk):
     data, cases = data_cases(np.random.default_rng(seed), static)
