@@ -10,6 +10,7 @@ from seqmix.ops.logsumexp import logsumexp_scan
 from seqmix.ops.scan import linear_scan
 from seqmix.ops.selective import selective_scan
 from seqmix.ops.softmax import attention, merge
+from seqmix.ops.topk_blocks import topk_block_attention
 
 __all__ = [
     "attention",
@@ -25,4 +26,5 @@ __all__ = [
     "merge",
     "selective_scan",
     "short_conv",
+    "topk_block_attention",
 ]

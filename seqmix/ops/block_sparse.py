@@ -72,9 +72,9 @@ def block_sparse_attention(
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
     time, keys = q.shape[1], k.shape[1]
-    mask, data = _packed(mask, dict(data or {}), segment_ids)
-    data = _data(mask, time, keys, data, q.shape[0])
-    sizes = _sizes(sizes, time, keys)
+    mask, data = with_segments(mask, data, segment_ids)
+    data = checked_data(mask, time, keys, data, q.shape[0])
+    sizes = clipped(sizes, time, keys)
     index = None if blocks is None else _index(blocks, q.shape[0], k.shape[2], sizes, time, keys)
     config = Config(scale, soft_cap, mask, time, keys)
     if pick("block_sparse_attention", implementation, {"chunked": None, "reference": None}) == "chunked":
@@ -103,7 +103,7 @@ def block_sparse_flops(
     2 (K + V) for the two products of a pair and the elementwise operations beside them, without exponentials.
     """
     keys = time if keys is None else keys
-    sizes = _sizes(sizes, time, keys)
+    sizes = clipped(sizes, time, keys)
     tiles = int((mask.tiles(*sizes, time, keys) != EMPTY).sum())
     return batch * heads * tiles * sizes[0] * (sizes[1] * (2 * (key_dim + value_dim) + 7) + 2 * value_dim)
 
@@ -138,8 +138,9 @@ def _finite(name, value) -> float:
     return number
 
 
-def _packed(mask, data, segment_ids):
-    """The mask and data with the segments of packed rows."""
+def with_segments(mask, data, segment_ids):
+    """The mask and data, with the segments of packed rows where there are ids."""
+    data = dict(data or {})
     if segment_ids is None:
         return mask, data
     own = Segments("packed_segment_ids", "packed_kv_segment_ids")
@@ -147,7 +148,8 @@ def _packed(mask, data, segment_ids):
     return own if mask is None else mask & own, data | dict.fromkeys(own.inputs, ids)
 
 
-def _data(mask, time, keys, data, batch) -> dict:
+def checked_data(mask, time, keys, data, batch) -> dict:
+    """The mask's inputs as arrays [batch or 1, T or S]. Raises ValueError for others."""
     data = {} if mask is None else check_data(mask, time, keys, data, need=True)
     for name, x in data.items():
         if x.ndim != 2 or x.shape[0] not in (1, batch):
@@ -155,8 +157,8 @@ def _data(mask, time, keys, data, batch) -> dict:
     return {name: jnp.asarray(x) for name, x in data.items()}
 
 
-def _sizes(sizes, time, keys) -> tuple[int, int]:
-    """Block sizes, not beyond the lengths: one block holds all then as before."""
+def clipped(sizes, time, keys) -> tuple[int, int]:
+    """Block sizes, not beyond the lengths: where one block holds all already."""
     if not isinstance(sizes, tuple | list) or len(sizes) != 2:
         raise ValueError(f"sizes: expected (queries, keys) of a block, got {sizes!r}")
     for size in sizes:

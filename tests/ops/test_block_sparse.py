@@ -179,6 +179,7 @@ def test_bfloat16_stays_within_half_a_percent_of_float64_at_the_same_inputs():
         high, exact = ([np.asarray(x, np.float64) for x in xs] for xs in (low, back))
         want = with_gradients("reference", high, exact, **kwargs)
     for name, a, b in zip(("y", "lse", "dq", "dk", "dv", "dslopes"), got, want, strict=True):
+        b = np.asarray(b)
         error = np.asarray(a, np.float64) - b
         # 2^-9 of rounding in p, dS and the result, each relative to its own size
         assert np.sqrt(np.mean(error**2) / np.mean(np.square(b))) < 5e-3, name
