@@ -13,7 +13,7 @@ import numpy as np
 
 from seqmix.ops.mask_algebra import EMPTY, FULL, PARTIAL, And, Mask, Not, Or, grade, library, positive
 from seqmix.ops.mask_data import Intervals, Positions, Segments
-from seqmix.ops.mask_grid import Neighbourhood
+from seqmix.ops.mask_grid import Boxed, Neighbourhood
 
 __all__ = [
     "EMPTY",
@@ -22,6 +22,7 @@ __all__ = [
     "And",
     "Blocks",
     "BlockTable",
+    "Boxed",
     "Causal",
     "Dilated",
     "Intervals",

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from seqmix.ops import masks
 from seqmix.ops.mask_algebra import span
+from seqmix.ops.mask_grid import from_boxes, speed_up, to_boxes
 from seqmix.ops.masks import EMPTY, FULL, PARTIAL
 
 TABLE = ((1, 0, 1), (0, 0, 1), (1, 1, 1))
@@ -120,6 +121,35 @@ def test_neighbourhoods_are_the_published_rule_and_their_tiles_exact(mask, beyon
     assert inside.diagonal().all()
     if not any(mask.causal):
         assert (inside.sum(1) == np.prod(mask.window)).all()
+
+
+@settings(max_examples=40)
+@given(data=st.data(), mask=neighbourhoods(), boxes=st.integers(1, 2))
+def test_the_order_of_boxes_moves_tokens_and_makes_tiles_boxes(data, mask, boxes):
+    box = tuple(data.draw(st.integers(1, 4)) for _ in mask.grid)
+    boxed, size = masks.Boxed(mask, box), int(np.prod(mask.grid))
+    index = 1 + np.arange(size)[None]
+    order = np.asarray(to_boxes(index, mask.grid, box))
+    assert np.array_equal(from_boxes(order, mask.grid, box), index)
+    order = order[0] - 1  # -1 for what is added
+    seen = mask.dense(size)[np.ix_(order, order)] & (order >= 0) & (order >= 0)[:, None]
+    assert boxed.length == order.size
+    agrees(boxed, seen)
+    tile = int(np.prod(box))
+    table, want = boxed.tiles(tile, tile, order.size), table_of(seen, tile, tile)
+    # A box that sticks out of the grid is never full: what is added to it sees nothing.
+    assert np.array_equal(table, want)
+    several = boxed.tiles(boxes * tile, tile, order.size)
+    assert np.array_equal(several[several != PARTIAL], table_of(seen, boxes * tile, tile)[several != PARTIAL])
+
+
+def test_the_simulator_counts_tiles_and_boxes_beat_rows():
+    mask = masks.Neighbourhood((16, 128), 13)
+    boxed = masks.Boxed(mask, (8, 16))
+    rows, boxes = (speed_up(m, (128, 128), 2048) for m in (mask, boxed))
+    seen = boxed.dense(2048).reshape(16, 128, 16, 128).any((1, 3))
+    assert boxes == seen.size / seen.sum() > 2 * rows
+    assert speed_up(masks.Blocks(128), (128, 128), 4096) == 32  # windows that align with tiles waste nothing
 
 
 def test_strides_and_windows_reach_from_neighbourhoods_to_blocks_and_to_everything():
@@ -250,6 +280,8 @@ BAD = {
     "window: expected window . dilation within": lambda: masks.Neighbourhood(8, 5, dilation=2),
     "stride: expected at most the window": lambda: masks.Neighbourhood((8, 8), 3, 4),
     "grid: expected 1 to 3 lengths": lambda: masks.Neighbourhood((2, 2, 2, 2), 1),
+    "mask: expected a Neighbourhood": lambda: masks.Boxed(masks.Causal(), (2, 2)),
+    "box: expected one integer >= 1 or one for each of 1 axes": lambda: masks.Boxed(masks.Neighbourhood(8, 3), (2, 2)),
     "causal: expected one bool for each axis": lambda: masks.Neighbourhood((2, 2), 1, causal=(True,)),
     "mask: expected a static mask, got one that needs segment_ids": lambda: masks.Positions(masks.Segments()),
     "bq: expected an integer >= 1": lambda: masks.Causal().tiles(0, 4, 8),
