@@ -33,6 +33,7 @@ class Config(NamedTuple):
     mask: Mask | None
     time: int
     keys: int
+    full: bool = True  # some tile may be full: every pair exists and is visible
 
 
 def chunked(config: Config, q, k, v, slopes, data: dict, lists: Lists, sizes):
@@ -52,6 +53,8 @@ def chunked(config: Config, q, k, v, slopes, data: dict, lists: Lists, sizes):
         side = config.mask.inputs[name]
         values[side][name] = blocks(x, sizes[side == "keys"])[:, None]
     slopes = None if slopes is None else slopes.reshape(groups, h // groups)
+    if isinstance(lists.full, np.ndarray):
+        config = config._replace(full=bool(lists.full.any()))
     walks = block_lists.forward(lists), block_lists.transposed(lists, k.shape[2])
     y, lse = _attend(config, q, k, v, slopes, values, walks)
     y = jnp.moveaxis(y, 1, 3).reshape(b, -1, h, y.shape[-1])[:, :t]
@@ -82,10 +85,11 @@ def _sweep(walk: Walk, own, other, start, step, finish):
     that all pairs of a step are visible.
     """
     sizes = tuple(jax.tree.leaves(x)[0].shape[3] for x in (own, other))
+    others = jax.tree.leaves(other)[0].shape[2]
     owners = walk.count.shape[-1]
     groups = -(-owners * sizes[0] // OWN)
     group = -(-owners // min(groups, owners))
-    bundle = max(1, OTHER // sizes[1])
+    bundle = max(1, min(OTHER // sizes[1], others))
     padding = -owners % group
     begin, count = (jnp.pad(jnp.asarray(x), [(0, 0), (0, 0), (0, padding)]) for x in (walk.begin, walk.count))
     order = jnp.argsort(-jnp.max(count, axis=(0, 1)), stable=True)
@@ -139,8 +143,11 @@ def _scores(config, q, k, slopes, rows: _Side, columns: _Side, clear, acc):
             seen = seen & config.mask.visible(i, j, data)
         return seen
 
-    shape = jax.eval_shape(look).shape
-    seen = jax.lax.cond(clear, lambda: jnp.ones(shape, bool), look)
+    if config.full:
+        shape = jax.eval_shape(look).shape
+        seen = jax.lax.cond(clear, lambda: jnp.ones(shape, bool), look)
+    else:
+        seen = look()
     far = 0 if slopes is None else -slopes.astype(acc)[:, None, None, :, None] * jnp.abs(i - j)
     return capped, far, seen
 
