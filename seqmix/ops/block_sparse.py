@@ -40,13 +40,13 @@ def block_sparse_attention(
         lse_i = log sum_{j visible to i} exp(s_ij),    y_i = sum_{j visible to i} exp(s_ij - lse_i) v_j
 
     Hk divides H; query head h reads key head h // (H // Hk). With sizes (bq, bk), j is visible to i when the list
-    of i's block of queries, i // bq, holds j // bk, and the mask lets i see j. Work and memory are those of the
-    listed blocks; without a list, of the tiles in which the mask may see.
+    of i's block of queries, i // bq, holds j // bk, and the mask lets i see j. Work is that of the listed blocks,
+    or without a list of the tiles in which the mask may see; memory is linear in T and S, beside the lists.
 
     Args:
       q, k, v: floating. Softmax, LSE and sums are in acc = promote(their dtype, float32); the operands of
         products keep their dtype.
-      mask: a mask of `ops.masks`; None sees all. One of `mask` and `blocks` is given, or both.
+      mask: a mask of `ops.masks`; None sees all. At least one of mask, blocks and segment_ids is given.
       blocks: [nq, n] or [B or 1, Hk or 1, nq, n] integers, nq = ceil(T / bq): key blocks, each at most once in a
         list, in any order. What is not from 0 to ceil(S / bk) - 1 is no block (use -1).
       sizes: (bq, bk), the number of queries and of keys of a block.
@@ -120,8 +120,8 @@ def _check(q, k, v, slopes, segment_ids, mask, blocks):
             raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
     if mask is not None and not isinstance(mask, Mask):
         raise ValueError(f"mask: expected a mask of ops.masks, got {type(mask).__name__}")
-    if mask is None and blocks is None:
-        raise ValueError("mask: expected a mask, or a list of blocks, or both, got neither")
+    if mask is None and blocks is None and segment_ids is None:
+        raise ValueError("mask: expected a mask, a list of blocks or segment_ids, got none of them")
     if segment_ids is not None:
         packing.check(segment_ids, d.B, d.T)
         if d.T != d.S:

@@ -56,7 +56,8 @@ class Mask:
         """Grades, which broadcast with the ends, of the rectangles i in rows = (low, high), j in columns = (low, high).
 
         Ends are included. spans: {name: (lowest, highest) value of that input in the rectangle}; what depends on
-        an input without one is PARTIAL. Exact for the constructors of static masks, else conservative.
+        an input without one is PARTIAL. Exact for the constructors of static masks (`Boxed`: where the rectangle
+        is of whole boxes), else conservative.
         """
         raise NotImplementedError
 

@@ -116,6 +116,8 @@ def topk_block_attention(
       head, for which k and v are repeated to H heads; None: `pooled_scores` of the first queries. Given scores
       have to keep to the past themselves. They get no gradient, and for sizes[0] = 1 they are T S / bk numbers a head.
     mask: None is `masks.Causal()`.
+    segment_ids: as in `block_sparse_attention`. Where segments are whole blocks, each chooses as it would alone;
+      elsewhere the means of keys cross their borders. Blocks forced by `first` are those of the row.
     """
     d = dims({"q": "B T H K", "k": "B S Hk K", "v": "B S Hk V"}, q=q, k=k, v=v)
     mask = Causal() if mask is None else mask

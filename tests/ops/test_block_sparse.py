@@ -205,7 +205,7 @@ def test_flops_are_those_of_the_tiles_that_may_see():
 
 
 BAD = {
-    "mask: expected a mask, or a list of blocks": {},
+    "mask: expected a mask, a list of blocks or segment_ids": {},
     "mask: expected a mask of ops.masks, got int": {"mask": 3},
     "sizes: expected an integer >= 1": {"sizes": (0, 4)},
     "sizes: expected .queries, keys.": {"sizes": 4},
