@@ -294,6 +294,15 @@ ROWS = (
         state="2 * context * heads * head_dim + 1",
     ),
     Row(
+        name="power_attention",
+        target="seqmix.mixers.static_sparse.power_attention:PowerAttention",
+        title="PowerAttention: Exponentially Scaling of Receptive Fields for Effective Sparse Attention",
+        paper="2503.03588",
+        small=dict(d_model=8, heads=2, head_dim=4, size=2, window=1, block=4),
+        medium=dict(d_model=128, heads=4, size=8),
+        state="2 * context * heads * head_dim + 1",
+    ),
+    Row(
         name="neighbourhood",
         target="seqmix.mixers.static_sparse.neighbourhood:Neighbourhood",
         title="Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light",

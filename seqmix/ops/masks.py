@@ -24,6 +24,7 @@ __all__ = [
     "BlockTable",
     "Boxed",
     "Causal",
+    "Coarse",
     "Dilated",
     "Intervals",
     "Mask",
@@ -31,6 +32,7 @@ __all__ = [
     "Not",
     "Or",
     "Positions",
+    "Powers",
     "Prefix",
     "Segments",
     "Sinks",
@@ -230,6 +232,45 @@ class BlockTable(Mask):
 
         count = below(r1 + 1, c1 + 1) - below(r0, c1 + 1) - below(r1 + 1, c0) + below(r0, c0)
         return grade(count > 0, count == (r1 - r0 + 1) * (c1 - c0 + 1))
+
+
+@dataclass(frozen=True)
+class Powers(Mask):
+    """i - j is 0 or a power of two (PowerAttention, with `Coarse`)."""
+
+    def visible(self, i, j, data=None):
+        distance = i - j
+        return (distance >= 0) & (distance & (distance - 1) == 0)
+
+    def over(self, rows, columns, spans=None):
+        least, greatest = _distances(rows, columns)
+        xp = library(least, greatest)
+        power = xp.maximum(greatest, 0)
+        for shift in (1, 2, 4, 8, 16):  # set all bits below the highest, then keep that one alone
+            power = power | (power >> shift)
+        power = power - (power >> 1)
+        some = (greatest >= 0) & (power >= least)
+        # 0, 1 and 2 are all such numbers; above, none is followed by another.
+        return grade(some, some & (least >= 0) & ((greatest <= 2) | (least == greatest)))
+
+
+@dataclass(frozen=True)
+class Coarse(Mask):
+    """A static mask of blocks: i sees j where block i // size sees block j // size."""
+
+    mask: Mask
+    size: int
+
+    def __post_init__(self):
+        positive("size", self.size)
+        if self.mask.inputs:
+            raise ValueError(f"mask: expected a static mask, got one that needs {', '.join(self.mask.inputs)}")
+
+    def visible(self, i, j, data=None):
+        return self.mask.visible(i // self.size, j // self.size)
+
+    def over(self, rows, columns, spans=None):
+        return self.mask.over(tuple(x // self.size for x in rows), tuple(x // self.size for x in columns))
 
 
 @dataclass(frozen=True)

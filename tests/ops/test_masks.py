@@ -31,9 +31,12 @@ STATIC = {
     "blocks": (masks.Blocks(4), lambda i, j: i // 4 == j // 4),
     "blocks of two sizes": (masks.Blocks(4, 3), lambda i, j: i // 4 == j // 3),
     "block table": (masks.BlockTable(TABLE, 4, 3), lambda i, j: i < 12 and j < 9 and TABLE[i // 4][j // 3] == 1),
+    "powers": (masks.Powers(), lambda i, j: i - j in (0, 1, 2, 4, 8, 16)),
+    "coarse": (masks.Coarse(masks.Powers(), 3), lambda i, j: i // 3 - j // 3 in (0, 1, 2, 4)),
+    "coarse window": (masks.Coarse(masks.Window(2), 4), lambda i, j: i // 4 - j // 4 in (0, 1)),
     "transposed": (masks.Transpose(masks.Sinks(2)), lambda i, j: i < 2),
 }
-SHAPES = [(1, 1), (13, 13), (16, 16), (9, 17), (17, 9)]
+SHAPES = [(1, 1), (13, 13), (22, 22), (9, 17), (17, 9)]
 TILES = [(1, 1), (4, 4), (5, 3), (2, 16), (32, 7)]
 
 
@@ -284,6 +287,7 @@ BAD = {
     "box: expected one integer >= 1 or one for each of 1 axes": lambda: masks.Boxed(masks.Neighbourhood(8, 3), (2, 2)),
     "causal: expected one bool for each axis": lambda: masks.Neighbourhood((2, 2), 1, causal=(True,)),
     "mask: expected a static mask, got one that needs segment_ids": lambda: masks.Positions(masks.Segments()),
+    "mask: expected a static mask, got one that needs starts": lambda: masks.Coarse(masks.Intervals(), 2),
     "bq: expected an integer >= 1": lambda: masks.Causal().tiles(0, 4, 8),
     "refine: expected a static mask": lambda: masks.Segments().tiles(4, 4, 8, refine=True),
     "data: expected 'segment_ids', of the queries": lambda: masks.Segments().dense(8),

@@ -23,14 +23,10 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from seqmix.core import packing
 from seqmix.core.mixer import Mixer
 from seqmix.ops import masks
-from seqmix.ops.block_sparse import block_sparse_attention, block_sparse_flops
-from seqmix.ops.softmax import merge
-from seqmix.parts import kv_cache
-from seqmix.parts.qkv import head_params, head_size, out_param, places, project
-from seqmix.parts.rotary import rotate
+from seqmix.parts import masked_attention
+from seqmix.parts.qkv import project
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +48,8 @@ class SparseTransformer(Mixer):
     context_form: ClassVar[str] = "none"
 
     def __post_init__(self):
-        self.positive(heads=self.heads, stride=self.stride, summary=self.summary, block=self.block)
+        self.positive(stride=self.stride, summary=self.summary)
+        masked_attention.check(self)
         wrong = None
         if self.pattern not in ("strided", "fixed"):
             wrong = f"pattern: expected strided or fixed, got {self.pattern!r}"
@@ -62,23 +59,15 @@ class SparseTransformer(Mixer):
             wrong = f"summary: expected at most stride={self.stride}, got {self.summary}"
         elif self.factors == "heads" and self.heads % 2:
             wrong = f"heads: expected an even number with factors='heads', got {self.heads}"
-        elif not self.rope_base > 1:
-            wrong = f"rope_base: expected a number above 1, got {self.rope_base}"
         if wrong:
             raise ValueError(f"SparseTransformer.{wrong}")
-        if self.head_dim is not None:
-            self.positive(head_dim=self.head_dim)
-        if (self.d_model or self.head_dim) and self.rope and self._head_dim % 2:
-            raise ValueError(f"SparseTransformer.head_dim: expected an even number with rope, got {self._head_dim}")
 
     @property
     def _head_dim(self) -> int:
-        return head_size(self, "head_dim")
+        return masked_attention.head_dim(self)
 
     def params(self):
-        self.positive(d_model=self.d_model)
-        size = self.heads, self._head_dim
-        return {**head_params(self.d_model, dict.fromkeys("qkv", size)), "out": out_param(*size, self.d_model)}
+        return masked_attention.params(self)
 
     # Who sees whom
 
@@ -105,62 +94,24 @@ class SparseTransformer(Mixer):
     # Training and scoring
 
     def forward(self, params, x, *, segment_ids=None, positions=None, rng=None, **inputs):
-        """(y [B, T, D], {}). `positions` [B, T] only rotate; who sees whom is counted in tokens."""
         self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
-        q, k, v = self._qkv(params, x, places(x, segment_ids, positions)[0])
-        data = None
-        if segment_ids is not None:
-            ids = packing.runs(segment_ids)
-            data = _data(ids, ids, packing.positions(ids), packing.positions(ids))
-        return self._out(params, self._attend(q, k, v, data)[0]), {}
-
-    def _qkv(self, params, x, positions):
-        q, k, v = project(params, x, "qkv")
-        if self.rope:
-            q, k = (rotate(y, positions, base=self.rope_base) for y in (q, k))
-        return q, k, v
-
-    def _attend(self, q, k, v, data=None, *, later=True):
-        """(mixed, lse). With data, positions are given; `later`: keys of later index are at later positions."""
-        parts = []
-        for heads, mask in self.groups:
-            if data is not None:
-                mask = masks.Positions(mask) & masks.Segments()
-                mask = masks.Causal() & mask if later else mask
-            options = {"mask": mask, "data": data, "sizes": (self.block,) * 2, "implementation": self.implementation}
-            parts.append(block_sparse_attention(*(y[:, :, heads] for y in (q, k, v)), return_lse=True, **options))
-        mixed, lse = zip(*parts, strict=True)
-        return jnp.concatenate(mixed, axis=2), jnp.concatenate(lse, axis=1)
-
-    def _out(self, params, mixed):
-        return jnp.einsum("bthk,hkd->btd", mixed, params["out"].astype(mixed.dtype))
+        return masked_attention.forward(self, params, x, segment_ids=segment_ids, positions=positions), {}
 
     # Decoding
 
     def init_state(self, params, batch, max_len, dtype=jnp.float32, **inputs):
-        """A cache of max_len tokens a row; a row that grows beyond it keeps its newest tokens."""
         self.check_inputs(inputs)
-        return kv_cache.init(batch, max_len, self.heads, self._head_dim, self._head_dim, dtype)
+        return masked_attention.init_state(self, batch, max_len, dtype)
 
     def prefill(self, params, x, state, *, segment_ids=None, positions=None, **inputs):
-        """(y [B, T, D], state): the new tokens attend to the cached ones and to each other, joined by LSE."""
         self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
-        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else packing.runs(segment_ids)
-        place = packing.positions(ids, start=state["length"])
-        q, k, v = self._qkv(params, x, place if positions is None else positions)
-        held = kv_cache.positions(state["length"], state["k"].shape[1])
-        cached = (state[name].astype(k.dtype) for name in ("k", "v"))
-        # What is cached belongs to the first segment.
-        old = self._attend(q, *cached, _data(ids, (held >= 0).astype(jnp.int32), place, held), later=False)
-        new = self._attend(q, k, v, _data(ids, ids, place, place))
-        return self._out(params, merge([old, new])[0]), kv_cache.append(state, k, v, ids)
+        return masked_attention.prefill(self, params, x, state, segment_ids=segment_ids, positions=positions)
 
     def state_axes(self):
-        cached = ("batch", None, "heads", "head_dim")
-        return {"k": cached, "v": cached, "length": ("batch",)}
+        return masked_attention.STATE_AXES
 
     def state_size(self, context):
-        return 2 * context * self.heads * self._head_dim + 1
+        return masked_attention.state_elements(self, context)
 
     # The mixing matrix, over G = heads groups
 
@@ -169,37 +120,11 @@ class SparseTransformer(Mixer):
         return project(params, x, "v")[0], {}
 
     def merge(self, params, context, mixed):
-        return self._out(params, mixed)
+        return masked_attention.way_out(params, mixed)
 
     def mixing_matrix(self, params, x, *, segment_ids=None, positions=None, **inputs):
-        """softmax over visible j of q_i . k_j / sqrt(K), [B, H, T, T] in promote(x.dtype, float32)."""
         self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
-        q, k, _ = self._qkv(params, x, places(x, segment_ids, positions)[0])
-        acc = jnp.promote_types(x.dtype, jnp.float32)
-        score = jnp.einsum("bihk,bjhk->bhij", q.astype(acc), k.astype(acc)) / self._head_dim**0.5
-        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else packing.runs(segment_ids)
-        place = packing.positions(ids)
-        one = (ids[:, :, None] == ids[:, None, :]) & (ids[:, :, None] > 0)
-        seen = [one & mask.visible(place[:, :, None], place[:, None, :]) for _, mask in self.groups]
-        seen = jnp.repeat(jnp.stack(seen, axis=1), self.heads // len(seen), axis=1)
-        weight = jnp.where(seen, jnp.exp(score - jnp.max(jnp.where(seen, score, -1e30), -1, keepdims=True)), 0)
-        total = jnp.sum(weight, axis=-1, keepdims=True)
-        return weight / jnp.where(total > 0, total, 1)
+        return masked_attention.mixing_matrix(self, params, x, segment_ids=segment_ids, positions=positions)
 
     def flops(self, batch, seq):
-        """Projections, rotations, and the scores of the tiles that the pattern leaves."""
-        h, k = self.heads, self._head_dim
-        each = h // len(self.groups)
-        shape = (batch, seq, each, k, k)
-        mixed = sum(block_sparse_flops(*shape, mask=mask, sizes=(self.block,) * 2) for _, mask in self.groups)
-        return 8 * batch * seq * self.d_model * h * k + mixed + 6 * self.rope * batch * seq * h * k
-
-
-def _data(q_ids, k_ids, q_positions, k_positions) -> dict:
-    """The inputs of `Positions` and `Segments`."""
-    return {
-        "segment_ids": q_ids,
-        "kv_segment_ids": k_ids,
-        "q_positions": q_positions,
-        "kv_positions": k_positions,
-    }
+        return masked_attention.flops(self, batch, seq)
