@@ -9,8 +9,8 @@ form (2209.15001), stride = window is blocked attention, and window = length is 
 
 Inside, tokens are put in the order of boxes (`ops.masks.Boxed`), so that the tiles of the op are boxes of the
 grid and few of them are visited; `speed_up` says how few. The papers' relative position bias, and extra keys that all
-tokens see, are left out; positions are up to the model around it. The rule was checked against the papers' text
-and the form of it that their reference is noted to have, not against running code. No decoding: a grid is whole.
+tokens see, are left out; positions are up to the model around it. The rule is that of the reference mask of the
+released code (SHI-Labs/NATTEN, read, not run). No decoding: a grid is whole.
 """
 
 from dataclasses import dataclass

@@ -13,8 +13,9 @@ stacks that alternate. i and j are positions within a segment. With "second" and
 tokens see nothing and give y = 0.
 
 The paper's networks have learned embeddings of rows and columns, a scaled init and recomputed attention; here
-positions are rotary and optional, and the rest is the stack's. Their heads may read different columns of the
-fixed pattern, ours read the same. The patterns were checked against the paper's definitions by hand, not its code.
+positions are rotary and optional, and the rest is the stack's. A1 and A2 of the strided pattern are the "local" and
+"strided" masks of the released code (openai/sparse_attention, read), whose "fixed" one is the merged pattern here with
+l and c in blocks of 32 tokens; there heads may read different columns, here they read the same.
 Decoding keeps all keys and values: the published patterns leave none of them out for good.
 """
 

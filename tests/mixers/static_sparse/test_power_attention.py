@@ -9,7 +9,7 @@ from seqmix.ops import masks
 from tests.mixers.equations import compiled, tokens, weights
 
 
-def test_the_pattern_is_the_papers_algorithm():
+def test_the_pattern_is_as_defined():
     size, window, time = 3, 2, 50
     seen = PowerAttention(size=size, window=window).pattern.dense(time)
     for i, j in np.ndindex(time, time):

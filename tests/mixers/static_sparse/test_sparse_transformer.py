@@ -12,7 +12,7 @@ SMALL = {"d_model": 8, "heads": 2, "head_dim": 4, "block": 4}
 
 @pytest.mark.parametrize("time, stride, summary", [(64, 8, 1), (50, 7, 2), (16, 16, 3)])
 @pytest.mark.parametrize("pattern", ["strided", "fixed"])
-def test_the_factors_are_the_papers_and_reach_every_earlier_token_in_two_hops(pattern, time, stride, summary):
+def test_the_factors_are_as_defined_and_reach_every_earlier_token_in_two_hops(pattern, time, stride, summary):
     mixer = SparseTransformer(pattern=pattern, stride=stride, summary=summary)
     first, second = (mask.dense(time) for mask in mixer.patterns)
     want = np.zeros((2, time, time), bool)
