@@ -283,6 +283,34 @@ ROWS = (
         medium=dict(d_model=128, key_dim=32),
         state="min(context, chunk) * (key_dim + value_dim) + d_model * d_state + 1",
     ),
+    Row(
+        name="sparse_transformer",
+        target="seqmix.mixers.static_sparse.sparse_transformer:SparseTransformer",
+        title="Generating Long Sequences with Sparse Transformers",
+        paper="1904.10509",
+        small=dict(d_model=8, heads=4, head_dim=4, stride=3, block=4),
+        variants=(dict(pattern="fixed", stride=4, summary=2, factors="heads", rope=False),),
+        medium=dict(d_model=128, heads=4, stride=8),
+        state="2 * context * heads * head_dim + 1",
+    ),
+    Row(
+        name="power_attention",
+        target="seqmix.mixers.static_sparse.power_attention:PowerAttention",
+        title="PowerAttention: Exponentially Scaling of Receptive Fields for Effective Sparse Attention",
+        paper="2503.03588",
+        small=dict(d_model=8, heads=2, head_dim=4, size=2, window=1, block=4),
+        medium=dict(d_model=128, heads=4, size=8),
+        state="2 * context * heads * head_dim + 1",
+    ),
+    Row(
+        name="neighbourhood",
+        target="seqmix.mixers.static_sparse.neighbourhood:Neighbourhood",
+        title="Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light",
+        paper="2504.16922",
+        small=dict(d_model=8, heads=2, window=(2, 3), box=(1, 4)),
+        variants=(dict(window=(4,), dilation=(2,), causal_axes=(True,), box=(4,)),),
+        medium=dict(d_model=128, heads=4, window=(32,)),
+    ),
 )
 
 

@@ -1,0 +1,1 @@
+"""Softmax attention in which the pattern of visible pairs is fixed beforehand."""

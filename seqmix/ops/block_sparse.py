@@ -1,0 +1,185 @@
+"""Attention over the blocks of keys that a mask, or a list, leaves to each block of queries."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqmix.core import packing
+from seqmix.core.shapes import dims
+from seqmix.ops import block_lists
+from seqmix.ops.block_sparse_chunked import Config, chunked
+from seqmix.ops.block_sparse_reference import reference
+from seqmix.ops.dispatch import pick
+from seqmix.ops.mask_algebra import EMPTY, Mask, check_data, positive
+from seqmix.ops.mask_data import Segments
+
+SIZES = 128, 128
+
+
+def block_sparse_attention(
+    q,
+    k,
+    v,
+    *,
+    mask=None,
+    blocks=None,
+    sizes=SIZES,
+    data=None,
+    segment_ids=None,
+    scale=None,
+    soft_cap=None,
+    slopes=None,
+    return_lse=False,
+    implementation=None,
+):
+    """Softmax attention of queries [B, T, H, K] over the keys [B, S, Hk, K], values [B, S, Hk, V], that are listed.
+
+        s_ij  = scale q_i . k_j         (then soft_cap tanh(s_ij / soft_cap), then - slope |i - j|, where given)
+        lse_i = log sum_{j visible to i} exp(s_ij),    y_i = sum_{j visible to i} exp(s_ij - lse_i) v_j
+
+    Hk divides H; query head h reads key head h // (H // Hk). With sizes (bq, bk), j is visible to i when the list
+    of i's block of queries, i // bq, holds j // bk, and the mask lets i see j. Work is that of the listed blocks,
+    or without a list of the tiles in which the mask may see; memory is linear in T and S, beside the lists.
+
+    Args:
+      q, k, v: floating. Softmax, LSE and sums are in acc = promote(their dtype, float32); the operands of
+        products keep their dtype.
+      mask: a mask of `ops.masks`; None sees all. At least one of mask, blocks and segment_ids is given.
+      blocks: [nq, n] or [B or 1, Hk or 1, nq, n] integers, nq = ceil(T / bq): key blocks, each at most once in a
+        list, in any order. What is not from 0 to ceil(S / bk) - 1 is no block (use -1).
+      sizes: (bq, bk), the number of queries and of keys of a block.
+      data: {name: [B or 1, T] or [B or 1, S]} for the mask's `inputs`.
+      segment_ids: [B, T] integers, 0 is padding, T = S: adds `masks.Segments` of `packing.runs`.
+      scale: factor on q . k, a number; None: K**-0.5.
+      soft_cap: None or a positive number (Gemma 2, arXiv 2408.00118, section 2).
+      slopes: [H] floating, ALiBi's (arXiv 2108.12409); differentiable.
+      return_lse: also return lse, for `merge`; it is differentiable like y.
+      implementation: None, "chunked" (memory linear in T and S; differentiable once) or "reference" (dense).
+
+    Returns:
+      y [B, T, H, V] in v.dtype, or (y, lse [B, H, T] in acc). A row that sees no key has y = 0 and lse = -inf, and
+      passes no gradient.
+
+    Raises:
+      ValueError: for shapes, dtypes and numbers that are not as above, and a block listed twice where the list is
+        a numpy array.
+    """
+    _check(q, k, v, slopes, segment_ids, mask, blocks)
+    scale = _finite("scale", q.shape[-1] ** -0.5 if scale is None else scale)
+    soft_cap = None if soft_cap is None else _finite("soft_cap", soft_cap)
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
+    time, keys = q.shape[1], k.shape[1]
+    mask, data = with_segments(mask, data, segment_ids)
+    data = checked_data(mask, time, keys, data, q.shape[0])
+    sizes = clipped(sizes, time, keys)
+    index = None if blocks is None else _index(blocks, q.shape[0], k.shape[2], sizes, time, keys)
+    config = Config(scale, soft_cap, mask, time, keys)
+    if pick("block_sparse_attention", implementation, {"chunked": None, "reference": None}) == "chunked":
+        if index is None:
+            index = block_lists.of_mask(mask, sizes, time, keys)
+        found = block_lists.lists(mask, index, sizes, time, keys, data)
+        y, lse = chunked(config, q, k, v, slopes, data, found, sizes)
+    else:
+        y, lse = reference(config, q, k, v, slopes, data, index, sizes)
+    return (y, lse) if return_lse else y
+
+
+def block_sparse_flops(
+    batch: int,
+    time: int,
+    heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    mask: Mask,
+    keys: int | None = None,
+    sizes: tuple[int, int] = SIZES,
+) -> int:
+    """FLOPs of the listed tiles of a mask, forward: every pair of a tile that may see counts, hidden or not.
+
+    2 (K + V) for the two products of a pair and the elementwise operations beside them, without exponentials.
+    """
+    keys = time if keys is None else keys
+    sizes = clipped(sizes, time, keys)
+    tiles = int((mask.tiles(*sizes, time, keys) != EMPTY).sum())
+    return batch * heads * tiles * sizes[0] * (sizes[1] * (2 * (key_dim + value_dim) + 7) + 2 * value_dim)
+
+
+def _check(q, k, v, slopes, segment_ids, mask, blocks):
+    shapes = {"q": "B T H K", "k": "B S Hk K", "v": "B S Hk V", "slopes": "H", "segment_ids": "B T"}
+    d = dims(shapes, q=q, k=k, v=v, slopes=slopes, segment_ids=segment_ids)
+    if min(d.T, d.S) < 1:
+        raise ValueError(f"q, k: expected at least one query and one key, got T={d.T}, S={d.S}")
+    if d.H % d.Hk:
+        raise ValueError(f"k: expected a number of heads that divides H={d.H}, got Hk={d.Hk}")
+    for name, x in {"q": q, "k": k, "v": v, "slopes": slopes}.items():
+        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if mask is not None and not isinstance(mask, Mask):
+        raise ValueError(f"mask: expected a mask of ops.masks, got {type(mask).__name__}")
+    if mask is None and blocks is None and segment_ids is None:
+        raise ValueError("mask: expected a mask, a list of blocks or segment_ids, got none of them")
+    if segment_ids is not None:
+        packing.check(segment_ids, d.B, d.T)
+        if d.T != d.S:
+            raise ValueError(f"segment_ids: expected S={d.S} keys as many as queries, T={d.T}; else use data")
+
+
+def _finite(name, value) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+        number = math.nan
+    if isinstance(value, str) or not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, known when tracing, got {value!r}")
+    return number
+
+
+def with_segments(mask, data, segment_ids):
+    """The mask and data, with the segments of packed rows where there are ids."""
+    data = dict(data or {})
+    if segment_ids is None:
+        return mask, data
+    own = Segments("packed_segment_ids", "packed_kv_segment_ids")
+    ids = packing.runs(jnp.asarray(segment_ids))
+    return own if mask is None else mask & own, data | dict.fromkeys(own.inputs, ids)
+
+
+def checked_data(mask, time, keys, data, batch) -> dict:
+    """The mask's inputs as arrays [batch or 1, T or S]. Raises ValueError for others."""
+    data = {} if mask is None else check_data(mask, time, keys, data, need=True)
+    for name, x in data.items():
+        if x.ndim != 2 or x.shape[0] not in (1, batch):
+            raise ValueError(f"data[{name!r}]: expected [B={batch} or 1, {x.shape[-1]}], got {tuple(x.shape)}")
+    return {name: jnp.asarray(x) for name, x in data.items()}
+
+
+def clipped(sizes, time, keys) -> tuple[int, int]:
+    """Block sizes, not beyond the lengths: where one block holds all already."""
+    if not isinstance(sizes, tuple | list) or len(sizes) != 2:
+        raise ValueError(f"sizes: expected (queries, keys) of a block, got {sizes!r}")
+    for size in sizes:
+        positive("sizes", size)
+    return min(sizes[0], time), min(sizes[1], keys)
+
+
+def _index(blocks, batch, heads, sizes, time, keys):
+    """`blocks` as [b, h, nq, n] int32."""
+    rows = -(-time // sizes[0])
+    shape = getattr(blocks, "shape", None)
+    lead = (1, 1) if shape is not None and len(shape) == 2 else tuple(shape or ())[:2]
+    good = shape is not None and len(shape) in (2, 4) and lead[0] in (1, batch) and lead[1] in (1, heads)
+    if not good or shape[-2] != rows or shape[-1] < 1:
+        want = f"[{rows}, n] or [B={batch} or 1, Hk={heads} or 1, {rows}, n]"
+        raise ValueError(f"blocks: expected {want}, got {shape if shape is not None else type(blocks).__name__}")
+    if not jnp.issubdtype(blocks.dtype, jnp.integer):
+        raise ValueError(f"blocks: expected integers, got {blocks.dtype}")
+    if isinstance(blocks, np.ndarray):
+        ordered = np.sort(blocks, axis=-1)
+        twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0) & (ordered[..., 1:] * sizes[1] < keys)
+        if twice.any():
+            raise ValueError(f"blocks: expected each block once in a list, got {ordered[..., 1:][twice][0]} twice")
+    return blocks.reshape(*lead, *shape[-2:]).astype(np.int32)

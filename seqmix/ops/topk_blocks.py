@@ -1,0 +1,131 @@
+"""Attention to the blocks of keys with the best scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqmix.core.shapes import dims
+from seqmix.ops.block_sparse import block_sparse_attention, checked_data, clipped, with_segments
+from seqmix.ops.mask_algebra import EMPTY, positive
+from seqmix.ops.masks import Causal
+
+SIZES = 64, 64
+
+
+def pooled_scores(q, k, sizes=SIZES, *, pool="first", per_head=False):
+    """Scores of blocks of keys for blocks of queries, [B, Hk, nq, nk] (per_head: [B, H, nq, nk]), in acc.
+
+        score_ab = qbar_a . kbar_b,    kbar_b the mean key of block b (of its real keys, in a ragged last block)
+
+    qbar_a is the first query of block a, or with pool="mean" the mean of its queries; without per_head it is
+    summed over the query heads of a key head. acc = promote(dtypes, float32). No scale: only the order counts.
+
+    The score of a block of keys takes in all of its keys, and the mean all queries of a block, later ones too.
+    Where that must not be, the first query is taken, and blocks not yet past are forced (`choose_blocks`).
+    Raises ValueError for shapes that do not fit and another pool.
+    """
+    d = dims({"q": "B T H K", "k": "B S Hk K"}, q=q, k=k)
+    if d.H % d.Hk:
+        raise ValueError(f"k: expected a number of heads that divides H={d.H}, got Hk={d.Hk}")
+    if pool not in ("first", "mean"):
+        raise ValueError(f"pool: expected first or mean, got {pool!r}")
+    bq, bk = clipped(sizes, d.T, d.S)
+    acc = jnp.promote_types(jnp.result_type(q, k), jnp.float32)
+
+    def means(x, size):
+        length = x.shape[1]
+        x = jnp.pad(x.astype(acc), [(0, 0), (0, -length % size), (0, 0), (0, 0)])
+        real = np.minimum(length - np.arange(0, length, size), size)
+        return x.reshape(x.shape[0], -1, size, *x.shape[2:]).sum(2) / real[:, None, None].astype(acc)
+
+    q = q[:, ::bq].astype(acc) if pool == "first" else means(q, bq)
+    q, k = q.reshape(*q.shape[:2], d.Hk, d.H // d.Hk, d.K), means(k, bk)
+    if per_head:
+        return jnp.einsum("bajrk,bcjk->bjrac", q, k).reshape(d.B, d.H, q.shape[1], k.shape[1])
+    return jnp.einsum("bajk,bcjk->bjac", q.sum(3), k)
+
+
+def choose_blocks(
+    scores,
+    time,
+    keys,
+    *,
+    count,
+    sizes=SIZES,
+    mask=None,
+    data=None,
+    segment_ids=None,
+    local=1,
+    first=0,
+):
+    """The `count` best blocks of keys of each block of queries, [B, h, nq, min(count, nk)] int32, -1 for none.
+
+    scores: [B, h, nq, nk] floating, for blocks of `sizes` of `time` queries and `keys` keys. Equal scores: the
+    lower block. Only blocks in which the mask (None: `masks.Causal`), with its data and segment_ids as in
+    `block_sparse_attention`, may see a pair are candidates. Of these, forced, and counted in `count`, are the
+    first `first` blocks and the local ones: those that share an index with the queries, and the local - 1 before.
+    With a causal mask all other candidates then lie before the block's first query. No gradient passes.
+
+    Raises ValueError for shapes and numbers that do not fit, and a count below the number of forced blocks.
+    """
+    positive("count", count)
+    positive("local", local)
+    positive("first", first, 0)
+    bq, bk = clipped(sizes, time, keys)
+    rows, columns = -(-time // bq), -(-keys // bk)
+    d = dims({"scores": f"B h {rows} {columns}"}, scores=scores)
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise ValueError(f"scores: expected a floating dtype, got {scores.dtype}")
+    low = np.arange(rows)[:, None] * bq // bk
+    high = (np.minimum((np.arange(rows)[:, None] + 1) * bq, time) - 1) // bk
+    block = np.arange(columns)
+    forced = (block < first) | ((block > low - local) & (block <= high))
+    if count < min(columns, int(forced.sum(1).max())):
+        raise ValueError(f"count: expected at least the {int(forced.sum(1).max())} forced blocks, got {count}")
+    mask, data = with_segments(Causal() if mask is None else mask, data, segment_ids)
+    data = checked_data(mask, time, keys, data, d.B)
+    seen = jnp.asarray(mask.tiles(bq, bk, time, keys, data=data) != EMPTY)
+    seen = seen[:, None] if seen.ndim == 3 else seen
+    scores = jnp.where(forced, jnp.inf, jax.lax.stop_gradient(scores))
+    best, index = jax.lax.top_k(jnp.where(seen, scores, -jnp.inf), min(count, columns))
+    return jnp.where(best > -jnp.inf, index, -1).astype(jnp.int32)
+
+
+def topk_block_attention(
+    q,
+    k,
+    v,
+    *,
+    count,
+    sizes=SIZES,
+    scores=None,
+    mask=None,
+    local=1,
+    first=0,
+    data=None,
+    segment_ids=None,
+    **options,
+):
+    """Softmax attention of queries [B, T, H, K] to the `count` best blocks of keys, [B, S, Hk, K], of each query block.
+
+    `choose_blocks` takes the blocks, of `sizes` (bq, bk), by the scores, and `block_sparse_attention` attends
+    to what the mask shows in them: its arguments, with scale, soft_cap, slopes, return_lse and implementation in
+    `options`, its results and its errors. sizes[0] = 1 chooses for each token.
+
+    scores: [B, Hk, nq, nk], shared by the query heads of a key head, or [B, H, nq, nk], one choice for each query
+      head, for which k and v are repeated to H heads; None: `pooled_scores` of the first queries. Given scores
+      have to keep to the past themselves. They get no gradient, and for sizes[0] = 1 they are T S / bk numbers a head.
+    mask: None is `masks.Causal()`.
+    segment_ids: as in `block_sparse_attention`. Where segments are whole blocks, each chooses as it would alone;
+      elsewhere the means of keys cross their borders. Blocks forced by `first` are those of the row.
+    """
+    d = dims({"q": "B T H K", "k": "B S Hk K", "v": "B S Hk V"}, q=q, k=k, v=v)
+    mask = Causal() if mask is None else mask
+    scores = pooled_scores(q, k, sizes) if scores is None else scores
+    if scores.ndim != 4 or scores.shape[1] not in (d.Hk, d.H):
+        raise ValueError(f"scores: expected [B, Hk={d.Hk} or H={d.H}, nq, nk], got {tuple(scores.shape)}")
+    chosen = {"sizes": sizes, "mask": mask, "data": data, "segment_ids": segment_ids}
+    blocks = choose_blocks(scores, d.T, d.S, count=count, local=local, first=first, **chosen)
+    if scores.shape[1] != d.Hk:
+        k, v = (jnp.repeat(x, d.H // d.Hk, axis=2) for x in (k, v))
+    return block_sparse_attention(q, k, v, blocks=blocks, **chosen, **options)
