@@ -90,3 +90,10 @@ def test_an_axis_of_minus_one_takes_the_rest():
 def test_batches_that_cannot_be_divided_are_refused(tmp_path, mesh, message):
     with pytest.raises(ValueError, match=message):
         loop.make_mesh(setting(tmp_path, **mesh))
+
+
+def test_a_mixer_without_a_form_for_cut_time_is_refused_on_a_context_axis():
+    cfg = setting("x", context=2)
+    model = dataclasses.replace(cfg.model, mixers=(Hyena(max_len=64),), n_layers=1)
+    with pytest.raises(ValueError, match="mesh.context: expected 1, as Hyena has no form for time that is cut, got 2"):
+        loop.mesh_sizes(dataclasses.replace(cfg, model=model), 8)

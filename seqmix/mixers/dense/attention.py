@@ -47,7 +47,7 @@ class Attention(Mixer):
     implementation: str | None = None  # of the op: None, chunked, reference
 
     linear_in_v: ClassVar[bool] = True
-    context_form: ClassVar[str] = "ring"
+    context_form: ClassVar[str] = "gather"
 
     @property
     def decodes(self) -> bool:
