@@ -135,7 +135,7 @@ class Strided(Mask):
 
 @dataclass(frozen=True)
 class Sinks(Mask):
-    """j < count: the first keys, for every query."""
+    """j < count: the first keys, for every query. `~Sinks(0)` hides nothing."""
 
     count: int
 

@@ -27,6 +27,7 @@ STATIC = {
     "strided, every key": (masks.Strided(2, width=2), lambda i, j: True),
     "sinks": (masks.Sinks(3), lambda i, j: j < 3),
     "no sinks": (masks.Sinks(0), lambda i, j: False),
+    "everything": (~masks.Sinks(0), lambda i, j: True),
     "prefix": (masks.Prefix(5), lambda i, j: max(i, 4) >= j),
     "blocks": (masks.Blocks(4), lambda i, j: i // 4 == j // 4),
     "blocks of two sizes": (masks.Blocks(4, 3), lambda i, j: i // 4 == j // 3),
