@@ -30,14 +30,14 @@ def mesh_sizes(cfg, devices):
     rows, ways = cfg.data.batch_size // cfg.optim.accumulate, sizes["data"] * sizes["fsdp"]
     if rows % ways:
         raise ValueError(f"data.batch_size: expected a multiple of data x fsdp = {ways} per microbatch, got {rows}")
+    if cfg.data.seq_len % sizes["context"]:
+        raise ValueError(f"data.seq_len: expected a multiple of context = {sizes['context']}, got {cfg.data.seq_len}")
     for mixer in cfg.model.mixers if sizes["context"] > 1 else ():
         if mixer.context_form == "none":
             name = type(mixer).__name__
             raise ValueError(
                 f"mesh.context: expected 1, as {name} has no form for time that is cut, got {sizes['context']}"
             )
-    if cfg.data.seq_len % sizes["context"]:
-        raise ValueError(f"data.seq_len: expected a multiple of context = {sizes['context']}, got {cfg.data.seq_len}")
     return sizes
 
 

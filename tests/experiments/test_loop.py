@@ -1,5 +1,6 @@
 """The jitted steps: the same on eight devices as on one, and nothing learned from a loss that is not finite."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import config, data, loop
+from seqmix.mixers.conv.hyena import Hyena
 from seqmix.models import LM
 from tests.toys import Leaky
 
