@@ -105,8 +105,9 @@ def _residual_bytes(cfg, weights, sizes):
     def residuals(params, tokens):
         def loss(p):
             mask = jnp.ones(tokens.shape, jnp.float32)
-            ids = jnp.ones(tokens.shape, jnp.int32)
-            return cfg.model.loss(p, tokens, tokens, mask, segment_ids=ids, positions=None, rng=None)[0]
+            packs = all(mixer.packable for mixer in cfg.model.period)
+            ids = jnp.ones(tokens.shape, jnp.int32) if packs else None
+            return cfg.model.loss(p, tokens, tokens, mask, segment_ids=ids)[0]
 
         return jax.vjp(loss, params)[1]
 

@@ -144,10 +144,12 @@ def restore(workdir, warn, step=None):
     """(Train config, weights, step) of a checkpoint in a working directory, on one device, the averaged weights if the
     run averages them; step None: of the newest good one.
     """
-    from experiments import checkpoint
+    from experiments import checkpoint, config
     from seqmix.core import param
 
     cfg = checkpoint.load_config(workdir)
+    if isinstance(cfg.data, config.Synthetic):
+        raise checkpoint.Refused(f"--workdir: expected a run on text, {workdir} holds one on a task")
     where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),

@@ -156,7 +156,10 @@ def _arguments(argv):
 
 
 DESCRIPTION = "\n".join(__doc__.split("\n\n")[:2])
-EPILOG = "Train on the folder with --data.path=DIR, and --data.tokenizer=DIR/tokenizer.json if it is not of bytes."
+EPILOG = (
+    "Train on the folder with --data.path=DIR; if it is not of bytes, with --data.tokenizer=DIR/tokenizer.json and a "
+    "--model.vocab that holds its ids."
+)
 
 
 def _report(out, manifest):
@@ -168,7 +171,8 @@ def _report(out, manifest):
         for line in manifest["left_out"]:
             print(f"  {line}")
     file = manifest["tokenizer"]["file"]
-    print(f"train on it: --data.path={out}" + (f" --data.tokenizer={out}/{file}" if file else ""))
+    own = f" --data.tokenizer={out}/{file} --model.vocab={manifest['tokenizer']['vocab']}" if file else ""
+    print(f"train on it: --data.path={out}{own}")
     print(f"tokens={manifest['tokens']}", flush=True)
 
 

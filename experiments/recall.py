@@ -8,7 +8,6 @@ recall.svg; the same command skips the cells that are done and were computed wit
 Exit codes: 0 done, 1 a cell failed (the others are kept), 2 a mistake in the command.
 """
 
-import argparse
 import concurrent.futures
 import hashlib
 import itertools
@@ -19,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from experiments import flags, progress, serialize
+from experiments import cli, flags, progress, serialize
 from seqmix import catalog
 
 TURN = itertools.count()  # over the GPUs
@@ -45,34 +44,53 @@ def main(argv=None):
 
 def parse(argv):
     """The command's arguments; a mistake ends the process with one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.recall", description=__doc__.splitlines()[0])
+    parser = cli.Parser(prog="python -m experiments.recall", description=__doc__.splitlines()[0])
     names = [row.name for row in catalog.ROWS if suits(row)]
-    listed = lambda kind: lambda text: [kind(item) for item in text.split(",") if item]
     add = lambda flag, kind, default, text: parser.add_argument(flag, type=kind, default=default, help=text)
-    add("--out", str, "runs/recall", "folder of the results (runs/recall)")
-    add(
-        "--mixers", listed(str), names, "names of the catalogue, joined by commas (all causal ones that take no memory)"
-    )
-    add("--widths", listed(int), [64, 128], "widths of the models (64,128)")
-    add("--rates", listed(float), [1e-3, 3e-3, 1e-2], "peak learning rates (0.001,0.003,0.01)")
-    add("--seeds", listed(int), [0, 1, 2], "seeds of weights and batches (0,1,2)")
-    add("--steps", int, None, "updates of a run, a multiple of 100 (the config's)")
+    add("--out", str, "runs/recall", "folder of the results")
+    add("--mixers", _listed(str), names, "names of the catalogue, joined by commas (all causal ones without a memory)")
+    add("--widths", _listed(int), [64, 128], "widths of the models, multiples of 64")
+    add("--rates", _listed(float), [1e-3, 3e-3, 1e-2], "peak learning rates")
+    add("--seeds", _listed(int), [0, 1, 2], "seeds of weights and batches")
+    add("--steps", int, None, f"updates of a run, a multiple of {EVERY} (the config's)")
     add("--batch-size", int, None, "rows of an update (the config's)")
     add("--jobs", int, 1, "cells computed at once, each in a process; the GPUs are shared out")
     parser.add_argument("--cell", action="store_true", help="compute here, in this process; one mixer and one width")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse(sys.argv[1:] if argv is None else argv)
         for name in args.mixers:
             config(args, name, args.widths[0])
         for width in args.widths:
             config(args, args.mixers[0], width)
-        if min(len(args.rates), len(args.seeds), args.jobs) < 1:
-            raise ValueError("--rates, --seeds, --jobs: expected at least one")
-        if args.steps is not None and args.steps % EVERY:
+        for rate in args.rates:
+            if not 0 < rate < float("inf"):
+                raise ValueError(f"--rates: expected positive numbers, got {rate}")
+        for seed in args.seeds:
+            if not 0 <= seed < 2**31:
+                raise ValueError(f"--seeds: expected integers in [0, 2**31), got {seed}")
+        if args.jobs < 1:
+            raise ValueError(f"--jobs: expected at least 1, got {args.jobs}")
+        if args.steps is not None and (args.steps < 1 or args.steps % EVERY):
             raise ValueError(f"--steps: expected a multiple of {EVERY}, got {args.steps}")
-    except (ValueError, IndexError) as error:
-        parser.exit(2, f"error: {error}\n")
+    except ValueError as error:
+        own = {"--mixer:": "--mixers:", "--width:": "--widths:", "--data.batch-size:": "--batch-size:"}
+        flag, _, rest = str(error).partition(" ")
+        known = not rest.startswith("unknown flag")
+        sys.exit(cli.refuse(f"{own.get(flag, flag) if known else flag} {rest}"))
     return args
+
+
+def _listed(kind):
+    """Reads distinct values joined by commas."""
+
+    def read(text):
+        values = list(dict.fromkeys(kind(item) for item in text.split(",") if item))
+        if not values:
+            raise ValueError
+        return values
+
+    read.__name__ = f"list of {kind.__name__}"  # argparse names it: "invalid list of float value: 'abc'"
+    return read
 
 
 def suits(row):
@@ -205,10 +223,16 @@ def best(row):
     return row["rates"][chosen], {pairs: (float(a.mean()), spread(a), a.tolist()) for pairs, a in lanes.items()}
 
 
+def _percent(score):
+    """A mean and its spread; one seed has none."""
+    mean, sd, seeds = score
+    return f"{100 * mean:.1f}" + (f" ± {100 * sd:.1f}" if len(seeds) > 1 else "")
+
+
 def summary(row):
     """A cell in half a line."""
     rate, scores = best(row)
-    shown = ", ".join(f"{pairs} pairs {100 * mean:.1f} ± {100 * sd:.1f}%" for pairs, (mean, sd, _) in scores.items())
+    shown = ", ".join(f"{pairs} pairs {_percent(score)}" for pairs, score in scores.items())
     return f"{shown} at lr {rate:g}, {row['seconds']:.0f} s"
 
 
@@ -240,7 +264,7 @@ def markdown(rows):
         for width in widths:
             row = cell.get((name, width))
             rate, scores = best(row) if row else (None, {})
-            shown = [f"{100 * scores[n][0]:.1f} ± {100 * scores[n][1]:.1f}" for n in pairs] if row else ["", ""]
+            shown = [_percent(scores[n]) if row else "" for n in pairs]
             parts += [f"{row['state']:,}", f"{rate:g}", *shown] if row else ["", "", *shown]
         lines.append(f"| {name} | {' | '.join(parts)} |")
     return "\n".join(lines) + "\n"

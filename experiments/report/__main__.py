@@ -34,7 +34,7 @@ def run(args):
     out = Path(args.out or Path(args.folders[0]) / "report.html")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page.page(runs, args.title or Path(args.folders[0]).resolve().name), encoding="utf-8")
-    print(f"{len(runs)} runs: {out}")
+    print(f"{len(runs)} run{'s' * (len(runs) != 1)}: {out}")
     if args.figures:
         from experiments.report import figures
 

@@ -85,4 +85,7 @@ def submit(runs, root, jobs=None, options=None, cluster="slurm"):
         return []
     commands = [run.command() for run in wanted]
     logs = [str(run.log) for run in wanted]
-    return executor.map_array(Job(), commands, logs, [local.shared_cache(root)] * len(wanted))
+    try:
+        return executor.map_array(Job(), commands, logs, [local.shared_cache(root)] * len(wanted))
+    except submitit.core.utils.FailedJobError as error:
+        raise ValueError(f"--launcher=slurm: {error}") from None

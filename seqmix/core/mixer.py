@@ -111,6 +111,8 @@ class Mixer:
             raise ValueError(f"{name}.d_model: expected a positive width, got {self.d_model}")
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x: expected shape (B, T, D={self.d_model}) for {name}, got {tuple(x.shape)}")
+        if 0 in x.shape:
+            raise ValueError(f"x: expected at least one row and one token for {name}, got shape {tuple(x.shape)}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x: expected a floating dtype for {name}, got {x.dtype}")
         self.check_inputs(inputs, need)

@@ -25,6 +25,8 @@ def check(mixer):
     """Raises ValueError naming a field among those of this shell that does not fit."""
     sizes = ("d_state", "head_dim", "expand", "n_groups", "conv_width", "chunk")
     mixer.positive(**{name: getattr(mixer, name) for name in sizes})
+    if mixer.chunk & (mixer.chunk - 1):
+        raise ValueError(f"{type(mixer).__name__}.chunk: expected a power of two, got {mixer.chunk}")
     time_steps.check_ranges(mixer, ("dt_min", "dt_max"), ("a_min", "a_max"))
     if mixer.d_model == 0:
         return

@@ -137,10 +137,15 @@ def test_a_cell_is_kept_and_not_computed_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--mixers=deltane"], "--mixer: no mixer is called 'deltane'; did you mean 'deltanet'?"),
-        (["--widths=65"], "--width: expected a multiple of 64, got 65"),
-        (["--seeds="], "--rates, --seeds, --jobs: expected at least one"),
-        (["--batch-size=3"], "--data.batch-size: expected a multiple of 2 (pairs), got 3"),
+        (["--mixers=deltane"], "--mixers: no mixer is called 'deltane'; did you mean 'deltanet'?"),
+        (["--widths=65"], "--widths: expected a multiple of 64, got 65"),
+        (["--seeds="], "--seeds: invalid list of int value: ''"),
+        (["--rates=1,abc"], "--rates: invalid list of float value: '1,abc'"),
+        (["--rates=-1"], "--rates: expected positive numbers, got -1.0"),
+        (["--seeds=-1"], "--seeds: expected integers in [0, 2**31), got -1"),
+        (["--jobs=0"], "--jobs: expected at least 1, got 0"),
+        (["--mixer=gla"], "--mixer: unknown flag, did you mean --mixers?"),
+        (["--batch-size=3"], "--batch-size: expected a multiple of 2 (pairs), got 3"),
         (["--steps=150"], "--steps: expected a multiple of 100, got 150"),
     ],
 )
