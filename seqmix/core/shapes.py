@@ -1,6 +1,9 @@
 """Shape errors that name the argument, what was expected and what came."""
 
+import math
 from types import SimpleNamespace
+
+import jax
 
 
 def dims(spec, **arrays) -> SimpleNamespace:
@@ -34,3 +37,14 @@ def dims(spec, **arrays) -> SimpleNamespace:
             if not letter.isdigit() and bound.setdefault(letter, size) != size:
                 raise ValueError(f"{name}: expected one size for {letter}, got {shape}")
     return SimpleNamespace(**bound)
+
+
+def finite(name: str, value) -> float:
+    """The number that an option is. Raises ValueError where it is not finite, or not known while tracing."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+        number = math.nan
+    if isinstance(value, str) or not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, known when tracing, got {value!r}")
+    return number

@@ -1,13 +1,10 @@
 """Attention over the blocks of keys that a mask, or a list, leaves to each block of queries."""
 
-import math
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from seqmix.core import packing
-from seqmix.core.shapes import dims
+from seqmix.core.shapes import dims, finite
 from seqmix.ops import block_lists
 from seqmix.ops.block_sparse_chunked import Config, chunked
 from seqmix.ops.block_sparse_reference import reference
@@ -67,8 +64,8 @@ def block_sparse_attention(
         a numpy array.
     """
     _check(q, k, v, slopes, segment_ids, mask, blocks)
-    scale = _finite("scale", q.shape[-1] ** -0.5 if scale is None else scale)
-    soft_cap = None if soft_cap is None else _finite("soft_cap", soft_cap)
+    scale = finite("scale", q.shape[-1] ** -0.5 if scale is None else scale)
+    soft_cap = None if soft_cap is None else finite("soft_cap", soft_cap)
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
     time, keys = q.shape[1], k.shape[1]
@@ -126,16 +123,6 @@ def _check(q, k, v, slopes, segment_ids, mask, blocks):
         packing.check(segment_ids, d.B, d.T)
         if d.T != d.S:
             raise ValueError(f"segment_ids: expected S={d.S} keys as many as queries, T={d.T}; else use data")
-
-
-def _finite(name, value) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
-        number = math.nan
-    if isinstance(value, str) or not math.isfinite(number):
-        raise ValueError(f"{name}: expected a finite number, known when tracing, got {value!r}")
-    return number
 
 
 def with_segments(mask, data, segment_ids):

@@ -1,12 +1,10 @@
 """Softmax attention, and how results over parts of the keys are joined."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
 from seqmix.core import packing
-from seqmix.core.shapes import dims
+from seqmix.core.shapes import dims, finite
 from seqmix.ops.dispatch import pick
 from seqmix.ops.softmax_chunked import block_pairs, block_sizes, chunked
 from seqmix.ops.softmax_reference import Rules, reference
@@ -167,20 +165,10 @@ def _rules(scale, causal, window, sinks, soft_cap) -> Rules:
     if not isinstance(sinks, int) or sinks < 0 or (sinks and not causal):
         needs = "0" if not causal else "an integer >= 0"
         raise ValueError(f"sinks: expected {needs} with causal={causal}, got {sinks!r}")
-    scale, soft_cap = _finite("scale", scale), None if soft_cap is None else _finite("soft_cap", soft_cap)
+    scale, soft_cap = finite("scale", scale), None if soft_cap is None else finite("soft_cap", soft_cap)
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
     return Rules(scale, bool(causal), window, sinks, soft_cap)
-
-
-def _finite(name, value) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
-        number = math.nan
-    if isinstance(value, str) or not math.isfinite(number):
-        raise ValueError(f"{name}: expected a finite number, known when tracing, got {value!r}")
-    return number
 
 
 def _tokens(time, keys, segment_ids, kv_segment_ids, q_positions, kv_positions):

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from configs.mqar import mqar
-from experiments import clock, config, flags, lanes, optim, recall, synthetic, train
+from experiments import clock, config, flags, lanes, optim, recall, recall_table, synthetic, train
 from seqmix import catalog
 from seqmix.core import param
 from seqmix.tasks import MQAR
@@ -114,11 +114,11 @@ def row(mixer, width, val, test):
 
 def test_the_learning_rate_is_chosen_on_validation_and_reported_on_test():
     cell = row("a", 64, val=[0.2, 0.4, 0.3, 0.5], test=[0.9, 0.9, 0.5, 0.7])
-    rate, scores = recall.best(cell)
+    rate, scores = recall_table.best(cell)
     assert rate == 0.2
     np.testing.assert_allclose(scores["4"][:2], (0.6, np.std([0.5, 0.7], ddof=1)))
     better = row("b", 64, val=[0.9] * 4, test=[0.8] * 4)
-    lines = recall.markdown([cell, better]).splitlines()
+    lines = recall_table.markdown([cell, better]).splitlines()
     assert lines[2] == "| b | 8 | 0.1 | 80.0 ± 0.0 |" and lines[3] == "| a | 8 | 0.2 | 60.0 ± 14.1 |"
 
 
