@@ -50,13 +50,13 @@ def fields(mixer: str, width: int) -> dict:
     own = {
         "attention": dict(heads=2),
         "mamba2": dict(d_state=16, head_dim=32, chunk=64),
-        "log_linear_mamba2": dict(d_state=16, head_dim=32, chunk=64),
+        "log_linear_mamba2": dict(max_len=128, d_state=16, head_dim=32, chunk=64),
         "mamba": dict(d_state=16),
         "retnet": dict(heads=heads, key_dim=16, value_dim=64, chunk=64),
         "lightning": dict(heads=heads, chunk=64),
         "gla": dict(heads=heads, key_dim=32, value_dim=32, conv_width=4),
         "gated_deltanet": dict(heads=heads, key_dim=32, value_dim=32),
-        "log_linear_gated_deltanet": dict(heads=heads, key_dim=32, value_dim=32),
+        "log_linear_gated_deltanet": dict(max_len=128, heads=heads, key_dim=32, value_dim=32),
         "gateloop": dict(heads=2 * heads),
         "hedgehog": dict(heads=2 * heads, key_dim=16, value_dim=16),
         "based": dict(heads=heads, key_dim=6, value_dim=32),
@@ -65,6 +65,8 @@ def fields(mixer: str, width: int) -> dict:
         "rglru": dict(heads=4),
         "rat": dict(heads=4),
         "mega": dict(d_state=16, key_dim=32, chunk=16),
+        "sparse_transformer": dict(heads=2, stride=16),
+        "power_attention": dict(heads=2, size=4, window=2),
     }
     if mixer in own:
         return own[mixer]

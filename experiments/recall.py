@@ -3,16 +3,16 @@
 For each mixer and width, --config=mqar with every learning rate and seed, all at once (`experiments.lanes`). The
 learning rate is chosen on validation rows by the mean over seeds at the most pairs, the accuracy reported is on
 others. DIR gets one JSON file a cell as it is done, then recall.json, recall.md and (with matplotlib) recall.png and
-recall.svg; the same command skips the cells that are done and were computed with the same settings.
+recall.svg; the same command skips the cells of DIR that were computed with the same settings.
 
 Exit codes: 0 done, 1 a cell failed (the others are kept), 2 a mistake in the command.
 """
 
 import concurrent.futures
 import hashlib
-import itertools
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
@@ -21,7 +21,6 @@ from pathlib import Path
 from experiments import cli, flags, progress, recall_table, serialize
 from seqmix import catalog
 
-TURN = itertools.count()  # over the GPUs
 EVERY = 100  # steps between points of the curves
 
 
@@ -113,10 +112,12 @@ def digest(args, mixer, width):
 
 
 def read(out, args, mixer, width):
-    """The stored result of a cell, or None when there is none or it was computed otherwise."""
-    path = out / f"{mixer}_{width}.json"
-    row = json.loads(path.read_text()) if path.exists() else None
-    return row if row and row["digest"] == digest(args, mixer, width) else None
+    """The stored result of a cell, in its file or in recall.json; None: there is none, or it was computed otherwise."""
+    alone, table = out / f"{mixer}_{width}.json", out / "recall.json"
+    rows = json.loads(table.read_text()) if table.exists() else []
+    rows += [json.loads(alone.read_text())] if alone.exists() else []
+    wanted = mixer, width, digest(args, mixer, width)
+    return next((row for row in rows if (row["mixer"], row["width"], row["digest"]) == wanted), None)
 
 
 # Computing
@@ -129,8 +130,12 @@ def compute(out, args, cells):
             one(out, args, *cell)
         return []
     begin, failed = time.perf_counter(), []
+    gpus, slots = visible_gpus(), queue.SimpleQueue()
+    for index in range(args.jobs):
+        slots.put(gpus[index % len(gpus)] if gpus else None)
+    cells = sorted(cells, key=lambda cell: -cell[1])  # the longest first
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        jobs = {pool.submit(spawn, out, args, *cell): cell for cell in cells}
+        jobs = {pool.submit(spawn, out, args, *cell, gpus, slots): cell for cell in cells}
         for count, job in enumerate(concurrent.futures.as_completed(jobs), 1):
             mixer, width = jobs[job]
             row = read(out, args, mixer, width)
@@ -142,19 +147,22 @@ def compute(out, args, cells):
     return failed
 
 
-def spawn(out, args, mixer, width):
-    """Runs a cell in a process of its own, its output in a log beside the result."""
-    gpus = visible_gpus()
+def spawn(out, args, mixer, width, gpus, slots):
+    """Runs a cell in a process of its own, on a free slot of a GPU, its output in a log beside the result."""
     share = -(-args.jobs // max(len(gpus), 1))  # cells on a GPU at once
     env = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / share:.3f}"}
-    env |= {"CUDA_VISIBLE_DEVICES": gpus[next(TURN) % len(gpus)]} if gpus else {}
     join = lambda items: ",".join(map(str, items))
     words = [f"--out={out}", f"--mixers={mixer}", f"--widths={width}", "--cell"]
     words += [f"--rates={join(args.rates)}", f"--seeds={join(args.seeds)}"]
     words += [f"--steps={args.steps}"] if args.steps is not None else []
     words += [f"--batch-size={args.batch_size}"] if args.batch_size is not None else []
-    with open(out / f"{mixer}_{width}.log", "w") as file:
-        subprocess.run([sys.executable, "-m", "experiments.recall", *words], stdout=file, stderr=file, env=env)
+    gpu = slots.get()
+    env |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}
+    try:
+        with open(out / f"{mixer}_{width}.log", "w") as file:
+            subprocess.run([sys.executable, "-m", "experiments.recall", *words], stdout=file, stderr=file, env=env)
+    finally:
+        slots.put(gpu)
 
 
 def visible_gpus():
