@@ -88,12 +88,21 @@ class Trainer:
                 return jax.device_put(self._init(), self.shardings)
             return jax.jit(self._init, out_shardings=self.shardings)()
 
-    def put(self, batch, stopping=False):
-        """A host batch on the mesh: rows over the data axes, time over the context axis."""
+    @property
+    def share(self):
+        """(h, n): of a training batch this process reads the h-th of n equal runs of rows."""
+        data = self.cfg.data
+        return distributed.share(self._laid((data.batch_size, data.seq_len)), (data.batch_size, data.seq_len))
+
+    def _laid(self, shape):
+        return NamedSharding(self.mesh, sharding.spec(("batch", "time"), shape, self.mesh))
+
+    def put(self, batch, stopping=False, share=(0, 1)):
+        """A batch of the host on the mesh, rows over the data axes, time over the context axis; `share`: the batch is
+        the h-th of n runs of rows, this process's own."""
 
         def place(x):
-            spec = sharding.spec(("batch", "time"), x.shape, self.mesh)
-            return distributed.place(x, NamedSharding(self.mesh, spec))
+            return distributed.place(x, self._laid((x.shape[0] * share[1], *x.shape[1:])), share)
 
         placed = {key: place(value) for key, value in batch.items() if key != "documents"}
         if distributed.several():  # each device says whether its process was asked to stop; the step adds them up

@@ -29,9 +29,12 @@ class Dataset:
         self.fingerprint = self.identity.fingerprint
         self.summary = f"{type(cfg.task).__name__}: rows of {cfg.seq_len} tokens with {cfg.task.pairs} pairs"
 
-    def train_batches(self, start=0):
-        """Batches start, start + 1, ... without end."""
-        return (self._batch(self._seed, index) for index in itertools.count(start))
+    def train_batches(self, start=0, host=0, hosts=1):
+        """Batches start, start + 1, ... without end; of several hosts, each gets its own batch_size / hosts rows."""
+        each = self._rows // hosts
+        own = slice(host * each, (host + 1) * each)
+        batches = (self._batch(self._seed, index) for index in itertools.count(start))
+        return ({key: value[own] for key, value in batch.items()} for batch in batches)
 
     def val_batches(self, count=0):
         """The first `count` batches of a fixed sequence; 0: 64 of them."""

@@ -118,8 +118,9 @@ def _loop(run, state, start):
     cfg, trainer, stop, spent = run.cfg, run.trainer, run.stop, run.clock
     if start >= cfg.steps:
         return state, True
-    batches = run.dataset.train_batches(start)
-    batch = trainer.put(next(batches))
+    share = trainer.share
+    batches = run.dataset.train_batches(start, *share)
+    batch = trainer.put(next(batches), share=share)
     with progress.phase("compiling the train step"), spent.on("compile"):
         train_step = trainer.compile_step(state, batch)
     shown = progress.Progress(cfg.steps, start, trainer.flops_per_step, trainer.peak)
@@ -136,7 +137,7 @@ def _loop(run, state, start):
             pending.append((step, metrics))
             if step < cfg.steps:
                 with spent.on("data wait"):
-                    batch = trainer.put(next(batches), stop.asked)
+                    batch = trainer.put(next(batches), stop.asked, share)
             with spent.on("step"):
                 stopping, before = _stopping(stop, before), metrics
             evaluates, saves = _due(cfg, step, stopping)

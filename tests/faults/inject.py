@@ -16,10 +16,10 @@ from experiments import data, loop, train
 def _batches(fault, at):
     original = data.Dataset.train_batches
 
-    def train_batches(self, start=0):
+    def train_batches(self, start=0, *share):
         import jax
 
-        for index, batch in enumerate(original(self, start), start + 1):
+        for index, batch in enumerate(original(self, start, *share), start + 1):
             if index == at and fault in ("raise", "hang") and jax.process_index() == jax.process_count() - 1:
                 if fault == "raise":
                     raise RuntimeError(f"injected at step {at}")

@@ -62,23 +62,3 @@ def test_3_slurm_puts_a_job_back(tmp_path, flags, unbroken, nodes):
     assert [step for step, _ in ours] == [step for step, _ in theirs]
     # two processes sum the same float32 numbers in another order
     np.testing.assert_allclose([loss for _, loss in ours], [loss for _, loss in theirs], rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "environ, expected",
-    [
-        ({}, False),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1"}, False),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}, "start it with srun"),
-    ],
-)
-def test_who_started_this_process(environ, expected):
-    from experiments import distributed
-
-    if isinstance(expected, bool):
-        assert distributed.launched(environ) is expected
-        return
-    with pytest.raises(ValueError, match=expected):
-        distributed.launched(environ)
