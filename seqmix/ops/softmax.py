@@ -84,7 +84,7 @@ def attention(
     name = pick("attention", implementation, {"chunked": None, "reference": None})
     if form:
         call = (rules, d, q, k, v, sink_logits, tokens)
-        y, lse = softmax_context.run(lay, form, *call, order=order, block=block)
+        y, lse = softmax_context.run(lay, form, *call, order=order, block=block, need_lse=return_lse)
     elif name == "chunked":
         y, lse = chunked(rules, q, k, v, sink_logits, *tokens, order=order, block=block)
     else:
@@ -191,7 +191,8 @@ def _tokens(time, keys, segment_ids, kv_segment_ids, q_positions, kv_positions):
     """(ids and positions of queries and keys, [B, T] or [1, T] int32, and the order of `block_pairs`)."""
     order = "index"
     if segment_ids is None:
-        ids = jnp.ones((1, time), jnp.int32), jnp.ones((1, keys), jnp.int32)
+        ones = jnp.ones((1, time), jnp.int32)
+        ids = ones, ones if time == keys else jnp.ones((1, keys), jnp.int32)
     elif kv_segment_ids is None:
         ids, order = (packing.runs(segment_ids),) * 2, "runs"
     else:
@@ -200,4 +201,5 @@ def _tokens(time, keys, segment_ids, kv_segment_ids, q_positions, kv_positions):
         return (*ids, q_positions, kv_positions), "given"
     if order == "runs":
         return (*ids, *(packing.positions(ids[0]),) * 2), order
-    return (*ids, jnp.arange(time)[None], jnp.arange(keys)[None]), order
+    at = jnp.arange(time)[None]
+    return (*ids, at, at if time == keys else jnp.arange(keys)[None]), order

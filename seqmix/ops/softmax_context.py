@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from seqmix.ops import masks
 from seqmix.ops.mesh import Layout, on_shares
 from seqmix.ops.softmax_chunked import chunked
+from seqmix.ops.softmax_reference import Rules
 from seqmix.ops.softmax_ring import Travel, legs, travelled
 
 FORMS = ("ring", "zigzag", "heads", "gather")
@@ -39,8 +40,7 @@ def choose(lay: Layout, rules, d, order: str, context: str | None) -> str | None
         return context
     if reasons["ring"]:
         return None
-    near = sum(hops for _, hops in legs(_table(rules, d.T, d.S, ways, order))) < ways - 1
-    if near:
+    if sum(hops for _, hops in _legs("ring", rules, d.T, d.S, ways, order)) < ways - 1:
         return "ring"
     if d.S <= GATHER:
         return "gather"
@@ -59,44 +59,61 @@ def _table(rules, time, keys, ways, order):
     return mask.tiles(time // ways, keys // ways, time, keys) != masks.EMPTY
 
 
-def run(lay: Layout, form: str, rules, d, q, k, v, sink_logits, tokens, *, order: str, block: int):
-    """(y, lse) of `attention`, on each device's share; tokens and `order` as of `chunked`."""
+def run(lay: Layout, form: str, rules, d, q, k, v, sink_logits, tokens, *, order: str, block: int, need_lse: bool):
+    """(y, lse) of `attention`, lse None unless needed, on each device's share; tokens and `order` as of `chunked`."""
     axis = lay.time[0] if len(lay.time) == 1 else lay.time
-    ways = lay.ways("time")
-    travel = None
-    if form != "heads":
-        around = legs(_table(rules, d.T, d.S, ways, "given" if form == "zigzag" else order))
-        size = min(block, d.T // ways // 2) if form == "zigzag" else block
-        travel = Travel(rules, axis, None if form == "gather" else around, size)
+    around = _legs(form, rules, d.T, d.S, lay.ways("time"), order)
+    travel = Travel(rules, axis, around, min(block, _halved(form, d.T // lay.ways("time"))))
+    q_ids, k_ids, q_at, k_at = tokens
+    alike = q_ids is k_ids and q_at is k_at
+    q_places, k_places = (jnp.stack(jnp.broadcast_arrays(*x)) for x in ((q_ids, q_at), (k_ids, k_at)))
 
     def local(q, k, v, sink, q_places, k_places):
         k, v = (lay.local_key_heads(x, d.Hk) for x in (k, v))
-        if form == "heads":
-            return _by_heads(axis, rules, q, k, v, sink, q_places, k_places, order=order, block=block)
-        if form == "zigzag":
-            q, k, v = (_zigzag(axis, x, 1) for x in (q, k, v))
-            q_places, k_places = (_zigzag(axis, x, 2) for x in (q_places, k_places))
-        b, t, h, _ = q.shape
-        groups = k.shape[2]
-        q = jnp.moveaxis(q, 1, 2).reshape(b, groups, h // groups, t, -1)
-        k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))
-        sink = None if sink is None else sink.reshape(groups, -1)
-        y, lse = travelled(travel, q, k, v, sink, q_places, k_places)
-        y, lse = jnp.moveaxis(y.reshape(b, h, t, -1), 2, 1), lse.reshape(b, h, t)
-        return (_zigzag(axis, y, 1, back=True), _zigzag(axis, lse, 2, back=True)) if form == "zigzag" else (y, lse)
+        call = _by_heads if form == "heads" else _travelled
+        options = dict(order=order, block=block) if form == "heads" else dict(zigzag=form == "zigzag")
+        return call(travel, q, k, v, sink, q_places, k_places, need_lse=need_lse, **options)
 
-    q_ids, k_ids, q_at, k_at = tokens
-    q_places, k_places = (jnp.stack(jnp.broadcast_arrays(*x)) for x in ((q_ids, q_at), (k_ids, k_at)))
     queries, keys = ("batch", "time", "heads", None), ("batch", "time", "key_heads", None)
     places = [(None, "batch" if x.shape[1] == d.B else None, "time") for x in (q_places, k_places)]
-    names = (queries, keys, keys, ("heads",), *places)
-    outputs = queries, ("batch", "heads", "time")
-    return on_shares(lay, local, (q, k, v, sink_logits, q_places, k_places), names, outputs)
+    arrays = q, k, v, sink_logits, q_places, None if alike else k_places
+    outputs = queries, ("batch", "heads", "time") if need_lse else None
+    return on_shares(lay, local, arrays, (queries, keys, keys, ("heads",), *places), outputs)
 
 
-def _by_heads(axis, rules, q, k, v, sink, q_places, k_places, *, order, block):
+def _legs(form, rules, time, keys, ways, order):
+    """Those of `Travel`."""
+    if form in ("gather", "heads"):
+        return None
+    return legs(_table(rules, time, keys, ways, "given" if form == "zigzag" else order))
+
+
+def _halved(form, stretch):
+    """The longest block: of a zig-zag no more than a chunk, so that its blocks' positions lie together."""
+    return stretch // 2 if form == "zigzag" else stretch
+
+
+def _travelled(travel, q, k, v, sink, q_places, k_places, *, zigzag, need_lse):
+    """Keys travel to the queries."""
+    if zigzag:
+        q, k, v = (_zigzag(travel.axis, x, 1) for x in (q, k, v))
+        q_places, k_places = (None if x is None else _zigzag(travel.axis, x, 2) for x in (q_places, k_places))
+    b, t, h, _ = q.shape
+    groups = k.shape[2]
+    q = jnp.moveaxis(q, 1, 2).reshape(b, groups, h // groups, t, -1)
+    k, v = (jnp.moveaxis(x, 1, 2) for x in (k, v))
+    sink = None if sink is None else sink.reshape(groups, -1)
+    y, lse = travelled(travel, q, k, v, sink, q_places, q_places if k_places is None else k_places)
+    y, lse = jnp.moveaxis(y.reshape(b, h, t, -1), 2, 1), lse.reshape(b, h, t) if need_lse else None
+    if zigzag:
+        y = _zigzag(travel.axis, y, 1, back=True)
+        lse = _zigzag(travel.axis, lse, 2, back=True) if need_lse else None
+    return y, lse
+
+
+def _by_heads(travel, q, k, v, sink, q_places, k_places, *, order, block, need_lse):
     """Each device attends over all of time with its part of the heads."""
-    ways = jax.lax.axis_size(axis)
+    axis, ways = travel.axis, jax.lax.axis_size(travel.axis)
     if k.shape[2] % ways:  # fewer key heads than devices: each device takes the one that its heads read
         k, v = (jnp.repeat(x, ways // x.shape[2], axis=2) for x in (k, v))
     turn = lambda x, split, concat: jax.lax.all_to_all(x, axis, split, concat, tiled=True)
@@ -105,14 +122,14 @@ def _by_heads(axis, rules, q, k, v, sink, q_places, k_places, *, order, block):
         share = sink.shape[0] // ways
         sink = jax.lax.dynamic_slice_in_dim(sink, jax.lax.axis_index(axis) * share, share)
     if order == "index":
-        q_places, k_places = (
-            jnp.stack([jnp.ones(x.shape[1], jnp.int32), jnp.arange(x.shape[1])])[:, None] for x in (q, k)
-        )
+        ids = [jnp.ones((1, x.shape[1]), jnp.int32) for x in (q, k)]
+        tokens = *ids, *(jnp.arange(x.shape[1])[None] for x in (q, k))
     else:
-        q_places, k_places = (jax.lax.all_gather(x, axis, axis=2, tiled=True) for x in (q_places, k_places))
-    tokens = q_places[0], k_places[0], q_places[1], k_places[1]
-    y, lse = chunked(rules, q, k, v, sink, *tokens, order=order, block=block)
-    return turn(y, 1, 2), turn(lse, 2, 1)
+        q_places = jax.lax.all_gather(q_places, axis, axis=2, tiled=True)
+        k_places = q_places if k_places is None else jax.lax.all_gather(k_places, axis, axis=2, tiled=True)
+        tokens = q_places[0], k_places[0], q_places[1], k_places[1]
+    y, lse = chunked(travel.rules, q, k, v, sink, *tokens, order=order, block=block)
+    return turn(y, 1, 2), turn(lse, 2, 1) if need_lse else None
 
 
 def _zigzag(axis, x, time, *, back=False):
@@ -126,3 +143,50 @@ def _zigzag(axis, x, time, *, back=False):
         pairs = [(c // 2, min(c, 2 * ways - 1 - c)) for c in range(odd, 2 * ways, 2)]
         halves.append(jax.lax.ppermute(half, axis, [pair[::-1] for pair in pairs] if back else pairs))
     return jnp.concatenate(halves, axis=time)
+
+
+def attention_bytes(
+    form: str,
+    ways: int,
+    batch: int,
+    time: int,
+    heads: int,
+    key_heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    keys: int | None = None,
+    itemsize: int = 2,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    packed: bool = False,
+    need_lse: bool = False,
+) -> tuple[int, int]:
+    """Bytes that a device sends for one call of `attention` in this form: (forward, backward).
+
+    batch, heads and key_heads are those of a device; time and keys (None: time) are cut in `ways`. itemsize is that
+    of q, k and v; packed: segment_ids are given. Of what all gather or scatter, each device sends (ways - 1) /
+    ways, and a permutation all of its operand. Gradients of weights, the sink logits above all, are not counted.
+    """
+    rules, keys = Rules(1.0, causal, window, sinks, None), time if keys is None else keys
+    t, s, acc = time // ways, keys // ways, max(itemsize, 4)
+    block = batch * s * key_heads * (key_dim + value_dim)
+    rows = 8 * (batch if packed else 1)  # an id and a position, int32
+    query, result = batch * t * heads * key_dim, batch * t * heads * value_dim
+    lse = acc * batch * t * heads if need_lse else 0
+    if form == "gather":
+        there = (ways - 1) * (itemsize * block + rows * s)
+        return there, there + (ways - 1) * acc * block
+    if form == "heads":
+        if key_heads % ways:
+            block = block // key_heads * ways
+        turned = (itemsize * (query + block + result) + lse) * (ways - 1) // ways
+        places = rows * (t if keys == time else t + s) if packed else 0
+        return turned + (ways - 1) * places, turned
+    around = _legs(form, rules, time, keys, ways, "runs" if packed else "index")
+    hops = sum(hops for _, hops in around)
+    there = hops * (itemsize * block + rows * s)
+    exchanged = itemsize * (query + block + result) + lse if form == "zigzag" else 0
+    places = rows * t if form == "zigzag" else 0
+    return there + exchanged + places, there + acc * (hops + len(around)) * block + exchanged

@@ -44,10 +44,11 @@ class Attention(Mixer):
     causal: bool = True  # hide later tokens; without it there is no decoding
     block: int = 512  # queries and keys whose scores exist at once
     norm_eps: float = 1e-6  # added to the mean square in qk_norm
+    context: str | None = None  # of the op, where time is cut over a mesh: None, ring, zigzag, heads, gather
     implementation: str | None = None  # of the op: None, chunked, reference
 
     linear_in_v: ClassVar[bool] = True
-    context_form: ClassVar[str] = "gather"
+    context_form: ClassVar[str] = "ring"
 
     @property
     def decodes(self) -> bool:
@@ -133,7 +134,8 @@ class Attention(Mixer):
         return attention(
             *(q, k, v),
             **dict(causal=self.causal, window=self.window, sinks=self.sinks, soft_cap=self.soft_cap),
-            **dict(sink_logits=logits, block=self.block, implementation=self.implementation, **tokens),
+            **dict(sink_logits=logits, block=self.block, context=self.context),
+            **dict(implementation=self.implementation, **tokens),
         )
 
     def _out(self, params, mixed):
