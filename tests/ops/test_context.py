@@ -83,6 +83,26 @@ def conv(width, state):
     return lambda x, w, b, s, ids: ops.short_conv(x, w, b, state=s, segment_ids=ids), args
 
 
+def log_linear(kind, length=False):
+    decay = {"none": None, "head": -uniform(H), "channel": -5 * uniform(B, T, H, K)}[kind]
+    args = (normal(B, T, HK, K), normal(B, T, HK, K), normal(B, T, H, V), normal(B, T, H, 7), decay)
+    args += (normal(B, H, 6, K, V),)
+    # Rows that go on from positions 5 and 11: blocks of all levels end in a stretch, and others go on.
+    places = np.array([5, 11])
+    return lambda q, k, v, scales, d, s, ids: ops.log_linear_attention(
+        q, k, v, scales, d, state=(s, places) if length else None, segment_ids=ids, chunk=2
+    ), args if length else (*args[:-1], None)
+
+
+def log_linear_delta():
+    args = (normal(B, T, HK, K), unit(B, T, HK, K), normal(B, T, H, V), uniform(B, T, H), normal(B, T, H, 7))
+    args += (-uniform(B, T, H), normal(B, H, 6, K, V))
+    places = np.array([5, 11])
+    return lambda q, k, v, b, scales, d, s, ids: ops.log_linear_delta_rule(
+        q, k, v, b, scales, d, state=(s, places), segment_ids=ids, chunk=2
+    ), args
+
+
 def running_softmax():
     args = (normal(B, T, H), normal(B, T, H, V))
     return lambda scores, v, ids: ops.logsumexp_scan(scores, v, segment_ids=ids, chunk=2), args
@@ -97,6 +117,10 @@ CASES = {
     "delta rule": delta(1),
     "delta rule, one key head, two steps": delta(2, keys=1),
     "diagonal plus rank one": rank_one(),
+    "log-linear attention": log_linear("none"),
+    "log-linear attention, a decay per head": log_linear("head", length=True),
+    "log-linear attention, a decay per channel": log_linear("channel", length=True),
+    "log-linear delta rule": log_linear_delta(),
     "linear scan": scan(False),
     "complex linear scan in reverse": scan(True),
     "selective scan": selective(),

@@ -20,6 +20,7 @@ from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.core.sharding import constrain
 from seqmix.ops.softmax import attention, attention_flops, merge
+from seqmix.ops.softmax_context import FORMS
 from seqmix.parts import kv_cache
 from seqmix.parts.norms import norm_params, rms_norm
 from seqmix.parts.rotary import RotaryScaling, frequencies, rotate, rotated_dims
@@ -66,6 +67,8 @@ class Attention(Mixer):
             wrong = f"sinks: expected 0 without a causal window, got {self.sinks}"
         elif self.soft_cap is not None and self.soft_cap <= 0:
             wrong = f"soft_cap: expected a positive number, got {self.soft_cap}"
+        elif self.context not in (None, *FORMS):
+            wrong = f"context: expected None or one of {', '.join(FORMS)}, got {self.context!r}"
         elif not self.norm_eps > 0:
             wrong = f"norm_eps: expected a positive number, got {self.norm_eps}"
         if wrong:
