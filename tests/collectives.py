@@ -25,19 +25,25 @@ def sent(text: str) -> dict[str, int]:
             raise ValueError(f"expected synchronous collectives, got {line.strip()[:80]}")
         if math.isnan(repeats[name]):
             raise ValueError(f"expected a loop with a known count around {line.strip()[:80]}")
-        ways = _ways(rest)
+        ways = 1 if kind == "collective-permute" else _ways(rest)
         factor = {"collective-permute": 1, "reduce-scatter": ways - 1, "all-reduce": 2 * (ways - 1) / ways}
         found[kind] += int(_bytes(result) * factor.get(kind, (ways - 1) / ways)) * repeats[name]
     return {kind: count for kind, count in found.items() if count}
 
 
 def _ways(rest):
-    """Devices in a group of a collective."""
-    groups = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
-    if groups:
-        return len(groups.group(1).split(","))
-    tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]", rest)
-    return int(tiled.group(2)) if tiled else 1
+    """Devices in a group of a collective, in the three ways that XLA writes groups."""
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+    tiled = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
+    named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest)
+    if listed:
+        return len(listed.group(1).split(","))
+    if tiled:
+        return int(tiled.group(1))
+    if not named:
+        raise ValueError(f"expected replica_groups, got {rest[:80]}")
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
+    return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", named.group(2)))
 
 
 def _bytes(shapes):
