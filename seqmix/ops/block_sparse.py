@@ -1,16 +1,19 @@
 """Attention over the blocks of keys that a mask, or a list, leaves to each block of queries."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
-from seqmix.ops import block_lists
+from seqmix.ops import block_lists, block_sparse_context
 from seqmix.ops.block_sparse_chunked import Config, chunked
 from seqmix.ops.block_sparse_reference import reference
 from seqmix.ops.dispatch import pick
 from seqmix.ops.mask_algebra import EMPTY, Mask, check_data, positive
 from seqmix.ops.mask_data import Segments
+from seqmix.ops.mesh import layout
 
 SIZES = 128, 128
 
@@ -72,13 +75,19 @@ def block_sparse_attention(
     mask, data = with_segments(mask, data, segment_ids)
     data = checked_data(mask, time, keys, data, q.shape[0])
     sizes = clipped(sizes, time, keys)
+    lay = layout(q.shape[0], time, q.shape[2], k.shape[2])
+    if lay is not None and lay.time and blocks is None:
+        sizes = block_sparse_context.row_size(lay, time, sizes[0]), sizes[1]
     index = None if blocks is None else _index(blocks, q.shape[0], k.shape[2], sizes, time, keys)
     config = Config(scale, soft_cap, mask, time, keys)
     if pick("block_sparse_attention", implementation, {"chunked": None, "reference": None}) == "chunked":
         if index is None:
             index = block_lists.of_mask(mask, sizes, time, keys)
         found = block_lists.lists(mask, index, sizes, time, keys, data)
-        y, lse = chunked(config, q, k, v, slopes, data, found, sizes)
+        # Where the lists that are given do not fit the stretches of time, XLA finds a way.
+        cut = lay is not None and lay.time and not (time // lay.ways("time") % sizes[0] or keys % lay.ways("time"))
+        form = functools.partial(block_sparse_context.run, lay) if cut else chunked
+        y, lse = form(config, q, k, v, slopes, data, found, sizes)
     else:
         y, lse = reference(config, q, k, v, slopes, data, index, sizes)
     return (y, lse) if return_lse else y

@@ -36,8 +36,11 @@ class Config(NamedTuple):
     full: bool = True  # some tile may be full: every pair exists and is visible
 
 
-def chunked(config: Config, q, k, v, slopes, data: dict, lists: Lists, sizes):
-    """(y [B, T, H, V], lse [B, H, T]) of q [B, T, H, K], k [B, S, J, K], v, slopes [H] or None, data [b, T or S]."""
+def chunked(config: Config, q, k, v, slopes, data: dict, lists: Lists, sizes, first=0):
+    """(y [B, T, H, V], lse [B, H, T]) of q [B, T, H, K], k [B, S, J, K], v, slopes [H] or None, data [b, T or S].
+
+    The queries, their data and the lists may be a stretch of config.time: of whole blocks, from block `first` on.
+    """
     b, t, h, _ = q.shape
     groups = k.shape[2]
 
@@ -55,8 +58,9 @@ def chunked(config: Config, q, k, v, slopes, data: dict, lists: Lists, sizes):
     slopes = None if slopes is None else slopes.reshape(groups, h // groups)
     if isinstance(lists.full, np.ndarray):
         config = config._replace(full=bool(lists.full.any()))
+    first = jnp.asarray(first, jnp.int32)
     walks = block_lists.forward(lists), block_lists.transposed(lists, k.shape[2])
-    y, lse = _attend(config, q, k, v, slopes, values, walks)
+    y, lse = _attend(config, q, k, v, slopes, values, walks, first)
     y = jnp.moveaxis(y, 1, 3).reshape(b, -1, h, y.shape[-1])[:, :t]
     return y, jnp.moveaxis(lse, 4, 2).reshape(b, h, -1)[..., :t]
 
@@ -78,11 +82,11 @@ class _Side(NamedTuple):
     index: jax.Array  # [b, h, g, tokens]
 
 
-def _sweep(walk: Walk, own, other, start, step, finish):
+def _sweep(walk: Walk, own, other, start, step, finish, first=(0, 0)):
     """finish(carry) of every owner, [B, J, owners, ...], where carry = step(mine, theirs, clear, carry) over its list.
 
-    own and other are (arrays, data) by block. A group takes as many steps as its longest list needs; `clear` says
-    that all pairs of a step are visible.
+    own and other are (arrays, data) by block, whose numbers begin with those of `first`. A group takes as many steps as
+    its longest list needs; `clear` says that all pairs of a step are visible.
     """
     sizes = tuple(jax.tree.leaves(x)[0].shape[3] for x in (own, other))
     others = jax.tree.leaves(other)[0].shape[2]
@@ -95,21 +99,21 @@ def _sweep(walk: Walk, own, other, start, step, finish):
     order = jnp.argsort(-jnp.max(count, axis=(0, 1)), stable=True)
 
     def one(members):
-        first, length = begin[..., members], count[..., members]
+        opens, length = begin[..., members], count[..., members]
         mine = jax.tree.map(lambda x: jnp.take(x, members, axis=2, mode="clip"), own)
-        index = members[:, None] * sizes[0] + jnp.arange(sizes[0])
+        index = (first[0] + members[:, None]) * sizes[0] + jnp.arange(sizes[0])
         mine = _Side(*mine, jnp.where(members[:, None] < owners, index, -1)[None, None])
 
         def body(n, carry):
             place = n * bundle + jnp.arange(bundle)
             live = place < length[..., None]
-            at = jnp.minimum(first[..., None] + place, walk.other.shape[-1] - 1)
+            at = jnp.minimum(opens[..., None] + place, walk.other.shape[-1] - 1)
             which, full = (
                 jnp.take_along_axis(jnp.asarray(x), at.reshape(*at.shape[:2], -1), axis=-1).reshape(at.shape)
                 for x in (walk.other, walk.full)
             )
             theirs = jax.tree.map(lambda x: _flat(_take(x, which)), other)
-            index = which[..., None] * sizes[1] + jnp.arange(sizes[1])
+            index = (first[1] + which[..., None]) * sizes[1] + jnp.arange(sizes[1])
             theirs = _Side(*theirs, _flat(jnp.where(live[..., None], index, -1)))
             return step(mine, theirs, jnp.all(full & live), carry)
 
@@ -153,7 +157,7 @@ def _scores(config, q, k, slopes, rows: _Side, columns: _Side, clear, acc):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(config, q, k, v, slopes, values, walks):
+def _attend(config, q, k, v, slopes, values, walks, first):
     acc = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
     b, heads, _, size, ratio, _ = q.shape
 
@@ -179,16 +183,17 @@ def _attend(config, q, k, v, slopes, values, walks):
         total = jnp.where(some, total, 1)
         return (y / total[..., None]).astype(v.dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
 
-    return _sweep(walks[0], ((q,), values["queries"]), ((k, v), values["keys"]), start, step, finish)
+    sides = ((q,), values["queries"]), ((k, v), values["keys"])
+    return _sweep(walks[0], *sides, start, step, finish, (first, 0))
 
 
-def _attend_forward(config, q, k, v, slopes, values, walks):
-    y, lse = _attend(config, q, k, v, slopes, values, walks)
-    return (y, lse), (q, k, v, slopes, values, walks, y, lse)
+def _attend_forward(config, q, k, v, slopes, values, walks, first):
+    y, lse = _attend(config, q, k, v, slopes, values, walks, first)
+    return (y, lse), (q, k, v, slopes, values, walks, first, y, lse)
 
 
 def _attend_backward(config, saved, cotangents):
-    q, k, v, slopes, values, walks, y, lse = saved
+    q, k, v, slopes, values, walks, first, y, lse = saved
     dy, dlse = cotangents
     acc = lse.dtype
     some = lse > -jnp.inf
@@ -235,11 +240,13 @@ def _attend_backward(config, saved, cotangents):
         return dk, dv
 
     rows, columns = ((q, dy, delta, base), values["queries"]), ((k, v), values["keys"])
-    dq, dslopes = _sweep(walks[0], rows, columns, start_q, step_q, lambda c: (c[0].astype(q.dtype), c[1]))
-    dk, dv = _sweep(walks[1], columns, rows, start_kv, step_kv, lambda c: (c[0].astype(k.dtype), c[1].astype(v.dtype)))
+    finish_q = lambda carry: (carry[0].astype(q.dtype), carry[1])
+    finish_kv = lambda carry: (carry[0].astype(k.dtype), carry[1].astype(v.dtype))
+    dq, dslopes = _sweep(walks[0], rows, columns, start_q, step_q, finish_q, (first, 0))
+    dk, dv = _sweep(walks[1], columns, rows, start_kv, step_kv, finish_kv, (0, first))
     if slopes is not None:
         dslopes = jnp.sum(dslopes, axis=(0, 2, 3)).astype(slopes.dtype)
-    return dq, dk, dv, dslopes, None, None
+    return dq, dk, dv, dslopes, None, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims
+from seqmix.core.sharding import constrain
+from seqmix.ops.mesh import layout, on_shares
 
 
 def fft_size(least: int) -> int:
@@ -36,12 +38,20 @@ def long_conv(x, kernel, *, ahead=None, skip=None):
     Raises:
       ValueError for shapes that disagree.
 
+    On a mesh each device convolves its channels, laid over it like heads; where time is cut too, time and channels
+    change places by all-to-all. Channels that the mesh does not divide are gathered: XLA does not partition FFTs.
+
     Source: Hyena (arXiv 2302.10866, section 2.1 and appendix A); two-sided as in Mega (2209.10655).
     """
     spec = {"x": "B T D", "kernel": "D K", "ahead": "D R", "skip": "D"}
-    _filled(dims(spec, x=x, kernel=kernel, ahead=ahead, skip=skip))
-    y = _convolve(x, kernel, ahead, _accumulator(x, kernel))
-    return _add_skip(y, x, skip).astype(x.dtype)
+    d = dims(spec, x=x, kernel=kernel, ahead=ahead, skip=skip)
+    _filled(d)
+    lay = layout(d.B, d.T, d.D)
+    if lay is None:
+        return _whole(x, kernel, ahead, skip)
+    if d.D // lay.ways("heads") % lay.ways("time") == 0:
+        return _on_channels(lay, x, kernel, ahead, skip)
+    return constrain(_whole(constrain(x, "batch", None, None), kernel, ahead, skip), "batch", None, None)
 
 
 def long_conv_flops(batch: int, seq: int, width: int, lags: int | None = None, two_sided: bool = False) -> int:
@@ -64,6 +74,26 @@ def _filled(d):
     for name, lags in (("kernel", d.K), ("ahead", getattr(d, "R", 1))):
         if lags < 1:
             raise ValueError(f"{name}: expected at least one lag, got none")
+
+
+def _whole(x, kernel, ahead, skip):
+    y = _convolve(x, kernel, ahead, _accumulator(x, kernel))
+    return _add_skip(y, x, skip).astype(x.dtype)
+
+
+def _on_channels(lay, x, kernel, ahead, skip):
+    """`_whole` on each device's share of the channels."""
+
+    def local(x, *weights):
+        if not lay.time:
+            return _whole(x, *weights)
+        x = jax.lax.all_to_all(x, lay.time, 2, 1, tiled=True)
+        size, place = x.shape[2], jax.lax.axis_index(lay.time)
+        mine = lambda w: jax.lax.dynamic_slice_in_dim(w, place * size, size)
+        return jax.lax.all_to_all(_whole(x, *jax.tree.map(mine, weights)), lay.time, 1, 2, tiled=True)
+
+    tokens, lags = ("batch", "time", "heads"), ("heads", None)
+    return on_shares(lay, local, (x, kernel, ahead, skip), (tokens, lags, lags, lags[:1]), tokens)
 
 
 def _accumulator(*arrays):

@@ -40,7 +40,7 @@ def run(lay, op, d, acc, q, k, v, log_decay, state, runs, write, *, normalize, *
         if not lay.time:
             return call(state)
         end = call(None)[1]
-        entering, state = enter(lay.time, end, _total(log_decay, q.shape[1], runs, acc), _decayed, state, runs)
+        entering, state = enter(lay.time, end, total_decay(log_decay, q.shape[1], runs, acc), _decayed, state, runs)
         return call(entering)[0], state
 
     names = (keys, keys, tokens, decays, tokens[:3], states, ("batch", "time"))
@@ -54,7 +54,7 @@ def _names(log_decay):
     return keys, keys, tokens, decays
 
 
-def _total(log_decay, time, runs, acc):
+def total_decay(log_decay, time, runs, acc):
     """The log decay of a whole stretch, [B or 1, H, 1 or K], padding not counted; None where nothing decays."""
     if log_decay is None:
         return None

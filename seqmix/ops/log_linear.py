@@ -1,15 +1,19 @@
 """Log-linear attention: linear attention or the delta rule with one state for each level of distance."""
 
+import functools
+
 import jax.numpy as jnp
 
 from seqmix.core.flops import matmul
 from seqmix.core.shapes import dims
+from seqmix.ops import log_linear_context
 from seqmix.ops.delta import prepare
 from seqmix.ops.dispatch import pick
 from seqmix.ops.linear_chunked import plan
 from seqmix.ops.linear_reference import decay_spec
 from seqmix.ops.log_linear_chunked import chunked, read_levels
 from seqmix.ops.log_linear_reference import recurrence
+from seqmix.ops.mesh import layout
 from seqmix.ops.triangular import unit_lower_inverse_flops
 
 
@@ -156,14 +160,14 @@ def _log_linear(op, q, k, v, beta, level_scales, log_decay, scale, state, segmen
     beta = None if beta is None else beta.astype(acc)
     name = pick(op, implementation, {"chunked": None, "reference": None})
     args = q, k, v, beta, log_decay, level_scales
-    if name == "chunked" and d.T > 1:
-        options = dict(scale=scale, state=levels, length=length, run_ids=run_ids, chunk=chunk)
-        y, levels, length = chunked(*args, **options)
-    else:
-        if levels is None:
-            levels = jnp.zeros((d.B, d.H, d.NL - 1, d.K, d.V), acc)
-            length = jnp.zeros(d.B, jnp.int32)
-        y, levels, length = recurrence(*args, scale=scale, state=levels, length=length, run_ids=run_ids)
+    lay, fast = layout(d.B, d.T, d.H, d.Hk), name == "chunked" and d.T > 1
+    cut = lay is not None and lay.time
+    if levels is None and (cut or not fast):
+        levels = jnp.zeros((d.B, d.H, d.NL - 1, d.K, d.V), acc)
+        length = jnp.zeros(d.B, jnp.int32)
+    form = functools.partial(chunked, chunk=chunk) if fast else recurrence
+    form = functools.partial(log_linear_context.run, lay, form, d) if cut else form
+    y, levels, length = form(*args, scale=scale, state=levels, length=length, run_ids=run_ids)
     return y, (levels, length)
 
 

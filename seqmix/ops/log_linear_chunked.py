@@ -55,7 +55,7 @@ def chunked(q, k, v, beta, log_decay, level_scales, *, scale, state, length, run
         first, last = min(near, count) if run_ids is None else 0, min(far, count)
         state = jnp.zeros((batch, heads, count, q.shape[-1], width), acc)
         length = jnp.zeros(batch, jnp.int32)
-    place = _places(length, time, run_ids)
+    place = places(length, time, run_ids)
     beta = None if beta is None else beta[..., None]
     args = q, k, v, beta, log_decay, level_scales, place, length - 1, run_ids, chunk
     between = tuple(range(first + 1, last + 1))
@@ -76,7 +76,7 @@ def read_levels(time, chunk):
     return size.bit_length() - 1, (time - 1).bit_length()
 
 
-def _places(length, time, run_ids):
+def places(length, time, run_ids):
     """Positions [B, T]; padding has that of the token before it."""
     if run_ids is None:
         return length[:, None] + jnp.arange(time, dtype=length.dtype)

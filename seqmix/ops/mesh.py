@@ -46,6 +46,10 @@ class Layout:
         sizes = [1 if one and n == "key_heads" else size // ways[n] for size, n in zip(x.shape, names, strict=True)]
         return jax.ShapeDtypeStruct(sizes, x.dtype)
 
+    def count_key_heads(self, key_heads: int) -> int:
+        """Of how many key heads a device's heads read."""
+        return {"cut": key_heads // self.ways("heads"), "whole": key_heads, "one": 1}[self.key_heads]
+
     def local_key_heads(self, x, key_heads: int, axis: int = 2):
         """The key heads (of x along `axis`) that this device's heads read, from what `spec` left it of them."""
         if self.key_heads != "one":

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
+from seqmix.ops import softmax_context
 from seqmix.ops.dispatch import pick
+from seqmix.ops.mesh import layout
 from seqmix.ops.softmax_chunked import block_pairs, block_sizes, chunked
 from seqmix.ops.softmax_reference import Rules, reference
 
@@ -29,6 +31,7 @@ def attention(
     sink_logits=None,
     return_lse=False,
     block=BLOCK,
+    context=None,
     implementation=None,
 ):
     """Softmax attention of queries [B, T, H, K] over keys [B, S, Hk, K] with values [B, S, Hk, V].
@@ -56,6 +59,8 @@ def attention(
       sink_logits: [H], a logit in the denominator of every row of its head (gpt-oss, arXiv 2508.10925).
       return_lse: also return lse, for `merge`; it is differentiable like y.
       block: number of queries and of keys whose scores exist at once in the chunked form.
+      context: where the mesh in force cuts time, how each device's queries meet all keys: "ring", "zigzag", "heads",
+        "gather" (`softmax_context`) or None, the best for the call. It changes neither result nor layout.
       implementation: None, "chunked" (memory linear in T and S; differentiable once) or "reference" (dense).
 
     Returns:
@@ -63,14 +68,24 @@ def attention(
       y = 0 and lse = -inf (with a sink: its logit), and passes no gradient to q, k and v.
 
     Raises:
-      ValueError: for shapes, dtypes and numbers that are not as above.
+      ValueError: for shapes, dtypes and numbers that are not as above, and for a context that the call cannot take.
     """
     given = segment_ids, kv_segment_ids, q_positions, kv_positions
-    _check(q, k, v, sink_logits, *given)
+    d = _check(q, k, v, sink_logits, *given)
+    if context not in (None, *softmax_context.FORMS):
+        raise ValueError(f"context: expected None or one of {', '.join(softmax_context.FORMS)}, got {context!r}")
     rules = _rules(q.shape[-1] ** -0.5 if scale is None else scale, causal, window, sinks, soft_cap)
     _positive("block", block)
     tokens, order = _tokens(q.shape[1], k.shape[1], *given)
-    if pick("attention", implementation, {"chunked": None, "reference": None}) == "chunked":
+    lay = layout(d.B, d.T, d.H, d.Hk)
+    form = None
+    if lay is not None and lay.time and implementation != "reference":
+        form = softmax_context.choose(lay, rules, d, order, context)
+    name = pick("attention", implementation, {"chunked": None, "reference": None})
+    if form:
+        call = (rules, d, q, k, v, sink_logits, tokens)
+        y, lse = softmax_context.run(lay, form, *call, order=order, block=block, need_lse=return_lse)
+    elif name == "chunked":
         y, lse = chunked(rules, q, k, v, sink_logits, *tokens, order=order, block=block)
     else:
         y, lse = reference(rules, q, k, v, sink_logits, *tokens)
@@ -151,6 +166,7 @@ def _check(q, k, v, sink_logits, *given):
     if has["q_positions"] != has["kv_positions"]:
         missing = "kv_positions" if has["q_positions"] else "q_positions"
         raise ValueError(f"{missing}: expected both q_positions and kv_positions or neither, got none")
+    return d
 
 
 def _positive(name, value):
@@ -175,7 +191,8 @@ def _tokens(time, keys, segment_ids, kv_segment_ids, q_positions, kv_positions):
     """(ids and positions of queries and keys, [B, T] or [1, T] int32, and the order of `block_pairs`)."""
     order = "index"
     if segment_ids is None:
-        ids = jnp.ones((1, time), jnp.int32), jnp.ones((1, keys), jnp.int32)
+        ones = jnp.ones((1, time), jnp.int32)
+        ids = ones, ones if time == keys else jnp.ones((1, keys), jnp.int32)
     elif kv_segment_ids is None:
         ids, order = (packing.runs(segment_ids),) * 2, "runs"
     else:
@@ -184,4 +201,5 @@ def _tokens(time, keys, segment_ids, kv_segment_ids, q_positions, kv_positions):
         return (*ids, q_positions, kv_positions), "given"
     if order == "runs":
         return (*ids, *(packing.positions(ids[0]),) * 2), order
-    return (*ids, jnp.arange(time)[None], jnp.arange(keys)[None]), order
+    at = jnp.arange(time)[None]
+    return (*ids, at, at if time == keys else jnp.arange(keys)[None]), order

@@ -80,29 +80,37 @@ def _live(rules: Rules, pairs, sizes, q_ids, k_ids, q_positions, k_positions):
     return jnp.any(live, axis=0)
 
 
+def live_pairs(rules: Rules, pairs, sizes, tokens):
+    """(pairs, count): those of the pairs of blocks that a row of the batch may need come first, `count` of them.
+
+    tokens: ids and positions of queries and keys as `reference`, of whole blocks.
+    """
+    live = _live(rules, pairs, sizes, *tokens)
+    return jnp.asarray(pairs)[jnp.argsort(~live, stable=True)], jnp.sum(live, dtype=jnp.int32)
+
+
+def whole(x, size: int, axis: int):
+    """x with zeros behind it, up to whole blocks of `size` along `axis`; ids of what is added are 0, so of padding."""
+    width = -x.shape[axis] % size
+    return jnp.pad(x, [(0, width if a == axis else 0) for a in range(x.ndim)]) if width else x
+
+
 def chunked(rules: Rules, q, k, v, sink_logits, q_ids, k_ids, q_positions, k_positions, *, order, block):
     """(y [B, T, H, V], lse [B, H, T]); arguments as `reference`, `order` as `block_pairs`."""
     b, t, h, _ = q.shape
     s, groups = k.shape[1:3]
     sizes = block_sizes(t, s, block)
     pairs = block_pairs(rules, t, s, sizes, order)
-    count = len(pairs)
-
-    def whole(x, size, axis=1):  # to whole blocks; what is added has id 0
-        width = -x.shape[axis] % size
-        return jnp.pad(x, [(0, width if a == axis else 0) for a in range(x.ndim)]) if width else x
-
-    q_ids, q_positions = (whole(x, sizes[0]) for x in (q_ids, q_positions))
-    k_ids, k_positions = (whole(x, sizes[1]) for x in (k_ids, k_positions))
+    q_ids, q_positions = (whole(x, sizes[0], 1) for x in (q_ids, q_positions))
+    k_ids, k_positions = (whole(x, sizes[1], 1) for x in (k_ids, k_positions))
     tokens = (q_ids, k_ids, q_positions, k_positions)
-    if count > 1 and order != "index":
-        live = _live(rules, pairs, sizes, *tokens)
-        pairs = jnp.asarray(pairs)[jnp.argsort(~live, stable=True)]
-        count = jnp.sum(live, dtype=jnp.int32)
-    q = jnp.moveaxis(whole(q, sizes[0]), 1, 2).reshape(b, groups, h // groups, -1, q.shape[-1])
-    k, v = (jnp.moveaxis(whole(x, sizes[1]), 1, 2) for x in (k, v))
+    work = pairs, len(pairs)
+    if len(pairs) > 1 and order != "index":
+        work = live_pairs(rules, pairs, sizes, tokens)
+    q = jnp.moveaxis(whole(q, sizes[0], 1), 1, 2).reshape(b, groups, h // groups, -1, q.shape[-1])
+    k, v = (jnp.moveaxis(whole(x, sizes[1], 1), 1, 2) for x in (k, v))
     sink = None if sink_logits is None else sink_logits.reshape(groups, h // groups)
-    y, lse = _attend(rules, sizes, q, k, v, sink, tokens, (pairs, count))
+    y, lse = _attend(rules, sizes, q, k, v, sink, tokens, work)
     y = jnp.moveaxis(y.reshape(b, h, *y.shape[3:])[:, :, :t], 2, 1)
     return y, lse.reshape(b, h, -1)[:, :, :t]
 
@@ -110,7 +118,7 @@ def chunked(rules: Rules, q, k, v, sink_logits, q_ids, k_ids, q_positions, k_pos
 def _walk(body, carry, work):
     """`body(query block, key block, carry)` over the first `count` pairs."""
     pairs, count = work
-    if len(pairs) == 1:
+    if isinstance(count, int) and count == 1:
         return body(pairs[0, 0], pairs[0, 1], carry)
     pairs = jnp.asarray(pairs)
     return jax.lax.fori_loop(0, count, lambda n, c: body(pairs[n, 0], pairs[n, 1], c), carry)
@@ -137,8 +145,11 @@ def _scores(rules, q, k, tokens, i, j, sizes, acc):
     return score, visible(rules, q_ids, k_ids, q_positions, k_positions)[:, None, None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(rules, sizes, q, k, v, sink, tokens, work):
+def part(rules: Rules, sizes, q, k, v, sink, tokens, work):
+    """(y, lse), both in acc = promote(dtype, float32), of whole blocks of queries and keys.
+
+    q [B, J, R, T, K], k [B, J, S, K], v [B, J, S, V], sink [J, R] or None; tokens and work as of `live_pairs`.
+    """
     acc = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
     rows = q.shape[:-1]
     top = jnp.full(rows, -jnp.inf, acc)
@@ -164,21 +175,17 @@ def _attend(rules, sizes, q, k, v, sink, tokens, work):
     y, top, total = _walk(body, (jnp.zeros((*rows, v.shape[-1]), acc), top, total), work)
     some = total > 0
     total = jnp.where(some, total, 1)
-    return (y / total[..., None]).astype(v.dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
+    return y / total[..., None], jnp.where(some, top + jnp.log(total), -jnp.inf)
 
 
-def _attend_forward(rules, sizes, q, k, v, sink, tokens, work):
-    y, lse = _attend(rules, sizes, q, k, v, sink, tokens, work)
-    return (y, lse), (q, k, v, sink, tokens, work, y, lse)
+def part_gradients(rules: Rules, sizes, q, k, v, tokens, work, lse, dy, delta):
+    """Gradients of q, k and v, in acc, from this part of the keys.
 
-
-def _attend_backward(rules, sizes, saved, cotangents):
-    q, k, v, sink, tokens, work, y, lse = saved
-    dy, dlse = cotangents
-    acc = lse.dtype
+    lse [B, J, R, T] and dy are of all parts together; delta = sum(dy * y) - dlse.
+    """
     some = lse > -jnp.inf
-    delta = jnp.sum(dy.astype(acc) * y.astype(acc), axis=-1) - dlse
     delta, base = jnp.where(some, delta, 0), jnp.where(some, lse, 0)
+    acc = lse.dtype
 
     def body(i, j, carry):
         dq, dk, dv = carry
@@ -197,13 +204,33 @@ def _attend_backward(rules, sizes, saved, cotangents):
         dk = _put(dk, _get(dk, j, sizes[1], 2) + dk_j, j, 2)
         return dq, dk, _put(dv, _get(dv, j, sizes[1], 2) + dv_j, j, 2)
 
-    zeros = tuple(jnp.zeros(x.shape, acc) for x in (q, k, v))
-    dq, dk, dv = (d.astype(x.dtype) for d, x in zip(_walk(body, zeros, work), (q, k, v), strict=True))
-    dsink = None
-    if sink is not None:
-        p = jnp.exp(sink.astype(acc)[:, :, None] - base)
-        dsink = jnp.sum(-p * delta, axis=(0, 3)).astype(sink.dtype)
-    return dq, dk, dv, dsink, None, None
+    return _walk(body, tuple(jnp.zeros(x.shape, acc) for x in (q, k, v)), work)
+
+
+def sink_gradient(sink, lse, delta):
+    """Of the sink logits [J, R], in their dtype."""
+    p = jnp.exp(sink.astype(lse.dtype)[:, :, None] - lse)
+    return jnp.sum(-p * delta, axis=(0, 3)).astype(sink.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(rules, sizes, q, k, v, sink, tokens, work):
+    y, lse = part(rules, sizes, q, k, v, sink, tokens, work)
+    return y.astype(v.dtype), lse
+
+
+def _attend_forward(rules, sizes, q, k, v, sink, tokens, work):
+    y, lse = _attend(rules, sizes, q, k, v, sink, tokens, work)
+    return (y, lse), (q, k, v, sink, tokens, work, y, lse)
+
+
+def _attend_backward(rules, sizes, saved, cotangents):
+    q, k, v, sink, tokens, work, y, lse = saved
+    dy, dlse = cotangents
+    delta = jnp.sum(dy.astype(lse.dtype) * y.astype(lse.dtype), axis=-1) - dlse
+    grads = part_gradients(rules, sizes, q, k, v, tokens, work, lse, dy, delta)
+    dq, dk, dv = (d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv, None if sink is None else sink_gradient(sink, lse, delta), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

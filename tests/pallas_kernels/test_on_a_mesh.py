@@ -51,3 +51,14 @@ def test_kernels_are_in_the_program_of_eight_gpus_and_no_token_moves(h100s, op, 
     # A state has K or one number a channel; a share of the tokens has 1024 / context.
     assert bool(moved) == (context > 1)
     assert not any(str(T // context) in shape or str(T) in shape for shape, _ in moved), moved
+
+
+def test_keys_are_on_their_way_while_a_block_is_worked_on(h100s):
+    """In the loops of the ring, forward and backward, the walk over blocks stands between a permute's start and end."""
+    mesh = sharding.make_mesh(context=4, devices=h100s(4))
+    tokens = ((1, 8192, 2, 128), jnp.bfloat16, "batch", "time", "heads", None)
+    text = hlo(mesh, lambda q, k, v: ops.attention(q, k, v, context="ring"), tokens, tokens, tokens)
+    bodies = [body for body in re.split(r"\n\}\n", text) if "collective-permute-start(" in body and "ENTRY" not in body]
+    assert len(bodies) == 2
+    for body in bodies:
+        assert re.search(r"collective-permute-start\(.* while\(.*collective-permute-done\(", body, re.DOTALL)

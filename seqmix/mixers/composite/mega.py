@@ -47,6 +47,7 @@ class Mega(Mixer):
     implementation: str | None = None  # of linear_scan and attention; None: the best there is
 
     linear_in_v: ClassVar[bool] = True
+    context_form: ClassVar[str] = "ring"
 
     def __post_init__(self):
         given = {} if self.value_dim is None else {"value_dim": self.value_dim}

@@ -45,6 +45,7 @@ class RAT(Mixer):
     implementation: str | None = None  # of linear_scan and attention; None: the best there is
 
     linear_in_v: ClassVar[bool] = True
+    context_form: ClassVar[str] = "gather"
 
     def __post_init__(self):
         self.positive(heads=self.heads, groups=self.groups, chunk=self.chunk, block=self.block)

@@ -50,6 +50,7 @@ class Hyena(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     packable: ClassVar[bool] = False
+    context_form: ClassVar[str] = "heads"
     fft: ClassVar[bool] = True
 
     def __post_init__(self):
@@ -108,7 +109,7 @@ class Hyena(Mixer):
         gates, v, _ = self._inputs(params, x)
         filters = self.filters(params, x.shape[1], _acc(x))
         for n in range(self.order - 1, 0, -1):
-            v = _whole(long_conv(_whole(gates[n] * v), filters[n - 1], skip=params["bias"][n - 1]))
+            v = long_conv(gates[n] * v, filters[n - 1], skip=params["bias"][n - 1])
         return self._out(params, gates[0] * v), {}
 
     def _check(self, x, **given):

@@ -20,6 +20,7 @@ from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.core.sharding import constrain
 from seqmix.ops.softmax import attention, attention_flops, merge
+from seqmix.ops.softmax_context import FORMS
 from seqmix.parts import kv_cache
 from seqmix.parts.norms import norm_params, rms_norm
 from seqmix.parts.rotary import RotaryScaling, frequencies, rotate, rotated_dims
@@ -44,10 +45,11 @@ class Attention(Mixer):
     causal: bool = True  # hide later tokens; without it there is no decoding
     block: int = 512  # queries and keys whose scores exist at once
     norm_eps: float = 1e-6  # added to the mean square in qk_norm
+    context: str | None = None  # of the op, where time is cut over a mesh: None, ring, zigzag, heads, gather
     implementation: str | None = None  # of the op: None, chunked, reference
 
     linear_in_v: ClassVar[bool] = True
-    context_form: ClassVar[str] = "gather"
+    context_form: ClassVar[str] = "ring"
 
     @property
     def decodes(self) -> bool:
@@ -65,6 +67,8 @@ class Attention(Mixer):
             wrong = f"sinks: expected 0 without a causal window, got {self.sinks}"
         elif self.soft_cap is not None and self.soft_cap <= 0:
             wrong = f"soft_cap: expected a positive number, got {self.soft_cap}"
+        elif self.context not in (None, *FORMS):
+            wrong = f"context: expected None or one of {', '.join(FORMS)}, got {self.context!r}"
         elif not self.norm_eps > 0:
             wrong = f"norm_eps: expected a positive number, got {self.norm_eps}"
         if wrong:
@@ -133,7 +137,8 @@ class Attention(Mixer):
         return attention(
             *(q, k, v),
             **dict(causal=self.causal, window=self.window, sinks=self.sinks, soft_cap=self.soft_cap),
-            **dict(sink_logits=logits, block=self.block, implementation=self.implementation, **tokens),
+            **dict(sink_logits=logits, block=self.block, context=self.context),
+            **dict(implementation=self.implementation, **tokens),
         )
 
     def _out(self, params, mixed):

@@ -48,7 +48,7 @@ class LogLinearGatedDeltaNet(Mixer):
     implementation: str | None = None  # of log_linear_delta_rule; None: the best there is
 
     linear_in_v: ClassVar[bool] = True
-    context_form: ClassVar[str] = "gather"
+    context_form: ClassVar[str] = "state"
 
     def __post_init__(self):
         levels.check(self)

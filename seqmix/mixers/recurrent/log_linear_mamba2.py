@@ -49,7 +49,7 @@ class LogLinearMamba2(Mixer):
     implementation: str | None = None  # of log_linear_attention; None: the best there is
 
     linear_in_v: ClassVar[bool] = True
-    context_form: ClassVar[str] = "gather"
+    context_form: ClassVar[str] = "state"
 
     def __post_init__(self):
         levels.check(self)

@@ -44,6 +44,7 @@ class Neighbourhood(Mixer):
     packable: ClassVar[bool] = False
     decodes: ClassVar[bool] = False
     linear_in_v: ClassVar[bool] = True
+    context_form: ClassVar[str] = "gather"
 
     @property
     def takes(self) -> tuple[str, ...]:

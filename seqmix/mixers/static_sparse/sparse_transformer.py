@@ -46,7 +46,7 @@ class SparseTransformer(Mixer):
     implementation: str | None = None  # of block_sparse_attention; None: the best there is
 
     linear_in_v: ClassVar[bool] = True
-    context_form: ClassVar[str] = "none"
+    context_form: ClassVar[str] = "gather"
 
     def __post_init__(self):
         self.positive(stride=self.stride, summary=self.summary)

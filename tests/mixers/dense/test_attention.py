@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmix.core import param
+from seqmix.core import param, sharding
 from seqmix.core.mixer import state_shapes
 from seqmix.core.param import Param
 from seqmix.mixers.dense.attention import Attention
 from seqmix.parts.rotary import RotaryScaling
+from tests.collectives import sent
 
 B, T, D = 4, 23, 12
 
@@ -252,6 +253,22 @@ def test_weights_are_declared_with_their_axes():
     assert {name for name, p in param.entries(tree) if not p.decay} == set(shapes) - {"q", "k", "v", "out"}
 
 
+@pytest.mark.parametrize(
+    "context, moved", [("ring", "collective-permute"), ("zigzag", "collective-permute"), ("heads", "all-to-all")]
+)
+def test_the_form_over_a_context_axis_is_a_field(context, moved):
+    mixer, x = dataclasses.replace(MIXERS["gqa"], context=context), draw(1, 2, 32, D).astype(np.float32)
+    params = jax.tree.map(np.float32, weights(mixer))
+    forward = lambda x: mixer.forward(params, x)[0]
+    want = jax.jit(forward)(x)
+    mesh = sharding.make_mesh(context=4, data=2)
+    with sharding.use_mesh(mesh):
+        program = jax.jit(forward).lower(x).compile()
+        got = program(x)
+    assert moved in sent(program.as_text())
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)  # some ten values of order one, in float32
+
+
 NTK = RotaryScaling(kind="ntk", factor=2.0)
 REFUSALS = [
     (dict(heads=4, kv_heads=3), "Attention.kv_heads: expected a divisor of heads=4, got 3"),
@@ -262,6 +279,7 @@ REFUSALS = [
     (dict(sinks=2, window=3, causal=False), "Attention.sinks: expected 0 without a causal window, got 2"),
     (dict(sinks=-1, window=3), "Attention.sinks: expected an integer >= 0, got -1"),
     (dict(soft_cap=0.0), "Attention.soft_cap: expected a positive number, got 0.0"),
+    (dict(context="rings"), "Attention.context: expected None or one of ring, zigzag, heads, gather, got 'rings'"),
     (dict(norm_eps=0.0), "Attention.norm_eps: expected a positive number, got 0.0"),
     (dict(head_dim=7), "Attention.rope_fraction: expected one in (0, 1] that rotates an even number of K=7"),
     (dict(head_dim=8, rope_base=0.5), "Attention.rope_base: expected a number above 1, got 0.5"),

@@ -1,0 +1,171 @@
+"""Softmax attention whose keys are cut over devices: they travel in a ring, or are gathered; inside `shard_map`.
+
+    ring     block by block the keys and values of all stretches come past; (y, lse) of each meets the sum of the
+             earlier ones by LSE; block s + 1 is on its way while block s is worked on (arXiv 2310.01889)
+    gather   all keys and values come at once; for short sequences
+
+The backward pass keeps what a stretch owns, q, k, v, y and lse, and lets keys and values come past again, or
+gathers them again; gradients of keys and values travel in float32 at least, a step behind the keys, and then home.
+A visit works on the pairs of blocks that ids and positions leave: none, where a mask hides a whole stretch. Shapes
+are head-major, as in `softmax_chunked`; places [2, B or 1, T] are ids and positions of a stretch.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqmix.ops.softmax_chunked import (
+    block_pairs,
+    block_sizes,
+    live_pairs,
+    part,
+    part_gradients,
+    sink_gradient,
+    whole,
+)
+from seqmix.ops.softmax_reference import Rules
+
+
+class Travel(NamedTuple):
+    """How keys reach queries: the static half of `travelled`."""
+
+    rules: Rules
+    axis: str | tuple[str, ...]  # mesh axes over which time is cut
+    legs: tuple[tuple[int, int], ...] | None  # (direction, number of hops) of each way through the ring; None: gather
+    block: int  # as of `attention`
+
+
+def legs(table: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """The ways through the ring by which each stretch of keys j comes to all stretches of queries r with table[r, j].
+
+    Up to the farthest on either side; once around in one direction where that takes no longer.
+    """
+    queries, keys = np.nonzero(table)
+    ranks = len(table)
+    after, before = (int(max(0, *x)) if len(x) else 0 for x in (queries - keys, keys - queries))
+    if after + before >= ranks:
+        after, before = ranks - 1, 0
+    return tuple((direction, hops) for direction, hops in ((1, after), (-1, before)) if hops)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def travelled(travel: Travel, q, k, v, sink, q_places, k_places):
+    """(y [B, J, R, T, V] in v.dtype, lse [B, J, R, T]) of this device's queries over the keys of all."""
+    own = k, v, k_places
+    if travel.legs is None:
+        y, lse = _visit(travel, q, q_places, _gather(travel.axis, own), sink)
+        return y.astype(v.dtype), lse
+    found = _visit(travel, q, q_places, own, sink)
+    for direction, hops in travel.legs:
+        move = partial(_shift, travel.axis, direction)
+
+        def hop(_, carry, move=move):
+            found, block = carry
+            later = move(block)
+            return _joined(found, _visit(travel, q, q_places, block)), later
+
+        found, block = jax.lax.fori_loop(0, hops - 1, hop, (found, move(own)))
+        found = _joined(found, _visit(travel, q, q_places, block))
+    return found[0].astype(v.dtype), found[1]
+
+
+def _forward(travel, q, k, v, sink, q_places, k_places):
+    y, lse = travelled(travel, q, k, v, sink, q_places, k_places)
+    return (y, lse), (q, k, v, sink, q_places, k_places, y, lse)
+
+
+def _backward(travel, saved, cotangents):
+    q, k, v, sink, q_places, k_places, y, lse = saved
+    dy, dlse = cotangents
+    delta = jnp.sum(dy.astype(lse.dtype) * y.astype(lse.dtype), axis=-1) - dlse
+    own, rows = (k, v, k_places), (lse, dy, delta)
+    if travel.legs is None:
+        dq, *grads = _visit_back(travel, q, q_places, _gather(travel.axis, own), rows)
+        grads = [jax.lax.psum_scatter(g, travel.axis, scatter_dimension=2, tiled=True) for g in grads]
+    else:
+        dq, grads = _ring_back(travel, q, q_places, own, rows)
+    dq, dk, dv = (d.astype(x.dtype) for d, x in zip((dq, *grads), (q, k, v), strict=True))
+    return dq, dk, dv, None if sink is None else sink_gradient(sink, lse, delta), None, None
+
+
+travelled.defvjp(_forward, _backward)
+
+
+def _ring_back(travel, q, q_places, own, rows):
+    """(dq, (dk, dv) of this device's keys), in acc."""
+    add = partial(jax.tree.map, jnp.add)
+    dq, *grads = _visit_back(travel, q, q_places, own, rows)
+    for leg, (direction, hops) in enumerate(travel.legs):
+        move = partial(_shift, travel.axis, direction)
+
+        def visit(dq, carried, block, move=move):
+            # The sums of earlier devices come in while this one's are made.
+            arrived = move(carried)
+            dq_part, *part_grads = _visit_back(travel, q, q_places, block, rows)
+            return dq + dq_part, add(arrived, part_grads)
+
+        def hop(_, carry, move=move, visit=visit):
+            dq, carried, block = carry
+            later = move(block)
+            return *visit(dq, carried, block), later
+
+        carried = grads if leg == 0 else jax.tree.map(jnp.zeros_like, grads)
+        dq, carried, block = jax.lax.fori_loop(0, hops - 1, hop, (dq, carried, move(own)))
+        dq, carried = visit(dq, carried, block)
+        home = _shift(travel.axis, -direction * hops, carried)
+        grads = home if leg == 0 else add(grads, home)
+    return dq, grads
+
+
+def _shift(axis, by, tree):
+    """What the device `by` places before holds."""
+    ranks = jax.lax.axis_size(axis)
+    pairs = [(rank, (rank + by) % ranks) for rank in range(ranks)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, pairs), tree)
+
+
+def _gather(axis, block):
+    return [jax.lax.all_gather(x, axis, axis=2, tiled=True) for x in block]
+
+
+def _joined(a, b):
+    """(y, lse) over the keys of both, as `attention`'s `merge`, in acc."""
+    top = jnp.maximum(a[1], b[1])
+    top = jnp.where(top > -jnp.inf, top, 0)
+    mine, other = jnp.exp(a[1] - top), jnp.exp(b[1] - top)
+    total = mine + other
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    y = (mine / total)[..., None] * a[0] + (other / total)[..., None] * b[0]
+    return y, jnp.where(some, top + jnp.log(total), -jnp.inf)
+
+
+def _blocks(travel, q, q_places, block):
+    """Sizes of blocks, q and the visiting keys and values in whole blocks, their tokens, and the list of pairs."""
+    k, v, k_places = block
+    sizes = block_sizes(q.shape[3], k.shape[2], travel.block)
+    pairs = block_pairs(travel.rules, q.shape[3], k.shape[2], sizes, "given")
+    (q_ids, q_at), (k_ids, k_at) = whole(q_places, sizes[0], 2), whole(k_places, sizes[1], 2)
+    tokens = q_ids, k_ids, q_at, k_at
+    work = live_pairs(travel.rules, pairs, sizes, tokens)
+    return sizes, whole(q, sizes[0], 3), whole(k, sizes[1], 2), whole(v, sizes[1], 2), tokens, work
+
+
+def _visit(travel, q, q_places, block, sink=None):
+    """(y, lse) over a block of keys, in acc."""
+    time = q.shape[3]
+    sizes, q, k, v, tokens, work = _blocks(travel, q, q_places, block)
+    y, lse = part(travel.rules, sizes, q, k, v, sink, tokens, work)
+    return y[:, :, :, :time], lse[:, :, :, :time]
+
+
+def _visit_back(travel, q, q_places, block, rows):
+    """Gradients of q and of a block's keys and values from each other, in acc; rows: (lse, dy, delta)."""
+    time, keys = q.shape[3], block[0].shape[2]
+    sizes, q, k, v, tokens, work = _blocks(travel, q, q_places, block)
+    lse, dy, delta = (whole(x, sizes[0], 3) for x in rows)
+    dq, dk, dv = part_gradients(travel.rules, sizes, q, k, v, tokens, work, lse, dy, delta)
+    return dq[:, :, :, :time], dk[:, :, :keys], dv[:, :, :keys]
