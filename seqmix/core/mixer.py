@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from seqmix.core import packing, param
 from seqmix.core.shapes import is_array
 
-WEIGHED = ("forward", "init_state", "prefill", "step", "project", "mixing_matrix")  # methods that read weights
+NEED_WEIGHTS = ("forward", "prefill", "step", "project", "mixing_matrix")  # methods that need weights
 
 
-def _weighed(method):
+def _with_weights(method):
     @functools.wraps(method)
     def call(self, params, *args, **kwargs):
         self.check_params(params)
@@ -51,8 +51,8 @@ class Mixer:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        for name in set(WEIGHED) & set(vars(cls)):
-            setattr(cls, name, _weighed(vars(cls)[name]))
+        for name in set(NEED_WEIGHTS) & set(vars(cls)):
+            setattr(cls, name, _with_weights(vars(cls)[name]))
 
     # Weights and training
 

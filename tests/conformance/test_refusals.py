@@ -72,7 +72,6 @@ def test_a_missing_weight_is_named(case):
     refuses(word, m.forward, lacking, x, **inputs)
     refuses("^params: ", m.forward, None, x, **inputs)
     if m.decodes:
-        refuses(word, m.init_state, lacking, BATCH, 4, **inputs)
         state = case.init_state(params, case.time, np.float32)
         refuses(word, m.prefill, lacking, x, state)
         refuses(word, m.step, lacking, x[:, :1], state)

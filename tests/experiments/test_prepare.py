@@ -108,6 +108,9 @@ def test_a_trained_tokenizer(tmp_path, capsys):
     held = shards.Prepared(out).manifest
     assert held["tokens"] < held["bytes"] / 2 and held["tokenizer"]["vocab"] == 300
     assert f"--data.tokenizer={out}/tokenizer.json" in capsys.readouterr().out
+    assert made(tmp_path / "few", write_jsonl(tmp_path / "y.jsonl", ["ab ab"]), flags=["--train-bpe=300"]) == ["ab ab"]
+    vocab = shards.manifest(tmp_path / "few")["tokenizer"]["vocab"]
+    assert vocab < 300 and f"the tokenizer has {vocab} tokens, not the 300 asked for" in capsys.readouterr().out
     again = tmp_path / "again"
     assert made(again, source, flags=[f"--tokenizer={out / 'tokenizer.json'}"]) == texts(200)
     assert shards.Prepared(again).manifest["digest"] == held["digest"]

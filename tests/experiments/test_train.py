@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import runs
 from tests.experiments.conftest import STEPS
 from tests.runs import changed, data_files, flip, interrupt, launch, records, same_run, start, steps
 
@@ -41,6 +42,21 @@ def test_sigterm_saves_and_restart(tmp_path, flags, unbroken):
     done = launch("train", *flags, f"--workdir={tmp_path / 'run'}")
     assert f"resumed from step {logged}" in done.stderr
     same_run(tmp_path / "run", unbroken[0])
+
+
+def test_what_a_run_compiles_is_read_by_its_next_start(tmp_path, flags, unbroken):
+    environment = {"JAX_COMPILATION_CACHE_DIR": "", "JAX_LOG_COMPILES": "1"}
+    environment = runs.environment(**environment)
+    workdir = tmp_path / "run"
+    first = launch("train", *flags, f"--workdir={workdir}", env=environment)
+    compiled = sorted(path.name for path in (workdir / "compiled").iterdir())
+    assert any("_step" in name for name in compiled)
+    shutil.rmtree(workdir / "checkpoints")
+    second = launch("train", *flags, f"--workdir={workdir}", env=environment)
+    hit = "Persistent compilation cache hit for 'jit__step'"
+    assert hit not in first.stderr and hit in second.stderr
+    assert compiled == sorted(path.name for path in (workdir / "compiled").iterdir() if "-cache" in path.name)
+    same_run(workdir, unbroken[0])
 
 
 def test_damaged_checkpoint_falls_back(tmp_path, flags, unbroken):
