@@ -45,17 +45,14 @@ def test_sigterm_saves_and_restart(tmp_path, flags, unbroken):
 
 
 def test_what_a_run_compiles_is_read_by_its_next_start(tmp_path, flags, unbroken):
-    environment = {"JAX_COMPILATION_CACHE_DIR": "", "JAX_LOG_COMPILES": "1"}
-    environment = runs.environment(**environment)
-    workdir = tmp_path / "run"
-    first = launch("train", *flags, f"--workdir={workdir}", env=environment)
-    compiled = sorted(path.name for path in (workdir / "compiled").iterdir())
-    assert any("_step" in name for name in compiled)
+    """As is seen where it is damaged: jax says so, and compiles again."""
+    environment, workdir = runs.environment(JAX_COMPILATION_CACHE_DIR=""), tmp_path / "run"
+    launch("train", *flags, f"--workdir={workdir}", env=environment)
+    (entry,) = (workdir / "compiled").glob("jit__step-*-cache")
+    entry.write_bytes(b"damage")
     shutil.rmtree(workdir / "checkpoints")
-    second = launch("train", *flags, f"--workdir={workdir}", env=environment)
-    hit = "Persistent compilation cache hit for 'jit__step'"
-    assert hit not in first.stderr and hit in second.stderr
-    assert compiled == sorted(path.name for path in (workdir / "compiled").iterdir() if "-cache" in path.name)
+    done = launch("train", *flags, f"--workdir={workdir}", env=environment)
+    assert "Error reading persistent compilation cache entry for 'jit__step'" in done.stderr
     same_run(workdir, unbroken[0])
 
 
