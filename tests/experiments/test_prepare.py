@@ -126,6 +126,14 @@ def test_the_shards_do_not_depend_on_the_workers(tmp_path):
     assert found[0]["shards"] == found[1]["shards"] and found[0]["digest"] == found[1]["digest"]
 
 
+def test_progress_is_shown_to_the_end(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "x.jsonl", texts(300))
+    made(tmp_path / "out", source)
+    last = capsys.readouterr().err.splitlines()[-1]
+    size = source.stat().st_size / 1000
+    assert last.startswith(f"prepare 100%  {size:.1f}k of {size:.1f}k B  ") and "B/s" in last and "tokens" in last
+
+
 def test_the_digest_is_of_the_content(tmp_path):
     first = ["a b", "c"]
     variants = (first, ["a b", "d"], ["a ", "bc"], ["c", "a b"], first)
