@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from seqmix.core import packing, param
 from seqmix.core.shapes import is_array
 
-NEED_WEIGHTS = ("forward", "prefill", "step", "project", "mixing_matrix")  # methods that need weights
+NEED_WEIGHTS = ("forward", "prefill", "step", "project", "mixing_matrix")  # methods that are given all of them
 
 
 def _with_weights(method):
@@ -156,8 +156,8 @@ class Mixer:
             raise ValueError(f"{type(self).__name__}.d_model: expected a positive width, got {self.d_model}")
 
     def check_params(self, params):
-        """Raises ValueError that names the first declared weight that is not in `params`; called before the methods
-        of a subclass that take weights.
+        """Raises ValueError that names the first declared weight that is not in `params`. Called before every method
+        in NEED_WEIGHTS, as a weight that an option brings would be passed over in silence.
         """
         self._check_width()
         missing = param.missing(self.params(), params)

@@ -66,18 +66,19 @@ def test_lists_are_no_arrays(case):
 @over()
 def test_a_missing_weight_is_named(case):
     m, params, x = case.mixer, case.params(np.float32), case.x(np.float32)
-    first = next(iter(params))
-    lacking, inputs = {k: v for k, v in params.items() if k != first}, case.inputs(np.float32) | case.static
-    word = f"^params: expected the weights of {type(m).__name__}, found no {first}"
-    refuses(word, m.forward, lacking, x, **inputs)
-    refuses("^params: ", m.forward, None, x, **inputs)
-    if m.decodes:
-        state = case.init_state(params, case.time, np.float32)
-        refuses(word, m.prefill, lacking, x, state)
-        refuses(word, m.step, lacking, x[:, :1], state)
-    if m.linear_in_v:
-        refuses(word, m.project, lacking, x, **inputs)
-        refuses(word, m.mixing_matrix, lacking, x, **inputs)
+    inputs, word = case.inputs(np.float32) | case.static, f"^params: expected the weights of {type(m).__name__}, found "
+    for name in params:
+        lacking = {key: value for key, value in params.items() if key != name}
+        refuses(f"{word}no {name}", m.forward, lacking, x, **inputs)
+    for none in ({}, None):
+        refuses(word, m.forward, none, x, **inputs)
+        if m.decodes:
+            state = case.init_state(params, case.time, np.float32)
+            refuses(word, m.prefill, none, x, state)
+            refuses(word, m.step, none, x[:, :1], state)
+        if m.linear_in_v:
+            refuses(word, m.project, none, x, **inputs)
+            refuses(word, m.mixing_matrix, none, x, **inputs)
 
 
 @over()
