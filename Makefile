@@ -30,7 +30,7 @@ test: $(VENV)/installed lint
 	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8 $(if $(ARGS),$(ARGS),tests)
 
 faults: $(VENV)/installed
-	@JAX_PLATFORMS=cpu $(RUN) -m pytest -m faults tests/faults $(ARGS)
+	@JAX_PLATFORMS=cpu $(RUN) -m pytest -m "" tests/faults $(ARGS)
 
 conformance: $(VENV)/installed
 	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8 tests/conformance $(ARGS)

@@ -35,6 +35,9 @@ FREE_FIELDS = (
     "profile",
     "wandb",
 )
+LIMIT = (
+    7 * 24 * 3600
+)  # seconds of Orbax's own limit on a save: it reads the clock, which may jump; ours is the watchdog
 
 
 class Refused(Exception):
@@ -77,7 +80,7 @@ class Checkpoints:
         try:
             self._make(temporary)
             for name, tree in trees.items():
-                writers.append(ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()))
+                writers.append(ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), timeout_secs=LIMIT))
                 writers[-1].save(temporary / name, args=ocp.args.PyTreeSave(tree))
         except (OSError, ValueError) as error:
             self._failure = error

@@ -190,9 +190,12 @@ def run(args):
         "top_p": args.top_p,
         "greedy": args.greedy,
     }
-    check(max_tokens=args.max_tokens, **options)
+    try:
+        check(max_tokens=args.max_tokens, **options)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
     if not 0 <= args.seed < 2**31:
-        raise ValueError(f"seed: expected an integer in [0, 2**31), got {args.seed}")
+        raise ValueError(f"--seed: expected an integer in [0, 2**31), got {args.seed}")
     cfg, params = load(args.workdir, say)
     tokenizer = tokenizers.load(cfg.data.tokenizer)
     stream = TextStream(tokenizer, sys.stdout.buffer)

@@ -162,16 +162,18 @@ EPILOG = (
 )
 
 
-def _report(out, manifest):
-    """What was made, on stdout; the last line is `tokens=<int>`."""
+def _report(out, manifest, asked):
+    """What was made, on stdout, and a tokenizer smaller than `asked`; the last line is `tokens=<int>`."""
     count = lambda name: f"{manifest[name]:,}"
     print(f"{out}: {count('documents')} documents, {count('bytes')} bytes, {count('tokens')} tokens")
     if manifest["empty"] or manifest["bad"]:
         print(f"left out: {count('empty')} empty, {count('bad')} bad documents")
         for line in manifest["left_out"]:
             print(f"  {line}")
-    file = manifest["tokenizer"]["file"]
-    own = f" --data.tokenizer={out}/{file} --model.vocab={manifest['tokenizer']['vocab']}" if file else ""
+    file, vocab = manifest["tokenizer"]["file"], manifest["tokenizer"]["vocab"]
+    if asked and vocab < asked:
+        print(f"the tokenizer has {vocab:,} tokens, not the {asked:,} asked for: the text has no more pairs to join")
+    own = f" --data.tokenizer={out}/{file} --model.vocab={vocab}" if file else ""
     print(f"train on it: --data.path={out}{own}")
     print(f"tokens={manifest['tokens']}", flush=True)
 
@@ -191,7 +193,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"stopped; {SAME}", file=sys.stderr)
         return STOPPED
-    _report(args.out, manifest)
+    _report(args.out, manifest, args.train_bpe)
     return 0
 
 

@@ -131,6 +131,16 @@ def failing(workdir):
         os._exit(error.code if isinstance(getattr(error, "code", None), int) else 1)
 
 
+def keep_compiled(workdir):
+    """Lets later starts of a run read what this one compiles from compiled/ in its directory, unless jax has been
+    told of another one (JAX_COMPILATION_CACHE_DIR), as by a sweep.
+    """
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path(workdir).absolute() / "compiled"))
+
+
 def forget(workdir):
     """Removes what an earlier start of the run left of its failure."""
     for pattern in (FAILED, "stacks.{}.txt"):

@@ -280,6 +280,7 @@ def _run(cfg, workdir, allow_data_change, stop, spent):
                     prepared = prepare(cfg, workdir, allow_data_change)
             except ValueError as error:  # while training, one is a bug and keeps its traceback
                 flags.fail(flags.named(error, cfg))
+            process.keep_compiled(workdir)
             return train(cfg, workdir, prepared, stop, spent)
     except checkpoint.Refused as error:
         flags.fail(error)

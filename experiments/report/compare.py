@@ -47,9 +47,34 @@ def spread(values):
     return Spread(mean, statistics.stdev(values) if len(values) > 1 else None, len(values), tuple(values))
 
 
-def bits(run):
-    """Validation bits per byte at the end of a finished run, else None."""
-    return run.report.get("bits_per_byte") if run.state.name == "finished" else None
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What runs are ranked by: bits per byte of text, or the share of right answers of a task."""
+
+    key: str  # in report.json and in the records of evaluations
+    name: str
+    unit: str
+    sign: int  # 1: the less the better; -1: the more
+
+    def of(self, run):
+        """Of the last evaluation of a finished run, else None."""
+        return run.report.get(self.key) if run.state.name == "finished" else None
+
+    def rank(self, value):
+        """A key by which the best comes first and None last."""
+        return (value is None, self.sign * (value or 0))
+
+
+BITS = Score("bits_per_byte", "validation bits/byte", "bits per byte", 1)
+ACCURACY = "accuracy/"  # then the number of pairs
+
+
+def scores(runs):
+    """The Scores that runs have, at least one: bits per byte, then accuracies, the hardest rows' first."""
+    keys = {key for run in runs for key in (*run.report, *run.curves["val"])}
+    pairs = sorted((int(key.removeprefix(ACCURACY)) for key in keys if key.startswith(ACCURACY)), reverse=True)
+    answers = [Score(f"{ACCURACY}{n}", f"accuracy, {n} pairs", "share of right answers", -1) for n in pairs]
+    return [*([BITS] if BITS.key in keys or not answers else []), *answers]
 
 
 def val_loss(run):

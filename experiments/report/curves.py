@@ -17,6 +17,12 @@ CURVES = (
 )
 
 
+def kinds(scores):
+    """CURVES with those of the scores that are accuracies behind the bits per byte."""
+    answers = [(s.key, "val", s.name.capitalize(), s.unit, False) for s in scores if s.key.startswith("accuracy/")]
+    return (*CURVES[:2], *answers, *CURVES[2:])
+
+
 def thinned(steps, values, points=POINTS):
     """At most about `points` means over equal stretches of a curve: (steps, values)."""
     if steps.size <= points:

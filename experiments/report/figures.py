@@ -24,19 +24,20 @@ def write(runs, folder):
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    groups = compare.groups(runs)
+    groups, scores = compare.groups(runs), compare.scores(runs)
     written = []
     with matplotlib.rc_context(PAPER):
-        for name, kind, title, unit, log in curves.CURVES:
+        for name, kind, title, unit, log in curves.kinds(scores):
             lines = curves.lines(groups, kind, name)
             if lines:
                 figure = Figure(figsize=(6.0, 3.0), layout="constrained")
                 _curves(figure.subplots(), lines, unit, log)
-                written += _save(figure, folder / name, title)
-        scored = [(group, found) for group in groups if (found := group.spread(compare.bits)).n]
+                written += _save(figure, folder / name.replace("/", "_"), title)
+        main = scores[0]
+        scored = [(group, found) for group in groups if (found := group.spread(main.of)).n]
         if scored:
             figure = Figure(figsize=(4.6, 0.6 + 0.28 * len(scored)), layout="constrained")
-            _scores(figure.subplots(), sorted(scored, key=lambda pair: -pair[1].mean))
+            _scores(figure.subplots(), sorted(scored, key=lambda pair: -main.sign * pair[1].mean), main.name)
             written += _save(figure, folder / "final", "Final validation")
     return written
 
@@ -50,12 +51,12 @@ def _curves(axes, lines, unit, log):
     axes.figure.legend(fontsize=7, loc="outside right upper")
 
 
-def _scores(axes, scored):
+def _scores(axes, scored, name):
     for row, (group, found) in enumerate(scored):
         axes.errorbar(found.mean, row, xerr=found.sd, color=group.colour, fmt="|", markersize=10, capsize=2)
         axes.plot(found.values, [row] * found.n, "o", color=group.colour, alpha=0.55, markersize=4)
     axes.set_yticks(range(len(scored)), [group.label for group, _ in scored])
-    axes.set(xlabel="validation bits per byte", ylim=(-0.6, len(scored) - 0.4))
+    axes.set(xlabel=name, ylim=(-0.6, len(scored) - 0.4))
 
 
 def _save(figure, path, title):

@@ -14,24 +14,24 @@ NONE = "–"
 
 def page(runs, title):
     """The whole document on these runs."""
-    groups = compare.groups(runs)
-    charts = {}
+    groups, scores = compare.groups(runs), compare.scores(runs)
+    main, charts = scores[0], {}
     body = [
         _head(runs, groups, title),
         "<h2>Comparison</h2>",
-        _comparison(groups),
-        f'<div class="charts">{_final(groups)}{_sensitivity(groups, charts)}</div>',
+        _comparison(groups, scores),
+        f'<div class="charts">{_final(groups, scores)}{_sensitivity(groups, charts, main)}</div>',
         "<h2>Curves</h2>",
         _legend(groups),
-        _curves(groups, charts),
+        _curves(groups, charts, scores),
         "<h2>What differs</h2>",
         _differences(groups),
         "<h2>Costs of the mixers</h2>",
         _costs(groups),
         "<h2>Runs</h2>",
-        _runs(runs, groups),
+        _runs(runs, groups, main),
         "<h2>Samples</h2>",
-        _samples(runs, groups),
+        _samples(runs, groups, main),
     ]
     data = json.dumps(charts, separators=(",", ":")).replace("</", "<\\/")
     return (
@@ -100,17 +100,16 @@ def _last_loss(run):
     return float(values[-1]) if values.size else None
 
 
-def _comparison(groups):
-    rows = []
-    means = [group.spread(compare.bits).mean for group in groups]
-    best = min((mean for mean in means if mean is not None), default=None)
-    for mean, group in sorted(zip(means, groups), key=lambda pair: (pair[0] is None, pair[0] or 0, pair[1].index)):
+def _comparison(groups, scores):
+    rows, main = [], scores[0]
+    best = {score: min((score.rank(group.spread(score.of).mean) for group in groups), default=None) for score in scores}
+    for group in sorted(groups, key=lambda group: (main.rank(group.spread(main.of).mean), group.index)):
         finished = sum(run.state.name == "finished" for run in group.runs)
         cfg = group.runs[0].cfg
         rows.append(
             (
                 (_key(group) + escape(group.label), "wrap"),
-                (_spread(group.spread(compare.bits), ".4f"), "best" if mean == best and mean is not None else ""),
+                *(_scored(group, score, best[score]) for score in scores),
                 f"{finished}/{len(group.runs)}",
                 _spread(group.spread(compare.val_loss), ".4f"),
                 _spread(group.spread(_last_loss), ".4f"),
@@ -119,7 +118,7 @@ def _comparison(groups):
                 _spread(group.spread(lambda run: m * 100 if (m := run.mfu()) is not None else None), ".1f"),
             )
         )
-    columns = ("runs that differ in seeds alone", "validation bits/byte", "finished", "validation loss")
+    columns = ("runs that differ in seeds alone", *(score.name for score in scores), "finished", "validation loss")
     columns += ("last training loss", "weights", "tokens/s", "MFU %")
     note = (
         "Mean ± sample standard deviation over seeds; best first. Validation figures are of finished runs, losses in "
@@ -130,17 +129,26 @@ def _comparison(groups):
     return table(columns, rows) + f'<p class="note">{note}</p>'
 
 
-def _final(groups):
-    rows = []
-    for group in groups:
-        found = group.spread(compare.bits)
-        if found.n:
-            rows.append((group.index, group.label, group.colour, found.values, found.mean, found.sd))
-    if not rows:
-        return '<p class="note">No run is finished yet.</p>'
-    rows.sort(key=lambda row: row[4])
-    drawn = chart.dots("Final validation", rows, "bits per byte (dots: seeds, bar: mean, line: ± one sd)")
-    return f"<figure><figcaption>Final validation</figcaption>{drawn}</figure>"
+def _scored(group, score, best):
+    found = group.spread(score.of)
+    form = ".4f" if score.sign > 0 else ".3f"
+    return _spread(found, form), "best" if found.n and score.rank(found.mean) == best else ""
+
+
+def _final(groups, scores):
+    parts = []
+    for score in scores:
+        rows = []
+        for group in groups:
+            found = group.spread(score.of)
+            if found.n:
+                rows.append((group.index, group.label, group.colour, found.values, found.mean, found.sd))
+        if rows:
+            rows.sort(key=lambda row: score.rank(row[4]))
+            title = f"Final {score.name}"
+            drawn = chart.dots(title, rows, f"{score.unit} (dots: seeds, bar: mean, line: ± one sd)")
+            parts.append(f"<figure><figcaption>{escape(title)}</figcaption>{drawn}</figure>")
+    return "".join(parts) or '<p class="note">No run is finished yet.</p>'
 
 
 def _legend(groups):
@@ -157,9 +165,9 @@ def _figure(name, title, drawn, charts):
     return f'<figure data-chart="{escape(name)}"><figcaption>{escape(title)}</figcaption>{text}</figure>'
 
 
-def _curves(groups, charts):
+def _curves(groups, charts, scores):
     parts = []
-    for name, kind, title, unit, log in curves.CURVES:
+    for name, kind, title, unit, log in curves.kinds(scores):
         lines = curves.lines(groups, kind, name)
         if lines:
             drawn = chart.lines(title, lines, "step", unit, logy=log)
@@ -167,20 +175,18 @@ def _curves(groups, charts):
     note = (
         f"Thick: mean over seeds, at the steps that all have; thin: each run. Beyond {curves.POINTS} points a curve is "
     )
-    note += (
-        "averaged over equal stretches. The last validation point covers all of the validation text that the config "
-    )
-    note += "asks for at the end, those before a sample."
+    note += "averaged over equal stretches. The last validation point covers all that the config "
+    note += "asks for at the end, those before a sample of it."
     return f'<div class="charts">{"".join(parts)}</div><p class="note">{note}</p>'
 
 
-def _sensitivity(groups, charts):
+def _sensitivity(groups, charts, score):
     """A chart of the final score over every varying number."""
     parts = []
     for path, found in compare.numeric(groups):
         lines = []
         for line in found:
-            scored = [(value, group, group.spread(compare.bits).mean) for value, group in line]
+            scored = [(value, group, group.spread(score.of).mean) for value, group in line]
             scored = [(value, group, mean) for value, group, mean in scored if mean is not None]
             if len(scored) > 1:
                 group = scored[0][1]
@@ -192,8 +198,8 @@ def _sensitivity(groups, charts):
         values = [x for line in lines for x in line.xs]
         if lines:
             log = min(values) > 0 and max(values) >= 2 * min(values)
-            drawn = chart.lines(path, lines, path, "bits per byte", logx=log)
-            parts.append(_figure(f"over {path}", f"Final validation over {path}", drawn, charts))
+            drawn = chart.lines(path, lines, path, score.unit, logx=log)
+            parts.append(_figure(f"over {path}", f"Final {score.name} over {path}", drawn, charts))
     return "".join(parts)
 
 
@@ -233,7 +239,7 @@ def _costs(groups):
     return table(("mixer", "weights", "FLOPs/token at T", *named), rows) + f'<p class="note">{note}</p>'
 
 
-def _runs(runs, groups):
+def _runs(runs, groups, score):
     label = {id(run): group for group in groups for run in group.runs}
     rows = []
     for run in runs:
@@ -248,22 +254,22 @@ def _runs(runs, groups):
                 (state, "wrap"),
                 str(seeds[0]) if not seeds[1] else f"{seeds[0]}, data {seeds[1]}",
                 f"{run.state.step}/{run.steps}",
-                _number(compare.bits(run), ".4f"),
+                _number(score.of(run), ".4f"),
                 _number(run.tokens_per_second(), ",.0f"),
             )
         )
-    return table(("run", "what", "state", "seed", "steps", "val bits/byte", "tokens/s"), rows, left=3)
+    return table(("run", "what", "state", "seed", "steps", score.name, "tokens/s"), rows, left=3)
 
 
-def _samples(runs, groups):
+def _samples(runs, groups, score):
     label = {id(run): group.label for group in groups for run in group.runs}
     parts = []
-    for run in sorted(runs, key=lambda run: compare.bits(run) or float("inf")):
+    for run in sorted(runs, key=lambda run: score.rank(score.of(run))):
         if not isinstance(run.report.get("sample"), str):
             continue
         prompt, sample = escape(run.report.get("prompt") or ""), escape(run.report["sample"])
-        bits = _number(compare.bits(run), ".4f")
+        reached = f"{score.name} {_number(score.of(run), '.4f')}"
         shown = "" if parts else " open"
-        title = f"{escape(label.get(id(run), ''))} · <code>{escape(run.id)}</code> · {bits} bits/byte"
+        title = f"{escape(label.get(id(run), ''))} · <code>{escape(run.id)}</code> · {reached}"
         parts.append(f"<details{shown}><summary>{title}</summary><pre><mark>{prompt}</mark>{sample}</pre></details>")
     return "".join(parts) or '<p class="note">No run has made a sample.</p>'

@@ -99,11 +99,16 @@ def launch(own, cfg, workdir, fixed, shared):
         from experiments.sweep import tuner
 
         space = plan.function(own["sweep"], "space")
+        trials = lambda: tuner.Trials(space, cfg, root, fixed, int(own["trials"]))
+        if "list" in own:
+            drawn = trials().runs() if (root / tuner.JOURNAL).exists() else []
+            if drawn:
+                show(drawn)
+            else:
+                print(f"no trial has been drawn yet; without --list, {own['trials']} are")
+            return 0
         with process.lock(root):
-            source = tuner.Trials(space, cfg, root, fixed, int(own["trials"]))
-            if "list" in own:
-                show(source.runs())
-                return 0
+            source = trials()
             code = local.Local(root, source, jobs).run()
             source.report()
             return code

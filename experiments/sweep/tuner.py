@@ -10,6 +10,7 @@ from experiments import progress
 from experiments.sweep import plan
 
 STUDY = "sweep"
+JOURNAL = "optuna.log"  # in the sweep's directory
 
 
 class Trials:
@@ -26,7 +27,7 @@ class Trials:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna, self.total = optuna, total
         self.space, self.base, self.root, self.fixed = space, base, root, fixed
-        storage = JournalStorage(JournalFileBackend(str(root / "optuna.log")))
+        storage = JournalStorage(JournalFileBackend(str(root / JOURNAL)))
         self.study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True)
         # Another seed after each restart: the same one would draw the first trials again.
         self.study.sampler = optuna.samplers.TPESampler(seed=len(self.study.trials), constant_liar=True)

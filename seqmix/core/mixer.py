@@ -3,13 +3,27 @@
 Shapes: B batch, T time, D = d_model. The table in WORKSPACE.md gives the whole contract.
 """
 
+import functools
+import numbers
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from seqmix.core import packing
+from seqmix.core import packing, param
+from seqmix.core.shapes import is_array
+
+NEED_WEIGHTS = ("forward", "prefill", "step", "project", "mixing_matrix")  # methods that are given all of them
+
+
+def _with_weights(method):
+    @functools.wraps(method)
+    def call(self, params, *args, **kwargs):
+        self.check_params(params)
+        return method(self, params, *args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +42,17 @@ class Mixer:
     align: ClassVar[int] = 1  # packing and splits are exact at multiples of it
     context_form: ClassVar[str] = "none"  # over a context axis: state, ring, heads, gather or none
     fft: ClassVar[bool] = False  # causal up to rounding only: mixes by an FFT
+
+    def __new__(cls, *args, **fields):
+        width = fields.get("d_model", 0)
+        if not isinstance(width, numbers.Integral):
+            raise ValueError(f"{cls.__name__}.d_model: expected an integer, got {width!r}")
+        return super().__new__(cls)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in set(NEED_WEIGHTS) & set(vars(cls)):
+            setattr(cls, name, _with_weights(vars(cls)[name]))
 
     # Weights and training
 
@@ -107,8 +132,10 @@ class Mixer:
         `inputs` are the call's extra keyword arguments, of which those named in `need` must be there.
         """
         name = type(self).__name__
-        if self.d_model < 1:
-            raise ValueError(f"{name}.d_model: expected a positive width, got {self.d_model}")
+        self._check_width()
+        for argument, value in {"x": x, "segment_ids": segment_ids, "positions": positions}.items():
+            if value is not None and not is_array(value):
+                raise ValueError(f"{argument}: expected an array for {name}, got {type(value).__name__}")
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x: expected shape (B, T, D={self.d_model}) for {name}, got {tuple(x.shape)}")
         if 0 in x.shape:
@@ -123,6 +150,19 @@ class Mixer:
         if positions is not None and positions.shape != x.shape[:2]:
             expected = f"(B={x.shape[0]}, T={x.shape[1]})"
             raise ValueError(f"positions: expected shape {expected}, got {tuple(positions.shape)}")
+
+    def _check_width(self):
+        if self.d_model < 1:
+            raise ValueError(f"{type(self).__name__}.d_model: expected a positive width, got {self.d_model}")
+
+    def check_params(self, params):
+        """Raises ValueError that names the first declared weight that is not in `params`. Called before every method
+        in NEED_WEIGHTS, as a weight that an option brings would be passed over in silence.
+        """
+        self._check_width()
+        missing = param.missing(self.params(), params)
+        if missing is not None:
+            raise ValueError(f"params: expected the weights of {type(self).__name__}, found no {missing}")
 
     def check_inputs(self, inputs, need=()):
         """Raises ValueError for an input that is not in `takes`, and for one named in `need` that is not there.

@@ -77,6 +77,18 @@ def path_name(path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
+def missing(tree, params):
+    """The name of the first declared weight that `params`, nested like the tree, does not hold; None: it has all."""
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param):
+        held = params
+        for key in path:
+            try:
+                held = held[key.key]
+            except (KeyError, TypeError, IndexError):
+                return path_name(path)
+    return None
+
+
 def materialise(tree, key):
     """Arrays of the declared weights. A weight's randomness depends on `key` and its own path alone."""
 

@@ -6,6 +6,11 @@ from types import SimpleNamespace
 import jax
 
 
+def is_array(value) -> bool:
+    """Whether a value has a shape and a dtype, as an array of jax or numpy, and as a tracer."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
 def dims(spec, **arrays) -> SimpleNamespace:
     """Sizes of named dimensions, after checking that every array agrees on them.
 
@@ -20,7 +25,7 @@ def dims(spec, **arrays) -> SimpleNamespace:
     for name, array in arrays.items():
         if array is None:
             continue
-        if not hasattr(array, "shape"):
+        if not is_array(array):
             raise ValueError(f"{name}: expected an array, got {type(array).__name__}")
         letters = (spec if isinstance(spec, str) else spec[name]).split()
         shape = tuple(array.shape)

@@ -16,6 +16,7 @@ from flax import linen as nn
 from seqmix import catalog
 from seqmix.core import param
 from seqmix.core.mixer import Mixer
+from seqmix.core.shapes import dims
 
 
 class MixerModule(nn.Module):
@@ -41,7 +42,7 @@ class MixerModule(nn.Module):
 
         The "update/..." entries go into "buffers" where that collection is mutable.
         """
-        mixer = self.make(x.shape[-1])
+        mixer = self._fitting(x)
         y, aux = mixer.forward(self._weights(mixer), x, segment_ids=segment_ids, positions=positions, rng=rng, **inputs)
         if self.is_mutable_collection("buffers") and not self.is_initializing():
             self._write(aux)
@@ -56,13 +57,33 @@ class MixerModule(nn.Module):
 
     def prefill(self, x, state, *, segment_ids=None, positions=None, **inputs):
         """(y, state) of `Mixer.prefill`."""
-        mixer = self.make(x.shape[-1])
+        mixer = self._fitting(x)
         return mixer.prefill(self._weights(mixer), x, state, segment_ids=segment_ids, positions=positions, **inputs)
 
     def step(self, x, state, **inputs):
         """(y, state) of `Mixer.step`, x [B, 1, D]."""
-        mixer = self.make(x.shape[-1])
+        mixer = self._fitting(x)
         return mixer.step(self._weights(mixer), x, state, **inputs)
+
+    @nn.nowrap
+    def _fitting(self, x):
+        """The mixer of x's width; raises ValueError naming x where the weights were made for another one."""
+        dims("B T D", x=x)
+        made = self.variables.get("params", {}) | self.variables.get("buffers", {})
+        width = f"x: expected the width that the weights were made for, got {x.shape[-1]}"
+        try:
+            mixer = self.make(x.shape[-1])
+        except ValueError as error:
+            if made and not str(error).startswith("x: "):
+                raise ValueError(f"{width} ({error})") from None
+            raise
+        held = nn.meta.unbox(dict(made))
+        for name, declared in param.entries(mixer.params() if made else {}):
+            *path, last = name.split("/")
+            value = functools.reduce(lambda tree, key: tree.get(key, {}), path, held).get(last)
+            if value is not None and value.shape != declared.shape:
+                raise ValueError(f"{width} ({name} is {value.shape}, not {declared.shape})")
+        return mixer
 
     @nn.compact
     def _weights(self, mixer):

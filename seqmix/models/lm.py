@@ -19,14 +19,13 @@ import jax.numpy as jnp
 from seqmix.core import param
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
-from seqmix.core.shapes import dims
 from seqmix.core.sharding import constrain
+from seqmix.models import checks
 from seqmix.models.blocks import gated_mlp, mlp_params, scale_out
 from seqmix.models.loss import chunked_cross_entropy, unembed
 from seqmix.parts.norms import norm_params, rms_norm
 
 CAPTURES = ("block_outputs", "mixer_outputs")
-REMAT = ("none", "full", "dots")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,31 +47,7 @@ class LM:
     scale_residual_init: bool = True  # divide the init of projections named "out" by sqrt(residual branches)
 
     def __post_init__(self):
-        for name in ("vocab", "d_model", "n_layers", "loss_chunk", "vocab_pad_to"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {getattr(self, name)}")
-        if not self.mixers:
-            raise ValueError("mixers: expected at least one mixer, got none")
-        period = len(self.mixers)
-        if self.n_layers % period:
-            raise ValueError(f"n_layers: expected a multiple of the period, {period}, got {self.n_layers}")
-        if not isinstance(self.mlp_hidden, int) and len(self.mlp_hidden) != period:
-            raise ValueError(f"mlp_hidden: expected {period} widths, got {len(self.mlp_hidden)}")
-        if self.remat not in REMAT:
-            raise ValueError(f"remat: expected one of {', '.join(REMAT)}, got {self.remat!r}")
-        if not _is_floating(self.compute_dtype):
-            raise ValueError(f"compute_dtype: expected a floating dtype, got {self.compute_dtype!r}")
-        for m in self.mixers:
-            self._check_mixer(m)
-
-    def _check_mixer(self, m: Mixer):
-        name = type(m).__name__
-        if not m.causal:
-            raise ValueError(f"mixers: expected causal mixers, got {name}, which sees later tokens")
-        if m.selects_over_time:
-            raise ValueError(f"mixers: expected causal selection, got {name}, which selects over time")
-        if m.d_model not in (0, self.d_model):
-            raise ValueError(f"mixers: expected {name} with d_model 0 or {self.d_model}, got {m.d_model}")
+        checks.fields(self)
 
     # Shape of the stack
 
@@ -89,7 +64,7 @@ class LM:
     def mlp_widths(self) -> tuple[int, ...]:
         """Hidden width of the MLP at each position of the period."""
         hidden = self.mlp_hidden
-        return (hidden,) * len(self.mixers) if isinstance(hidden, int) else tuple(hidden)
+        return hidden if isinstance(hidden, tuple) else (hidden,) * len(self.mixers)
 
     @property
     def table_rows(self) -> int:
@@ -127,9 +102,10 @@ class LM:
         "update/layers/<position>/mixer/..." stacked over periods, and "capture/NAME" [n_layers, B, T, D] for
         each NAME in `capture` (block_outputs: the residual stream after a layer; mixer_outputs: what its
         mixer added).
-        Raises ValueError for shapes that disagree and unknown names.
+        Raises ValueError for shapes that disagree, weights that are missing and unknown names.
         """
-        _check_tokens(tokens, segment_ids, positions)
+        checks.weights(self, params)
+        checks.tokens(tokens, segment_ids, positions)
         for name in capture:
             if name not in CAPTURES:
                 raise ValueError(f"capture: expected names among {', '.join(CAPTURES)}, got {name!r}")
@@ -229,6 +205,7 @@ class LM:
 
     def init_state(self, params, batch: int, max_len: int, dtype=None) -> dict:
         """{"layers": a state per period position, stacked over periods}; dtype None: compute_dtype."""
+        checks.weights(self, params)
         dtype = jnp.dtype(self.compute_dtype if dtype is None else dtype)
         for m in self.mixers:
             if not m.decodes:
@@ -241,13 +218,15 @@ class LM:
 
     def prefill(self, params, tokens, state, *, segment_ids=None, positions=None):
         """Hidden [B, T, D] of tokens [B, T] after those in `state`, and the new state; segment id 0 pads."""
-        _check_tokens(tokens, segment_ids, positions)
+        checks.weights(self, params)
+        checks.tokens(tokens, segment_ids, positions)
         kwargs = {"segment_ids": segment_ids, "positions": positions}
         return self._decode(params, tokens, state, lambda m, *args, **kw: m.prefill(*args, **kwargs, **kw))
 
     def step(self, params, tokens, state):
         """Hidden [B, 1, D] of one token a row, tokens [B, 1], and the state after it."""
-        dims("B T", tokens=tokens)
+        checks.weights(self, params)
+        checks.tokens(tokens)
         if tokens.shape[1] != 1:
             raise ValueError(f"tokens: expected shape (B, 1), got {tokens.shape}")
         return self._decode(params, tokens, state, lambda m, *args, **kw: m.step(*args, **kw))
@@ -295,16 +274,3 @@ class LM:
         if "head" in tree:
             out["head"] = param.count(tree["head"])
         return out | {"norms": self.count() - sum(out.values())}
-
-
-def _is_floating(name) -> bool:
-    try:
-        return jnp.issubdtype(jnp.dtype(name), jnp.floating)
-    except TypeError:
-        return False
-
-
-def _check_tokens(tokens, segment_ids, positions):
-    given = {"tokens": tokens, "segment_ids": segment_ids, "positions": positions}
-    given = {name: value for name, value in given.items() if value is not None}
-    dims(dict.fromkeys(given, "B T"), **given)

@@ -54,6 +54,40 @@ def test_wrong_shapes_and_dtypes_are_named(case):
 
 
 @over()
+def test_lists_are_no_arrays(case):
+    m, params, x = case.mixer, case.params(np.float32), case.x(np.float32)
+    ids = [[1] * x.shape[1]] * x.shape[0]
+    call = lambda x, **kw: m.forward(params, x, **kw, **case.inputs(np.float32), **case.static)
+    refuses("^x: expected an array .*list", call, x.tolist())
+    refuses("^segment_ids: expected an array .*list", call, x, segment_ids=ids)
+    refuses("^positions: expected an array .*list", call, x, positions=ids)
+
+
+@over()
+def test_a_missing_weight_is_named(case):
+    m, params, x = case.mixer, case.params(np.float32), case.x(np.float32)
+    inputs, word = case.inputs(np.float32) | case.static, f"^params: expected the weights of {type(m).__name__}, found "
+    for name in params:
+        lacking = {key: value for key, value in params.items() if key != name}
+        refuses(f"{word}no {name}", m.forward, lacking, x, **inputs)
+    for none in ({}, None):
+        refuses(word, m.forward, none, x, **inputs)
+        if m.decodes:
+            state = case.init_state(params, case.time, np.float32)
+            refuses(word, m.prefill, none, x, state)
+            refuses(word, m.step, none, x[:, :1], state)
+        if m.linear_in_v:
+            refuses(word, m.project, none, x, **inputs)
+            refuses(word, m.mixing_matrix, none, x, **inputs)
+
+
+@over()
+def test_a_width_of_another_type_is_named(case):
+    for width in ("8", 8.0, None):
+        refuses("d_model: expected an integer", lambda w=width: type(case.mixer)(**case.row.small | {"d_model": w}))
+
+
+@over()
 def test_a_width_must_be_given(case):
     fields = case.row.small | {"d_model": 0}
     refuses("d_model", lambda: type(case.mixer)(**fields).forward({}, case.x(np.float32)))

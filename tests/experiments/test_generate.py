@@ -25,10 +25,12 @@ def test_generate_answers_a_typo_in_one_line(unbroken):
 
 
 @pytest.mark.parametrize("bad", ["--temperature=0", "--max-tokens=0", "--top-p=1.5", "--top-k=-1", "--tokens=3"])
-def test_generate_refuses_in_one_line(unbroken, bad):
+def test_generate_refuses_in_one_line(unbroken, bad, capsys):
     from experiments import generate
 
     assert generate.main([f"--workdir={unbroken[0]}", bad]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith(f"error: {bad.split('=')[0]}: ")
 
 
 def test_greedy_is_the_argmax_of_forward(unbroken):

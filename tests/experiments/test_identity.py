@@ -58,6 +58,20 @@ def test_other_data_is_refused_with_a_diff(tmp_path, corpus, other, name):
     assert [c["step"] for c in change] == [40] and message in change[0]["differences"][0]
 
 
+def test_another_tokenizer_is_refused_with_a_diff(tmp_path):
+    """The same text in the tokens of another tokenizer is other data."""
+    pytest.importorskip("tokenizers")
+    loaded = []
+    for vocab in (280, 300):
+        folder = prepared(tmp_path / str(vocab), documents(), f"--train-bpe={vocab}")
+        loaded.append(data.load(small(folder, tokenizer=str(folder / "tokenizer.json")), 300))
+    first, second = loaded
+    recorded(first, tmp_path)
+    with pytest.raises(ValueError, match="was trained on other data: source: .* -> .*; tokenizer: [0-9a-f]+ -> "):
+        second.identity.check(tmp_path)
+    assert len(second.identity.check(tmp_path, allow=True)) == 2
+
+
 def test_a_change_stays_on_record(tmp_path, corpus):
     first, second = (data.load(small(corpus, seed=seed), 260) for seed in (0, 1))
     recorded(first, tmp_path)

@@ -108,6 +108,9 @@ def test_a_trained_tokenizer(tmp_path, capsys):
     held = shards.Prepared(out).manifest
     assert held["tokens"] < held["bytes"] / 2 and held["tokenizer"]["vocab"] == 300
     assert f"--data.tokenizer={out}/tokenizer.json" in capsys.readouterr().out
+    assert made(tmp_path / "few", write_jsonl(tmp_path / "y.jsonl", ["ab ab"]), flags=["--train-bpe=300"]) == ["ab ab"]
+    vocab = shards.manifest(tmp_path / "few")["tokenizer"]["vocab"]
+    assert vocab < 300 and f"the tokenizer has {vocab} tokens, not the 300 asked for" in capsys.readouterr().out
     again = tmp_path / "again"
     assert made(again, source, flags=[f"--tokenizer={out / 'tokenizer.json'}"]) == texts(200)
     assert shards.Prepared(again).manifest["digest"] == held["digest"]
@@ -121,6 +124,14 @@ def test_the_shards_do_not_depend_on_the_workers(tmp_path):
         made(tmp_path / f"out{index}", *copies, workers=workers)
         found.append(shards.manifest(tmp_path / f"out{index}"))
     assert found[0]["shards"] == found[1]["shards"] and found[0]["digest"] == found[1]["digest"]
+
+
+def test_progress_is_shown_to_the_end(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "x.jsonl", texts(300))
+    made(tmp_path / "out", source)
+    last = capsys.readouterr().err.splitlines()[-1]
+    size = source.stat().st_size / 1000
+    assert last.startswith(f"prepare 100%  {size:.1f}k of {size:.1f}k B  ") and "B/s" in last and "tokens" in last
 
 
 def test_the_digest_is_of_the_content(tmp_path):

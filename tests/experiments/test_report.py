@@ -86,7 +86,7 @@ def test_runs_are_grouped_over_seeds_with_their_spread(eight):
         "RetNet · peak_lr=0.003",
     ]
     for group, mean in zip(found, (2.1, 2.3, 3.1, 3.3)):
-        spread = group.spread(compare.bits)
+        spread = group.spread(compare.BITS.of)
         assert spread.n == 2 and [run.cfg.seed for run in group.runs] == [0, 1]
         np.testing.assert_allclose(spread.mean, mean + 0.05)
         np.testing.assert_allclose(spread.sd, statistics.stdev([0, 0.1]))
@@ -146,7 +146,7 @@ def test_runs_that_are_not_whole_are_shown_as_such(tmp_path):
     assert all(name in text for name in names) and "exit code 1" in text
     assert "did not all read the same data" in text
     group = compare.groups(list(runs.values()))[0]
-    assert group.spread(compare.bits).n == 1  # unfinished runs have no final score
+    assert group.spread(compare.BITS.of).n == 1  # unfinished runs have no final score
 
 
 def test_a_config_of_another_version_is_still_shown(tmp_path):
@@ -188,6 +188,43 @@ def test_a_logarithmic_axis_leaves_out_what_is_not_positive():
     assert "data-group" not in chart.lines("t", [empty], "step", "norm", logy=True)[0]
 
 
+def test_runs_on_a_task_are_ranked_by_their_hardest_rows(tmp_path):
+    ids = {}
+    for mixer, right in zip(MIXERS, (0.4, 0.9)):
+        name = ids[type(mixer).__name__] = write(tmp_path, config(mixer, 1e-3, 0), 2.0)
+        accuracies = {"loss": 1.0, "accuracy/8": 0.95, "accuracy/32": right}
+        (tmp_path / name / "report.json").write_text(json.dumps({"step": STEPS, **accuracies}))
+        path = tmp_path / name / "metrics.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            if record.pop("bits_per_byte", None) is not None:
+                record |= accuracies
+        path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    runs = read.find([tmp_path])
+    assert [score.key for score in compare.scores(runs)] == ["accuracy/32", "accuracy/8"]
+    text = page.page(runs, "recall")
+    assert "bits" not in text
+    head, first, second = re.findall("<tr>.*?</tr>", text)[:3]
+    assert "<th>accuracy, 32 pairs</th><th>accuracy, 8 pairs</th>" in head
+    assert "RetNet" in first and '<td class="best">0.900</td><td class="best">0.950</td>' in first
+    assert "Attention" in second and "<td>0.400</td>" in second
+    for title in ("Final accuracy, 32 pairs", "Accuracy, 8 pairs"):
+        assert f"<figcaption>{title}</figcaption>" in text
+    assert all(
+        re.search(f"<code>{name}</code>.*?0.9000" if "Ret" in kind else name, text) for kind, name in ids.items()
+    )
+
+
+def test_text_and_tasks_beside_each_other(tmp_path):
+    write(tmp_path, config(MIXERS[0], 1e-3, 0), 2.0)
+    name = write(tmp_path, config(MIXERS[1], 1e-3, 0), 2.0)
+    (tmp_path / name / "report.json").write_text(json.dumps({"loss": 1.0, "accuracy/4": 0.5}))
+    runs = read.find([tmp_path])
+    assert [score.key for score in compare.scores(runs)] == ["bits_per_byte", "accuracy/4"]
+    text = page.page(runs, "both")
+    assert "2.0000" in text and "0.500" in text
+
+
 def test_the_page_in_a_browser(eight, tmp_path):
     out = tmp_path / "report.html"
     assert command_line.main([str(eight[0]), f"--out={out}"]) == 0
@@ -222,6 +259,7 @@ def test_figures_for_papers(eight, tmp_path, capsys):
     assert {"loss.png", "loss.svg", "bits_per_byte.svg", "mfu.png", "final.png", "final.svg"} <= names
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "RetNet · peak_lr=0.003" in (out / "loss.svg").read_text()
+    assert "validation bits/byte" in (out / "final.svg").read_text()
 
 
 @pytest.mark.parametrize("arguments", [["nowhere"], ["{empty}"], [], ["{empty}", "--outt=x"]])

@@ -112,3 +112,19 @@ def test_emitted_yaml_holds_the_command(tmp_path, kind):
         else:
             pod = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
             assert pod["containers"][0]["command"][-1] == f"--run={run.id}" and pod["containers"][0]["image"] == "a/b:1"
+
+
+def test_trials_are_listed_while_the_sweep_runs_and_before(tmp_path, capsys):
+    pytest.importorskip("optuna")
+    from experiments import process
+    from experiments.sweep import tuner
+
+    root, sweep = tmp_path / "sweep", tmp_path / "rates.py"
+    sweep.write_text("def space(trial):\n    return {'optim.peak_lr': trial.suggest_float('lr', 1e-3, 1e-2)}\n")
+    arguments = ["--config=quickstart", f"--sweep={sweep}", f"--workdir={root}", "--sampler=optuna", "--trials=2"]
+    assert command_line.main([*arguments, "--list"]) == 0
+    assert capsys.readouterr().out == "no trial has been drawn yet; without --list, 2 are\n" and not root.exists()
+    with process.lock(root):
+        drawn = tuner.Trials(plan.function(str(sweep), "space"), quickstart(), root, (), 2).next()
+        assert command_line.main([*arguments, "--list"]) == 0
+    assert drawn.id in capsys.readouterr().out

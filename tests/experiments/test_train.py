@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import runs
 from tests.experiments.conftest import STEPS
 from tests.runs import changed, data_files, flip, interrupt, launch, records, same_run, start, steps
 
@@ -41,6 +42,18 @@ def test_sigterm_saves_and_restart(tmp_path, flags, unbroken):
     done = launch("train", *flags, f"--workdir={tmp_path / 'run'}")
     assert f"resumed from step {logged}" in done.stderr
     same_run(tmp_path / "run", unbroken[0])
+
+
+def test_what_a_run_compiles_is_read_by_its_next_start(tmp_path, flags, unbroken):
+    """As is seen where it is damaged: jax says so, and compiles again."""
+    environment, workdir = runs.environment(JAX_COMPILATION_CACHE_DIR=""), tmp_path / "run"
+    launch("train", *flags, f"--workdir={workdir}", env=environment)
+    (entry,) = (workdir / "compiled").glob("jit__step-*-cache")
+    entry.write_bytes(b"damage")
+    shutil.rmtree(workdir / "checkpoints")
+    done = launch("train", *flags, f"--workdir={workdir}", env=environment)
+    assert "Error reading persistent compilation cache entry for 'jit__step'" in done.stderr
+    same_run(workdir, unbroken[0])
 
 
 def test_damaged_checkpoint_falls_back(tmp_path, flags, unbroken):

@@ -86,6 +86,16 @@ def test_it_decodes():
         LeakyModule(d_model=4).init(KEY, X)
 
 
+def test_another_width_than_that_of_the_weights_is_laid_to_x():
+    for module in (smx.Attention(heads=2), smx.Attention(heads=2, head_dim=4), smx.Mamba2(head_dim=16), LeakyModule()):
+        variables = jax.eval_shape(module.init, KEY, X)
+        for width in (16, 10, 9):  # which the fields allow, and which some do not
+            with pytest.raises(ValueError, match=f"^x: expected the width .* made for, got {width} "):
+                module.apply(variables, np.zeros((1, 2, width), np.float32))
+    with pytest.raises(ValueError, match="^x: expected an array, got list"):
+        module.apply(variables, X.tolist())
+
+
 def test_inputs_reach_the_mixer():
     module = smx.wrap(Cross)()
     variables = jax.jit(module.init)(KEY, X, memory=X[:, :3])

@@ -12,6 +12,7 @@ import pytest
 from seqmix.core import param
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
+from seqmix.mixers.dense.attention import Attention
 from seqmix.models import LM
 from seqmix.models.blocks import gated_mlp
 from seqmix.parts.norms import rms_norm
@@ -224,6 +225,14 @@ def test_parts_sum_to_the_count():
         (dict(compute_dtype="int32"), "compute_dtype"),
         (dict(compute_dtype="float33"), "compute_dtype"),
         (dict(vocab=0), "vocab"),
+        (dict(d_model="16"), "d_model: expected a positive integer, got '16'"),
+        (dict(d_model=16.0), "d_model: expected a positive integer, got 16.0"),
+        (dict(n_layers=None), "n_layers: expected a positive integer, got None"),
+        (dict(mixers=Decay()), "mixers: expected a tuple of mixers, got Decay"),
+        (dict(mixers=("decay",)), "mixers: expected a tuple of mixers, got str"),
+        (dict(mlp_hidden=-4), "mlp_hidden: expected an integer of at least 0, or a tuple of them, got -4"),
+        (dict(mlp_hidden=(4, "4")), "mlp_hidden: .*'4'"),
+        (dict(mixers=(Decay(), Attention(heads=3))), "mixers.1: Attention.d_model: .*heads=3, got 16"),
     ],
 )
 def test_refusals_name_the_field(bad, word):
@@ -240,6 +249,30 @@ def test_calls_refuse_what_they_cannot_do():
         model.forward(params, tokens, segment_ids=tokens[:, 1:])
     with pytest.raises(ValueError, match="tokens"):
         model.step(params, tokens, model.init_state(params, 2, 12))
+    with pytest.raises(ValueError, match="tokens: expected an array, got list"):
+        model.forward(params, [[1, 2]])
+    with pytest.raises(ValueError, match="tokens: expected integers, got float32"):
+        model.forward(params, tokens.astype(jnp.float32))
+
+
+def test_a_missing_weight_is_named():
+    model = small()
+    params, tokens = setup(model)
+    state = model.init_state(params, 2, 12)
+    lacking = params | {
+        "layers": {**params["layers"], "0": {k: v for k, v in params["layers"]["0"].items() if k != "mlp"}}
+    }
+    calls = [
+        lambda p: model.forward(p, tokens),
+        lambda p: model.init_state(p, 2, 12),
+        lambda p: model.prefill(p, tokens, state),
+        lambda p: model.step(p, tokens[:, :1], state),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="^params: expected the weights of LM, found no layers/0/mlp/"):
+            call(lacking)
+        with pytest.raises(ValueError, match="^params: expected the weights of LM, found no embedding/table$"):
+            call({})
 
 
 def test_it_learns():

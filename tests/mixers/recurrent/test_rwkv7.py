@@ -160,4 +160,4 @@ def test_fields_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="RWKV7.decay_rank: expected a positive integer"):
         RWKV7(decay_rank=0)
     with pytest.raises(ValueError, match="shared: RWKV7 does not take this input"):
-        SMALL.forward({}, jnp.zeros((1, 2, 6)), shared={})
+        SMALL.forward(param.materialise(SMALL.params(), jax.random.key(0)), jnp.zeros((1, 2, 6)), shared={})

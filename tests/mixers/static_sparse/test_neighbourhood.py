@@ -1,9 +1,11 @@
 """Neighbourhood attention: on images and video against a gather, its limits, its simulator."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqmix.core import param
 from seqmix.mixers.dense.attention import Attention
 from seqmix.mixers.static_sparse.neighbourhood import Neighbourhood
 from seqmix.ops import block_sparse_attention, masks
@@ -76,11 +78,11 @@ def test_bad_fields_are_refused(message):
 
 def test_a_grid_that_does_not_fit_is_refused():
     mixer = Neighbourhood(**SMALL, window=(2, 2))
-    x = jnp.zeros((1, 12, 8))
+    params, x = param.materialise(mixer.params(), jax.random.key(0)), jnp.zeros((1, 12, 8))
     for grid, message in (
         ((3, 5), "product is T=12"),
         (None, "needs this input"),
         ((1, 12), "window . dilation within"),
     ):
         with pytest.raises(ValueError, match=message):
-            mixer.forward({}, x, grid=grid)
+            mixer.forward(params, x, grid=grid)
