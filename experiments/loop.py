@@ -75,11 +75,16 @@ class Trainer:
 
     def _try_model(self):
         """Traces the loss, without compiling: what a mixer or an op refuses comes up before anything is written."""
-        shape = (self.cfg.data.batch_size // self.cfg.optim.accumulate, self.cfg.data.seq_len)
-        batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "segment_ids")}
-        batch |= {"positions": batch["tokens"], "mask": jax.ShapeDtypeStruct(shape, jnp.float32)}
+        batch = self.abstract_batch(self.cfg.data.batch_size // self.cfg.optim.accumulate)
         with sharding.use_mesh(self.mesh):
             jax.eval_shape(self._loss, self.params, batch)
+
+    def abstract_batch(self, rows=None):
+        """The abstract form of what `put` gives, of `rows` rows (None: of a step's) in one process."""
+        shape = (rows or self.cfg.data.batch_size, self.cfg.data.seq_len)
+        where = NamedSharding(self.mesh, sharding.spec(("batch", "time"), shape, self.mesh))
+        kinds = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"mask": jnp.float32}
+        return {name: jax.ShapeDtypeStruct(shape, kind, sharding=where) for name, kind in kinds.items()}
 
     def init(self):
         """The state before step 0, made in place on the mesh."""
