@@ -6,13 +6,14 @@ VENV ?= .venv
 PYTHON ?=
 RUN = $(VENV)/bin/python
 
-.PHONY: help train test faults conformance peers lint format table install clean
+.PHONY: help train test faults pods conformance peers lint format table install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [CONFIG=$(CONFIG)] [ARGS=\"--optim.peak-lr=1e-3\"]   install, then train a config"
 	@echo "make test [ARGS=\"tests/ops\"]   install, then lint and run the tests"
 	@echo "make faults                    kill, freeze and starve runs (minutes; docs/faults.md)"
+	@echo "make pods                      install libtpu apart, compile the large configs for TPU slices (minutes each)"
 	@echo "make conformance               every catalogue row through every property"
 	@echo "make peers                     install public PyTorch code, compare with it, write docs/peer_checks.md"
 	@echo "make lint | format | table | clean"
@@ -31,6 +32,13 @@ test: $(VENV)/installed lint
 
 faults: $(VENV)/installed
 	@JAX_PLATFORMS=cpu $(RUN) -m pytest -m "" tests/faults $(ARGS)
+
+# libtpu has an environment of its own: where it is installed, jax looks for TPUs.
+$(VENV)-pods/installed: setup.cfg pyproject.toml tools/install.sh
+	@sh tools/install.sh "$(VENV)-pods" "$(PYTHON)" dev,tpu
+
+pods: $(VENV)-pods/installed
+	@JAX_PLATFORMS=cpu $(VENV)-pods/bin/python -m pytest -m "pods or tpu" tests/pods $(ARGS)
 
 conformance: $(VENV)/installed
 	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8 tests/conformance $(ARGS)
@@ -53,7 +61,7 @@ format: $(VENV)/installed
 	@$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-pods build dist *.egg-info
 
 # The tables of mechanisms in README.md and WORKSPACE.md, from the catalogue.
 table: $(VENV)/installed

@@ -1,10 +1,12 @@
 #!/bin/sh
-# tools/install.sh VENV [PYTHON]: an environment with this project installed in place, and a stamp when it is whole.
+# tools/install.sh VENV [PYTHON [EXTRAS]]: an environment with this project installed in place, and a stamp when it is
+# whole.
 # Picks the newest Python from 3.13 down to 3.11 that runs, unless given one. Adds the extra "cuda" where a working
 # NVIDIA driver is seen.
 set -eu
 venv=$1
 python=${2:-}
+extras=${3:-}
 
 works() {
     "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
@@ -20,9 +22,11 @@ if [ -z "$python" ] || ! works "$python"; then
     exit 2
 fi
 
-extras=dev
-if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
-    extras=dev,cuda
+if [ -z "$extras" ]; then
+    extras=dev
+    if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+        extras=dev,cuda
+    fi
 fi
 
 echo "installing into $venv with $("$python" --version) (extras: $extras) ..." >&2

@@ -10,49 +10,12 @@ import functools
 import math
 import re
 
-import numpy as np
+from experiments.compile import products, text
 
-WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "token": 0, "opaque": 0, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "while")
 FREE += ("conditional", "call", "copy-done", "iota", "optimization-barrier", "add-dependency", "custom-call-done")
 SLICES = ("dynamic-slice", "slice", "gather")
-NAME = r"%[\w.\-]+"
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """One array of a shape."""
-
-    dtype: str
-    dims: tuple[int, ...]
-    outside: bool  # lies in the chip's main memory, not in a vector memory of a TPU
-
-    @property
-    def bytes(self) -> float:
-        bits = re.search(r"\d+", self.dtype)
-        width = WIDTHS.get(self.dtype, 1 if self.dtype.startswith("f8") else int(bits[0]) / 8 if bits else 0)
-        return width * math.prod(self.dims)
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """`name = shape op(operands), attributes`; operands are names."""
-
-    name: str
-    shape: tuple[Array, ...]
-    op: str
-    operands: tuple[str, ...]
-    inside: str  # what the parentheses hold
-    attributes: str
-
-    def called(self, *keys) -> list[str]:
-        """Names of the computations under these attributes."""
-        found = []
-        for key in keys:
-            for text in re.findall(rf"\b{key}=(\{{[^}}]*\}}|{NAME})", self.attributes):
-                found += re.findall(NAME, text)
-        return found
 
 
 @dataclasses.dataclass
@@ -90,24 +53,17 @@ class Cost:
         self.guessed |= other.guessed
 
 
-def cost(text: str) -> Cost:
-    """The `Cost` of a compiled module, `jax.stages.Compiled.as_text()`."""
-    program = Program(text)
+def cost(module: str) -> Cost:
+    """The `Cost` of a compiled module's text, `jax.stages.Compiled.as_text()`."""
+    program = Program(module)
     return program.cost(program.entry)
 
 
 class Program:
     """The computations of a module, by name, each a dict of instructions by name."""
 
-    def __init__(self, text):
-        self.computations, self.entry, current = {}, None, None
-        for line in text.splitlines():
-            head = re.match(rf"(ENTRY )?({NAME}) \(.*\{{$", line)
-            if head:
-                current = self.computations.setdefault(head[2], {})
-                self.entry = head[2] if head[1] else self.entry
-            elif current is not None and (made := _instruction(line)):
-                current[made.name] = made
+    def __init__(self, module):
+        self.computations, self.entry = text.computations(module)
         self.cost, self.users = functools.cache(self._cost), functools.cache(self._users)
 
     def _cost(self, name) -> Cost:
@@ -132,10 +88,8 @@ class Program:
             self._exchange(one, here, total, kind)
         elif one.op == "fusion":
             self._fused(one.called("calls")[0], total)
-        elif one.op == "custom-call":
-            total.flops += _kernel(one, here, total)
         else:
-            total.flops += _products(one, here)
+            total.flops += products.flops(one, here) + _kernel(one, total)
         if one.op not in FREE and not one.op.endswith("-done"):
             total.bytes += self._moved(one, here)
 
@@ -150,11 +104,11 @@ class Program:
             elif one.op == "fusion":
                 self._fused(one.called("calls")[0], total)
             else:
-                total.flops += _products(one, here)
+                total.flops += products.flops(one, here)
 
     def _exchange(self, one, here, total, kind):
         size = sum(array.bytes for name in one.operands for array in here[name].shape)
-        group = _group(one.attributes)
+        group = text.group(one.attributes)
         n = len(group)
         if n < 2 or not size:
             return
@@ -245,95 +199,10 @@ class Program:
         return sum(array.bytes for array in one.shape if array.outside)
 
 
-def _instruction(line):
-    line = re.sub(r"/\*.*?\*/", "", line)
-    head = re.match(rf"\s+(?:ROOT )?({NAME}) = ", line)
-    if not head:
-        return None
-    rest = line[head.end() :]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    call = re.match(r"\s*([\w\-]+)\(", rest[end:])
-    if not call:
-        return None
-    begin = end + call.end()
-    close = _closing(rest, begin - 1)
-    inside = rest[begin:close]
-    operands = () if call[1] in ("constant", "parameter") else tuple(re.findall(NAME, inside))
-    return Instruction(head[1], _arrays(rest[:end]), call[1], operands, inside, rest[close + 1 :])
-
-
-def _closing(text, begin):
-    depth = 0
-    for index in range(begin, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[index], 0)
-        if depth == 0:
-            return index
-    return len(text)
-
-
-def _arrays(text):
-    found = re.findall(r"(\w+)\[([\d,<=]*)\](\{[^}]*\})?", text)
-    dims = lambda sizes: tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size)
-    return tuple(Array(dtype, dims(sizes), "S(" not in layout) for dtype, sizes, layout in found)
-
-
-def _group(attributes):
-    """Places of the first group of devices, in any of the ways that XLA writes groups."""
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? \{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        names = [name for name in re.findall(r"'(\w+)'", mesh[2]) if name in sizes]
-        places = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
-        index = tuple(slice(None) if name in names else 0 for name in sizes)
-        return tuple(places[index].ravel().tolist())
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        rows, sizes, order = ([int(x) for x in part.split(",")] if part else None for part in iota.groups())
-        places = np.arange(math.prod(sizes)).reshape(sizes)
-        places = places if order is None else places.transpose(order)
-        return tuple(places.reshape(rows)[0].tolist())
-    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes)
-    return tuple(int(x) for x in listed[1].split(",")) if listed else ()
-
-
-# Matrix products
-
-
-def _products(one, here) -> float:
-    if one.op == "dot":
-        sizes = here[one.operands[0]].shape[0].dims
-        summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.attributes)
-        axes = [int(x) for x in summed[1].split(",") if x] if summed else []
-        return 2 * math.prod(one.shape[0].dims) * math.prod(sizes[axis] for axis in axes)
-    return _convolution(one, here) if one.op == "convolution" else 0
-
-
-def _convolution(one, here) -> float:
-    """On a TPU every product is one. Taps that fall on padding do not count."""
-    left, right, out = (x.shape[0].dims for x in (here[one.operands[0]], here[one.operands[1]], one))
-    names = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
-    window = dict(re.findall(r"(\w+)=([\d\-x_]+)", (re.search(r"window=\{([^}]*)\}", one.attributes) or [""])[0]))
-    spatial = sorted(label for label in names[3] if label.isdigit())
-    listed = lambda key, default: window[key].split("x") if key in window else [default] * len(spatial)
-    taps = 1
-    for i, label in enumerate(spatial):
-        pads = [int(x) for x in listed("pad", "0_0")[i].split("_")]
-        stride, base, dilation = (int(listed(key, 1)[i]) for key in ("stride", "lhs_dilate", "rhs_dilate"))
-        inputs, kernel, outputs = (
-            sizes[labels.index(label)] for sizes, labels in ((left, names[1]), (right, names[2]), (out, names[3]))
-        )
-        at = np.arange(outputs)[:, None] * stride + np.arange(kernel)[None] * dilation - pads[0]
-        taps *= int(np.sum((at >= 0) & (at % base == 0) & (at // base < inputs)))
-    summed = right[names[2].index("i")]
-    return 2.0 * taps * out[names[3].index("b")] * out[names[3].index("f")] * summed
-
-
-def _kernel(one, here, total) -> float:
-    """FLOPs of a custom call: of a library's matrix product, or what a Pallas kernel says of itself."""
-    if "$gemm" in one.attributes or "$lt$matmul" in one.attributes:
-        summed = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', one.attributes)
-        sizes = here[one.operands[0]].shape[0].dims
-        return 2 * math.prod(one.shape[0].dims) * math.prod(sizes[int(x)] for x in re.findall(r"\d+", summed[1]))
-    target = re.search(r'custom_call_target="([^"]*)"', one.attributes)[1]
-    if "mosaic" not in target and "tpu_custom_call" not in target:
+def _kernel(one, total) -> float:
+    """FLOPs that a Pallas kernel says it has; it is noted in `total`. 0 for any other custom call."""
+    target = re.search(r'custom_call_target="([^"]*)"', one.attributes)
+    if target is None or not any(name in target[1] for name in ("mosaic", "tpu_custom_call")):
         return 0
     path = (re.search(r'op_name="([^"]*)"', one.attributes) or ["", one.name])[1].split("/")
     name = next((part for part in reversed(path) if part not in ("mpmd_map", "pallas_call")), one.name)

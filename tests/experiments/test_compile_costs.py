@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from experiments.compile import hlo
+from experiments.compile import hlo, text
 
 
 def cost(function, *shapes, **kwargs):
@@ -111,6 +111,6 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("text", GROUPS)
-def test_every_way_to_write_groups_is_read(text):
-    assert hlo._group(f"channel_id=1, {text}, use_global_device_ids=true") == GROUPS[text]
+@pytest.mark.parametrize("written", GROUPS)
+def test_every_way_to_write_groups_is_read(written):
+    assert text.group(f"channel_id=1, {written}, use_global_device_ids=true") == GROUPS[written]
