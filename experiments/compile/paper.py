@@ -24,8 +24,8 @@ from experiments.compile import step
 from seqmix.core import param, sharding
 
 SPREAD = 4.0  # bytes moved around a matrix product over those of its operands: norms, gates, convolutions
-INTENSITY = {"state": 6.0, "other": 25.0}  # FLOPs of an op's XLA form for each byte that it moves
-WORK = 10.0  # bytes of one layer at work over those of its products' operands
+INTENSITY = {"state": 10.0, "other": 50.0}  # FLOPs of an op's XLA form for each byte that it moves
+WORK = {"state": 8.0, "other": 2.2}  # bytes of one layer at work over those of its products' operands
 KEPT = 3.0  # bytes that each further layer of a period keeps, likewise
 UPDATE = 36.0  # bytes moved to update a weight: float32 weight, moments, gradient, and the gradient's norm
 
@@ -59,10 +59,7 @@ def estimate(cfg, topology, sizes) -> dict:
     compute = passes / 3 * _flops(cfg) / count + again
     edges = sum(layer.whole + layer.split * split for layer in layers)
     moved = passes * tokens * (SPREAD * 2 * edges + 6 * logits * split)
-    moved += sum(
-        passes * tokens * split * flops / INTENSITY["state" if form == "state" else "other"]
-        for form, flops in ops.items()
-    )
+    moved += sum(passes * tokens * split * flops / _of(INTENSITY, form) for form, flops in ops.items())
     moved += again / INTENSITY["state"] + UPDATE * held + 6 * whole * passes * cfg.optim.accumulate
     exchanges = _exchanges(cfg, topology, sizes, layers, (held, whole, tokens, passes))
     terms = {
@@ -119,19 +116,21 @@ def _exchanges(cfg, topology, sizes, layers, figures):
 
 def _memory(cfg, layers, logits, held, whole, tokens, split):
     """Bytes on one device; `tokens` are those of a microbatch, `split` is 1 / model."""
-    edges = [layer.whole + layer.split * split for layer in layers]
-    kept = {
-        "full": 0,
-        "dots": 2 * split * sum(layer.outputs for layer in layers),
-        "none": WORK * sum(edges),
-    }
+    operands = [2 * (layer.whole + layer.split * split) for layer in layers]
+    worked = [_of(WORK, layer.form) * size for layer, size in zip(layers, operands, strict=True)]
+    kept = {"full": 0, "dots": 2 * split * sum(layer.outputs for layer in layers), "none": sum(worked) / 2}
     # The layers that remat repeats together have their residuals at once.
-    period = edges[: len(cfg.model.mixers)] if cfg.model.remat == "full" else edges[:1]
-    work = WORK * 2 * max(period) + KEPT * 2 * (sum(period) - max(period))
+    period = range(len(cfg.model.mixers) if cfg.model.remat == "full" else 1)
+    most = max(period, key=lambda i: worked[i])
+    work = worked[most] + KEPT * sum(operands[i] for i in period if i != most)
     carried = 2 * cfg.model.d_model * cfg.model.n_periods
     chunk = min(cfg.model.loss_chunk / cfg.data.seq_len, 1) * logits * split * 8
     state = 12 + 4 + 2 + 4 * bool(cfg.optim.ema) + 4 * (cfg.optim.accumulate > 1)
     return state * held + 4 * whole / len(layers) + tokens * (carried + kept[cfg.model.remat] + work + chunk)
+
+
+def _of(table, form):
+    return table.get(form, table["other"])
 
 
 @functools.lru_cache(512)
