@@ -14,15 +14,14 @@ from experiments.compile import __main__ as command
 from experiments.compile import chips, fit, paper, scaling, step
 
 TINY = (
-    "--config=hybrid_1b",
+    "--config=mamba2_130m",
     "--model.d-model=64",
     "--model.vocab=512",
-    "--model.n-layers=6",
-    "--model.mlp-hidden=128",
+    "--model.n-layers=2",
     "--model.loss-chunk=64",
-    *(f"--model.mixers.{i}.{field}" for i in (0, 1, 2, 4, 5) for field in ("head-dim=16", "d-state=16", "chunk=32")),
-    "--model.mixers.3.heads=4",
-    "--model.mixers.3.head-dim=16",
+    "--model.mixers.0.head-dim=32",  # four heads
+    "--model.mixers.0.d-state=16",
+    "--model.mixers.0.chunk=32",
     "--data.seq-len=128",
     "--data.batch-size=16",
 )
@@ -192,14 +191,15 @@ def test_without_a_compiler_the_command_says_what_to_install(run, monkeypatch):
     assert run(*TINY, "--topology=h100:1x8")[2].startswith("error: --topology: GPUs need jax's CUDA plug-in: pip")
 
 
-def test_the_command_prints_tables_and_writes_json(run, monkeypatch, tmp_path):
+def test_the_command_prints_tables_and_writes_json(run, report, monkeypatch, tmp_path):
     monkeypatch.setattr(chips, "devices", lambda topology: jax.devices())
-    code, out, _ = run(*TINY, "--topology=v5p:2x2x2", "--mesh.data=8", f"--out={tmp_path}")
+    monkeypatch.setattr(step, "compiled", lambda cfg, topology, devices: report | {"involuntary_resharding": 3})
+    code, out, _ = run(*TINY, "--topology=v5p:2x2x2", f"--out={tmp_path}")
     assert code == 0
-    for words in ("not run", "Memory of a chip", "Collectives of a step", "MFU at most", "all-reduce"):
+    for words in ("not run", "Memory of a chip", "Collectives of a step", "MFU at most", "all-reduce", "3 times"):
         assert words in out
-    written = json.loads((tmp_path / "hybrid_1b-v5p-2x2x2-128.json").read_text())
-    assert written["chips"] == 8 and written["mesh"] == {"data": 8, "fsdp": 1, "context": 1, "model": 1}
+    written = json.loads((tmp_path / "mamba2_130m-v5p-2x2x2-128.json").read_text())
+    assert written["chips"] == 8 and written["mesh"] == {"data": 2, "fsdp": 4, "context": 1, "model": 1}
 
 
 def test_a_step_too_large_ends_with_one_line_and_code_1(run, monkeypatch):
