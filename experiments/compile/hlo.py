@@ -97,9 +97,13 @@ class Program:
         """Adds the products and exchanges inside a fusion, whatever its depth."""
         here = self.computations[name]
         scatters = any(one.op == "dynamic-slice" for one in here.values())
+        starts = any('"AsyncCollectiveStart"' in one.attributes for one in here.values())
         for one in here.values():
             kind = one.op.removesuffix("-start")
-            if kind in COLLECTIVES:  # a TPU's reduce-scatter is an all-reduce fused with the slice of it
+            if kind in COLLECTIVES:
+                if "async_collective_fusion_config" in one.attributes and not starts:
+                    continue  # a piece of one that a TPU spreads over many fusions; it counts where it starts
+                # A TPU's reduce-scatter is an all-reduce fused with the slice of it.
                 self._exchange(one, here, total, "reduce-scatter" if kind == "all-reduce" and scatters else kind)
             elif one.op == "fusion":
                 self._fused(one.called("calls")[0], total)

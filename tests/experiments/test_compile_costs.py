@@ -100,6 +100,33 @@ def test_a_tpus_convolution_counts_as_the_product_it_stands_for_and_vector_memor
     assert found.bytes == 2 * 768 * 24 * 64 + 2 * 2 * 1024 * 24 * 64  # weights into vector memory, result out
 
 
+# As XLA spreads a gather over a TPU's other work: it starts in one fusion, goes on in some, ends in another.
+SPREAD = """HloModule made
+
+%begin (p: bf16[8,128]) -> bf16[32,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  %g.1 = bf16[32,128]{1,0} all-gather(%p), channel_id=7, REST
+  ROOT %s = bf16[32,128]{1,0} custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%go (q: bf16[8,128]) -> bf16[32,128] {
+  %q = bf16[8,128]{1,0} parameter(0)
+  ROOT %g.2 = bf16[32,128]{1,0} all-gather(%q), channel_id=7, REST
+}
+
+ENTRY %main (x: bf16[8,128]) -> bf16[32,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %f.1 = bf16[32,128]{1,0} fusion(%x), kind=kCustom, calls=%begin
+  ROOT %f.2 = bf16[32,128]{1,0} fusion(%x), kind=kCustom, calls=%go
+}
+""".replace("REST", "replica_groups=mesh['a'=4] {'a'}, backend_config={\"async_collective_fusion_config\":{}}")
+
+
+def test_a_gather_spread_over_several_fusions_counts_once():
+    (one,) = hlo.cost(SPREAD).collectives.values()
+    assert (one.count, one.sent) == (1, 3 * 2 * 8 * 128)
+
+
 GROUPS = {
     "replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}": (0, 1, 2, 3),
     "replica_groups=mesh['data'=2,'fsdp'=4] {'data'}": (0, 4),
