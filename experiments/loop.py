@@ -82,7 +82,7 @@ class Trainer:
     def abstract_batch(self, rows=None):
         """The abstract form of what `put` gives, of `rows` rows (None: of a step's) in one process."""
         shape = (rows or self.cfg.data.batch_size, self.cfg.data.seq_len)
-        where = NamedSharding(self.mesh, sharding.spec(("batch", "time"), shape, self.mesh))
+        where = self._laid(shape)
         kinds = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"mask": jnp.float32}
         return {name: jax.ShapeDtypeStruct(shape, kind, sharding=where) for name, kind in kinds.items()}
 
