@@ -55,7 +55,7 @@ def _cells(one):
 
 
 def draw(found, folder) -> list[Path]:
-    """scaling.png and scaling.svg: seconds a step over chips; a ring where time is cut, above it the share of links.
+    """scaling.png and scaling.svg: seconds a step over chips; a ring where time is cut, dashed what the links take.
     Raises ValueError in one line where matplotlib is missing.
     """
     try:
@@ -89,7 +89,7 @@ def draw(found, folder) -> list[Path]:
 
 
 def _panel(axes, found):
-    axes.set(xscale="log", yscale="log")
+    axes.set(yscale="log")
     axes.set_xscale("log", base=2)
     for model, colour in COLOURS.items():
         here = [one for one in found if one["model"] == model]

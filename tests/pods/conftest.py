@@ -1,4 +1,4 @@
-"""Runs `experiments.compile` in a process of its own, as libtpu belongs to one process at a time."""
+"""Runs `experiments.compile` in a process of its own, which sets what libtpu and jax read when they start."""
 
 import importlib.util
 import json
