@@ -321,6 +321,11 @@ def tpu_scratch(*shape, dtype=jnp.float32):
     return tpu().VMEM(shape, dtype)
 
 
+def tpu_roll(rows, by):
+    """Rows moved down by `by` >= 0, the last ones coming in at the top."""
+    return tpu().roll(rows, by, 0)
+
+
 def tpu_kernel(body, *, grid, parallel, inputs, outputs, scratch, name, flops, exponentials=0):
     """The outputs of a Pallas TPU kernel, a list.
 
