@@ -1,7 +1,8 @@
 """The one place that touches Pallas Mosaic GPU, whose interface changes from one jax to the next, and Pallas TPU.
 
-The GPU part is written for jax 0.11.1 and later (so Python 3.12). Everything is imported when first used, so that this module loads
-anywhere; `unavailable()` says why the kernels cannot be built here, if so.
+The GPU part is written for jax 0.11.1 and later (so Python 3.12), the TPU part, at the end, for any supported jax.
+Everything is imported when first used, so that this module loads anywhere; `unavailable()` says why GPU kernels cannot
+be built here, if so.
 
 A "warpgroup" (128 threads) is what Pallas calls a thread. Tiles in shared memory are bf16, [rows, columns] with
 columns a multiple of 64, stored in the 128-byte swizzle that wgmma and TMA share.

@@ -66,6 +66,16 @@ def supports(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, 
     return None
 
 
+def wasteful(q, v) -> str | None:
+    """Why a call that is supported is better left to XLA, by the kernels' tiles alone; None if it is not."""
+    blocks = Blocks.of(q, v)
+    if q.shape[1] < 2 * CHUNK:
+        return f"wins nothing below {2 * CHUNK} tokens, got T={q.shape[1]}"
+    if blocks.width % LANES or q.shape[3] % LANES:
+        return f"leaves registers half empty, with K={q.shape[3]} and V={v.shape[3]}"
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Blocks:
     """How heads are dealt to grid steps (row, walk, chunk, turn): a step takes `heads` of them.

@@ -24,7 +24,7 @@ from pallas_kernels.linear_attention import cost
 from pallas_kernels.linear_attention import plan as planning
 from pallas_kernels.linear_attention.tpu import LANES, SUBLANES, Blocks, Tokens, dot, prepare, scaled, start_walk
 
-CROSSING, READS, WRITES = range(3)  # rows of a head's sums; a fourth, where tokens write with weights, is <v, dv>
+CROSSING, READS, WRITES, OWN = range(4)  # rows of a head's sums; the last, <v, dv>, only where writes have weights
 
 
 def backward(q, k, v, log_decay, state, run_ids, log_write, dy, dstate=None, *, scale=1.0, need_decay=True, tile=None):
@@ -61,7 +61,7 @@ def backward(q, k, v, log_decay, state, run_ids, log_write, dy, dstate=None, *, 
     if count:
         rows = sums[0].reshape(plan.batch, plan.heads // blocks.heads, -1, plan.padded)[:, :, : count * blocks.heads]
         rows = rows.reshape(plan.batch, plan.heads, count, plan.padded)
-        dwrite = by_token(rows[:, :, 3]) if count == 4 else None
+        dwrite = by_token(rows[:, :, OWN]) if count == 4 else None
     if need_decay:
         dlog = by_token(_decay_gradient(plan, rows))
         dlog = jnp.sum(dlog, axis=(0, 1)) if log_decay.ndim == 1 else dlog
@@ -234,14 +234,12 @@ class Sums:
         reads = dot(query, state, 1, 0) * read.astype(jnp.float32)
         writes = later * value.astype(jnp.float32)
         kept = jnp.sum(scaled(state.astype(jnp.float32) * gradient, now.kept), axis=0, keepdims=True)
-        own = dv * value.astype(jnp.float32) if self.count == 4 else None
+        found = {CROSSING: kept, READS: reads, WRITES: writes}
+        if self.count == 4:
+            found[OWN] = dv * value.astype(jnp.float32)
         for part in now.parts:
-            total = lambda x: jnp.sum(now.only(part, x), axis=1, keepdims=True)
-            self._add(tile, part, CROSSING, total(kept))
-            self._add(tile, part, READS, total(reads))
-            self._add(tile, part, WRITES, total(writes))
-            if own is not None:
-                self._add(tile, part, 3, total(own))
+            for kind, terms in found.items():
+                self._add(tile, part, kind, jnp.sum(now.only(part, terms), axis=1, keepdims=True))
 
     def _add(self, tile, part, kind, column):
         place = (tile * self.blocks.together + part) * self.count + kind

@@ -2,9 +2,9 @@
 
     h_t = a_t h_{t-1} + x_t,   a_t = exp(log_a_t)
 
-A grid step takes a tile of tokens and channels. A vector register holds 8 tokens of 128 channels: these are combined in
-three rounds of rolls, each token with the one 1, 2 and 4 before it, and then meet the state that comes from the 8 before
-them, so that only that last step is serial. Tiles are walked in order with the state on the chip, in float32.
+A grid step takes a tile of tokens and channels. A vector register holds 8 tokens of 128 channels: these are combined
+in three rounds of rolls, each token with the one 1, 2 and 4 before it, and then meet the state that comes from the 8
+before them, so that only that last step is serial. Tiles are walked in order with the state on the chip, in float32.
 
 The gradient is the same walk from the right, with carry c_t = a_t (dh_t + c_{t+1}):
 
