@@ -1,12 +1,12 @@
 """How many instruction bundles a grid step of each TPU kernel takes: a speed figure without the chip.
 
-    TPU_SKIP_MDS_QUERY=1 python -m tools.tpu_bundles [--chips=v5e,v5p,v6e] [--cases=NAME,...] [--tile=128,4] [--write]
+    python -m tools.tpu_bundles [--chips=v5e,v5p,v6e] [--cases=NAME,...] [--tile=128,4] [--write]
 
 Each case is compiled ahead of time by libtpu, which dumps the bundles of its kernels. A TPU core issues one bundle a
-cycle, so their count is the time of a grid step but for waits on memory, which it does not see. `bundles` are those of
-the loop over grid steps, each counted once, `inner` those of a loop inside it (the scan's over 16 tokens); then how often
-each unit is used, and how often registers are filled and spilled. --write keeps the counts of all cases and chips in
-docs/benchmarks/tpu_bundles.json, to which tests/pallas_kernels/test_tpu_compiled.py holds the kernels.
+cycle, so their count is the time of a grid step but for waits on memory, which it does not see. `bundles` are those
+of the loop over grid steps, each counted once, `inner` those of a loop inside it (the scan's over 16 tokens); then
+how often each unit is used, and how often registers are filled and spilled. --write keeps the counts of all cases and
+chips in docs/benchmarks/tpu_bundles.json, to which tests/pallas_kernels/test_tpu_compiled.py holds the kernels.
 
 It needs libtpu in its Python. It was written with libtpu 0.0.48.1 and jax 0.11.2; another libtpu counts differently.
 """
@@ -27,41 +27,42 @@ import jax
 from tools import tpu_cases
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# No question to a cloud's metadata, no lock against other processes, no TPU looked for.
+ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
 ROOT = pathlib.Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "benchmarks" / "tpu_bundles.json"
 TABLE = re.compile(r"\d+(?: +\d+){9,}")
 
 
-def compile_cases(chip, names, tile=None):
-    """Compiles the named cases for a chip in this process, which loads libtpu."""
+def compile_cases(chip, names, tile, folder):
+    """Compiles the named cases in this process, which loads libtpu, and prints what it dumps of their kernels."""
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
+    counts = {}
     for name in names:
         function, arguments = tpu_cases.cases(tile)[name]
         put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
         jax.jit(function).lower(*jax.tree.map(put, arguments)).compile()
+        counts |= {f"{name} {kernel}": numbers for kernel, numbers in read(folder).items()}
+        for path in folder.iterdir():
+            path.unlink()
+    print(json.dumps(counts))
 
 
 def count(chip, names, tile="", python=sys.executable):
-    """{kernel: its numbers} of the named cases on a chip, compiled in a process of their own by `python`."""
+    """{"case kernel": its numbers} of the named cases on a chip, compiled in a process of their own by `python`."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        env = os.environ | {"LIBTPU_INIT_ARGS": flags, "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu"}
-        command = [
-            python,
-            "-m",
-            "tools.tpu_bundles",
-            f"--compile={chip}",
-            f"--cases={','.join(names)}",
-            f"--tile={tile}",
-        ]
+        env = os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags}
+        options = [f"--compile={chip}", f"--folder={folder}", f"--cases={','.join(names)}", f"--tile={tile}"]
+        command = [python, "-m", "tools.tpu_bundles", *options]
         done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             raise RuntimeError(f"{chip} {names}: {done.stderr[-3000:]}")
-        return read(pathlib.Path(folder))
+        return json.loads(done.stdout.splitlines()[-1])
 
 
 def read(folder):
@@ -99,18 +100,18 @@ def main():
     parser.add_argument("--cases", default="")
     parser.add_argument("--tile", default="", help="tokens of a chunk and heads of a step, or tokens and channels")
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
+    for name in ("--compile", "--folder"):  # of the process that compiles
+        parser.add_argument(name, default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = [name for name in options.cases.split(",") if name] or list(tpu_cases.cases())
     if options.compile:
         tile = tuple(int(part) for part in options.tile.split(",") if part)
-        return compile_cases(options.compile, names, tile or None)
+        return compile_cases(options.compile, names, tile or None, pathlib.Path(options.folder))
     counts = {}
-    for name in names:
-        for chip in options.chips.split(","):
-            for kernel, numbers in count(chip, [name], options.tile).items():
-                counts.setdefault(f"{name} {kernel}", {})[chip] = numbers
-                print(name, kernel, chip, numbers, flush=True)
+    for chip in options.chips.split(","):
+        counts[chip] = count(chip, names, options.tile)
+        for name, numbers in counts[chip].items():
+            print(chip, name, numbers, flush=True)
     if options.write:
         versions = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
         KEPT.write_text(json.dumps({"versions": versions, "counts": counts}, indent=1) + "\n")
