@@ -28,8 +28,8 @@ from pallas_kernels.linear_attention import cost
 from pallas_kernels.linear_attention import plan as planning
 from pallas_kernels.linear_attention.plan import Plan
 
-CHUNK = 128  # tokens; with 64 the kernels take over twice the bundles, with 256 they spill
-STEP_COLUMNS = 512  # value columns of a grid step, by the bundle counts of tools/tpu_bundles.py
+CHUNK = 128  # tokens, a multiple of the lanes; 256 takes as many bundles a token forward, a sixth more backward
+STEP_COLUMNS = 1024  # value columns of a grid step, by the bundle counts of tools/tpu_bundles.py
 LANES, SUBLANES = 128, 8
 STATE_BYTES = 4 * 2**20  # of the states of one walk, of which a kernel holds up to five copies
 
