@@ -5,21 +5,24 @@ VENV ?= .venv
 # PYTHON=/path/to/python picks the interpreter of a new .venv.
 PYTHON ?=
 RUN = $(VENV)/bin/python
+TESTS = JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8
+TARGETS = $(VENV)-targets
 
-.PHONY: help train test faults pods conformance peers lint format table install clean
+.PHONY: help train test kernels faults pods conformance peers lint format table install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [CONFIG=$(CONFIG)] [ARGS=\"--optim.peak-lr=1e-3\"]   install, then train a config"
 	@echo "make test [ARGS=\"tests/ops\"]   install, then lint and run the tests"
 	@echo "make faults                    kill, freeze and starve runs (minutes; docs/faults.md)"
-	@echo "make pods                      install libtpu apart, compile the large configs for TPU slices (minutes each)"
+	@echo "make kernels                   the kernels, interpreted and compiled for H100s and TPUs; a part of make test"
+	@echo "make pods                      compile the large configs for TPU slices (minutes each)"
 	@echo "make conformance               every catalogue row through every property"
 	@echo "make peers                     install public PyTorch code, compare with it, write docs/peer_checks.md"
 	@echo "make lint | format | table | clean"
 
 # The stamp names the metadata that the environment was installed from; a change of either file installs again.
-$(VENV)/installed: setup.cfg pyproject.toml tools/install.sh
+$(VENV)/installed: setup.cfg pyproject.toml tools/install.sh tools/python.sh
 	@sh tools/install.sh "$(VENV)" "$(PYTHON)"
 
 install: $(VENV)/installed
@@ -27,21 +30,34 @@ install: $(VENV)/installed
 train: $(VENV)/installed
 	@$(RUN) -m experiments.train --config=$(CONFIG) $(ARGS)
 
+# The kernels' tests need Python >= 3.12; where there is none, they are skipped, but for those in the TPU interpreter.
 test: $(VENV)/installed lint
-	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8 $(if $(ARGS),$(ARGS),tests)
+ifneq ($(ARGS),)
+	@$(TESTS) $(ARGS)
+else
+	@if sh tools/python.sh 12 >/dev/null 2>&1; then \
+		$(TESTS) tests --ignore=tests/pallas_kernels && $(MAKE) --no-print-directory kernels; \
+	else \
+		echo "no Python >= 3.12: most tests of the kernels are skipped" >&2; $(TESTS) tests; \
+	fi
+endif
 
 faults: $(VENV)/installed
 	@JAX_PLATFORMS=cpu $(RUN) -m pytest -m "" tests/faults $(ARGS)
 
-# libtpu has an environment of its own: where it is installed, jax looks for TPUs.
-$(VENV)-pods/installed: setup.cfg pyproject.toml tools/install.sh
-	@sh tools/install.sh "$(VENV)-pods" "$(PYTHON)" dev,tpu
+# What compiles for chips that are not here has an environment of its own: where libtpu is installed, jax looks for TPUs.
+$(TARGETS)/installed: setup.cfg pyproject.toml tools/install.sh tools/python.sh
+	@sh tools/install.sh "$(TARGETS)" "" dev,compile-cuda,tpu 12
 
-pods: $(VENV)-pods/installed
-	@JAX_PLATFORMS=cpu $(VENV)-pods/bin/python -m pytest -m "pods or tpu" tests/pods $(ARGS)
+kernels: $(TARGETS)/installed
+	@JAX_PLATFORMS=cpu $(TARGETS)/bin/python -m pytest -n auto --maxprocesses=8 \
+		tests/pallas_kernels tests/ops/test_linear_kernels.py tests/ops/test_scan_kernels.py tests/pods $(ARGS)
+
+pods: $(TARGETS)/installed
+	@JAX_PLATFORMS=cpu $(TARGETS)/bin/python -m pytest -m "pods or tpu" tests/pods $(ARGS)
 
 conformance: $(VENV)/installed
-	@JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8 tests/conformance $(ARGS)
+	@$(TESTS) tests/conformance $(ARGS)
 
 # The peers come without their dependencies and without compiling CUDA: a few files of theirs run, on the CPU.
 peers: $(VENV)/installed
@@ -61,7 +77,7 @@ format: $(VENV)/installed
 	@$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-pods build dist *.egg-info
+	rm -rf $(VENV) $(TARGETS) build dist *.egg-info
 
 # The tables of mechanisms in README.md and WORKSPACE.md, from the catalogue.
 table: $(VENV)/installed

@@ -1,7 +1,8 @@
-"""The one place that touches Pallas Mosaic GPU, whose interface changes from one jax to the next.
+"""The one place that touches Pallas Mosaic GPU, whose interface changes from one jax to the next, and Pallas TPU.
 
-Written for jax 0.11.1 and later (so Python 3.12). Everything is imported when first used, so that this module loads
-anywhere; `unavailable()` says why the kernels cannot be built here, if so.
+The GPU part is written for jax 0.11.1 and later (so Python 3.12), the TPU part, at the end, for any supported jax.
+Everything is imported when first used, so that this module loads anywhere; `unavailable()` says why GPU kernels cannot
+be built here, if so.
 
 A "warpgroup" (128 threads) is what Pallas calls a thread. Tiles in shared memory are bf16, [rows, columns] with
 columns a multiple of 64, stored in the 128-byte swizzle that wgmma and TMA share.
@@ -20,6 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 MIN_JAX = (0, 11, 1)
+TPU_VMEM_BYTES = 48 * 2**20  # of a kernel; v5e and v6e have 128 MiB, v5p 64
 _interpret = contextvars.ContextVar("pallas_kernels_interpret", default=False)
 
 
@@ -302,3 +304,55 @@ def capability(device=None) -> tuple[int, int] | None:
     device = device or jax.devices()[0]
     text = getattr(device, "compute_capability", None)
     return tuple(int(part) for part in str(text).split(".")) if device.platform == "gpu" and text else None
+
+
+# TPU. These kernels are plain `pallas_call`s and run, or are interpreted, with every jax that this project supports.
+
+
+@functools.cache
+def tpu():
+    """The module jax.experimental.pallas.tpu."""
+    import jax.experimental.pallas.tpu as module
+
+    return module
+
+
+def tpu_scratch(*shape, dtype=jnp.float32):
+    """Memory on the chip that lives as long as the kernel does."""
+    return tpu().VMEM(shape, dtype)
+
+
+def tpu_roll(rows, by):
+    """Rows moved down by `by` >= 0, the last ones coming in at the top."""
+    return tpu().roll(rows, by, 0)
+
+
+def tpu_kernel(body, *, grid, parallel, inputs, outputs, scratch, name, flops, exponentials=0):
+    """The outputs of a Pallas TPU kernel, a list.
+
+    inputs, outputs: lists of (array or its shape and dtype, block shape, index map). The grid's first `parallel` axes
+    may go to different cores, the others are walked in order. flops and exponentials: what the kernel counts for in
+    XLA's schedule.
+    """
+    spec = lambda entry: pl.BlockSpec(entry[1], entry[2])
+    arrays = [entry[0] for entry in (*inputs, *outputs)]
+    run = pl.pallas_call(
+        body,
+        grid=grid,
+        in_specs=[spec(entry) for entry in inputs],
+        out_specs=[spec(entry) for entry in outputs],
+        out_shape=[jax.ShapeDtypeStruct(entry[0].shape, entry[0].dtype) for entry in outputs],
+        scratch_shapes=scratch,
+        compiler_params=tpu().CompilerParams(
+            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
+            vmem_limit_bytes=TPU_VMEM_BYTES,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=flops,
+            transcendentals=exponentials,
+            bytes_accessed=sum(array.size * array.dtype.itemsize for array in arrays),
+        ),
+        interpret=tpu().InterpretParams() if interpreting() else False,
+        name=name,
+    )
+    return run(*[entry[0] for entry in inputs])

@@ -25,6 +25,12 @@ class Plan:
     value: int
     splits: int
     steps: int
+    chunk: int = CHUNK
+
+    @property
+    def padded(self) -> int:
+        """Tokens of all chunks."""
+        return self.chunks * self.chunk
 
     @property
     def chunks(self) -> int:
@@ -60,7 +66,7 @@ def make_plan(q, v, lanes: int, splits: int | None = None, multiple: int = 1) ->
 
 
 def chunk_decays(log_decay, log_write, run_ids, plan: Plan):
-    """What the kernels read of decays and writes, float32 [B or 1, H, 1 or 2, chunks * 64], in log2.
+    """What the kernels read of decays and writes, float32 [B or 1, H, 1 or 2, padded], in log2.
 
     First the decays summed from each chunk's start through the token; then, where tokens write with a weight, that
     sum less the weight's logarithm: the difference of a reader's first and a writer's second is the log of what is
@@ -69,13 +75,13 @@ def chunk_decays(log_decay, log_write, run_ids, plan: Plan):
     decays = _chunk_sums(log_decay, run_ids, plan)
     if log_write is None:
         return decays[:, :, None]
-    weights = jnp.pad(log_write.astype(jnp.float32) * LOG2_E, ((0, 0), (0, plan.chunks * CHUNK - plan.time), (0, 0)))
+    weights = jnp.pad(log_write.astype(jnp.float32) * LOG2_E, ((0, 0), (0, plan.padded - plan.time), (0, 0)))
     weights = weights.swapaxes(1, 2)
     return jnp.stack([jnp.broadcast_to(decays, weights.shape), decays - weights], axis=2)
 
 
 def _chunk_sums(log_decay, run_ids, plan: Plan):
-    padded = plan.chunks * CHUNK
+    padded = plan.padded
     if log_decay is None and run_ids is None:
         return jnp.zeros((1, plan.heads, padded), jnp.float32)
     if log_decay is None:
@@ -86,7 +92,7 @@ def _chunk_sums(log_decay, run_ids, plan: Plan):
     if run_ids is not None:
         steps = jnp.where(run_ids[..., None] != 0, steps, 0.0)
     steps = jnp.pad(steps, ((0, 0), (0, padded - plan.time), (0, 0)))
-    steps = steps.reshape(steps.shape[0], plan.chunks, CHUNK, plan.heads)
+    steps = steps.reshape(steps.shape[0], plan.chunks, plan.chunk, plan.heads)
     return cumulate("bcth,ts->bhcs", steps).reshape(-1, plan.heads, padded)
 
 
@@ -100,8 +106,8 @@ def cumulate(equation, values, keep=lambda source, target: source <= target):
 
 def carried_runs(run_ids, plan: Plan):
     """The run that the state belongs to before and after each chunk: two [B, chunks] int32, at least 1."""
-    padded = jnp.pad(run_ids, ((0, 0), (0, plan.chunks * CHUNK - plan.time)))
-    latest = jnp.max(padded.reshape(plan.batch, plan.chunks, CHUNK), axis=2)
+    padded = jnp.pad(run_ids, ((0, 0), (0, plan.padded - plan.time)))
+    latest = jnp.max(padded.reshape(plan.batch, plan.chunks, plan.chunk), axis=2)
     after = jnp.maximum(jax.lax.cummax(latest, axis=1), 1)
     before = jnp.pad(after[:, :-1], ((0, 0), (1, 0)), constant_values=1)
     return before, after

@@ -1,5 +1,7 @@
 """What an elementwise linear recurrence must cost: each input read once, each output written once."""
 
+FLOPS = 2  # an element of the recurrence
+
 
 def forward_bytes(batch, time, width, *, itemsize=2, decay_itemsize=2, states=0) -> int:
     """Bytes of h from x and log decays; `states` counts the float32 states read or written (0 to 2)."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from seqmix.core import packing
 from seqmix.core.flops import matmul
 from seqmix.core.shapes import dims
-from seqmix.ops import linear_chunked, linear_context, linear_gpu, linear_reference
+from seqmix.ops import linear_chunked, linear_context, linear_kernels, linear_reference
 from seqmix.ops.dispatch import pick
 from seqmix.ops.linear_reference import decay_spec
 from seqmix.ops.mesh import layout
@@ -53,8 +53,8 @@ def linear_attention(
       causal: False lets each token read its whole segment, y_t = scale * q_t^T sum over all s of k_s v_s^T; without
         log_decay and state only. The state returned is the last segment's total.
       chunk: tokens computed as one matrix by the chunked form, a power of two. It changes rounding and speed alone.
-      implementation: None (the best for the call), "gpu" (Hopper kernels: bfloat16, a decay per head or none, one
-        device), "chunked" or "reference".
+      implementation: None (the best for the call), "gpu" (Hopper kernels) or "tpu" (TPU kernels; compiled, not run on a
+        chip), both for bfloat16 and a decay per head or none, "chunked" or "reference".
 
     Returns:
       (y [B, T, H, V] in the dtype of v, state in promote(dtype of q, k and v, float32)). Matmul operands are in the
@@ -71,14 +71,14 @@ def linear_attention(
     call = (q, k, v, log_decay, state, runs, write)
     kind = dict(scale=scale, normalize=normalize)
     if lay is not None and causal:
-        kernel = implementation in (None, "gpu") and linear_context.kernel(lay, *call, **kind)
+        kernel = linear_context.kernel(lay, implementation, *call, **kind)
         if lay.time or kernel:
-            options = kind | dict(eps=eps, chunk=chunk, implementation="gpu" if kernel else implementation)
+            options = kind | dict(eps=eps, chunk=chunk, implementation=kernel or implementation)
             return linear_context.run(lay, linear_attention, d, acc, *call, **options)
-    reasons = {"gpu": linear_gpu.unsupported(*call, **kind, causal=causal)}
+    reasons = linear_kernels.reasons(implementation, *call, **kind, causal=causal)
     name = pick("linear_attention", implementation, reasons | {"chunked": None, "reference": None})
-    if name == "gpu":
-        return linear_gpu.run(*call, scale)
+    if name in reasons:
+        return linear_kernels.run(name, *call, scale)
     out_dtype, dtype = v.dtype, jnp.result_type(q, k, v)
     if write is not None:
         v = v * write[..., None].astype(acc)

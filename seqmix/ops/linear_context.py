@@ -4,19 +4,20 @@ import jax
 import jax.numpy as jnp
 
 from seqmix.core import sharding
-from seqmix.ops import linear_gpu
+from seqmix.ops import linear_kernels
 from seqmix.ops.context import enter
 from seqmix.ops.mesh import on_shares
 
 
-def kernel(lay, q, k, v, log_decay, state, runs, write, **kind) -> bool:
-    """Whether each device can run its share through a kernel."""
+def kernel(lay, implementation, q, k, v, log_decay, state, runs, write, **kind) -> str | None:
+    """The kernels through which each device can run its share, of those asked for; None if there are none."""
     whole = ("batch", "heads", None, None)
     names = (*_names(log_decay)[:4], whole, ("batch", "time"), ("batch", "time", "heads"))
     given = (q, k, v, log_decay, None if isinstance(state, tuple | list) else state, runs, write)
     with sharding.shares(lay.mesh):
         local = [None if x is None else lay.share(x, *name) for x, name in zip(given, names, strict=True)]
-        return linear_gpu.unsupported(*local, **kind, causal=True) is None
+        reasons = linear_kernels.reasons(implementation, *local, **kind, causal=True)
+    return next((name for name, reason in reasons.items() if reason is None and implementation in (None, name)), None)
 
 
 def run(lay, op, d, acc, q, k, v, log_decay, state, runs, write, *, normalize, **options):

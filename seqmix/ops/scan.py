@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqmix.core import packing
-from seqmix.ops import dispatch, scan_context, scan_gpu
+from seqmix.ops import dispatch, scan_context, scan_kernels
 from seqmix.ops.mesh import layout
 
 
@@ -41,8 +41,8 @@ def linear_scan(
       reverse: from right to left, h_t = exp(log_a_t) h_{t+1} + x_t: the scan of the flipped arrays, flipped.
         The incoming state then belongs to a row's last segment and the outgoing one to its first.
       chunk: tokens between two stored states of the chunked form; changes speed and rounding alone.
-      implementation: None (the best for the call), "gpu" (Hopper kernels: real, bfloat16 or float32, left to right,
-        one device), "chunked" or "reference".
+      implementation: None (the best for the call), "gpu" (Hopper kernels) or "tpu" (TPU kernels; compiled, not run on a
+        chip), both real, bfloat16 or float32 and left to right, "chunked" or "reference".
     Returns:
       (h [B, T, ...], state [B, ...]). The state has the accumulation dtype: of x and log_a, at least float32
       or complex64. h has the dtype of x, or of the state where log_a is complex.
@@ -58,16 +58,16 @@ def linear_scan(
     if state is None:
         state = jnp.zeros_like(x, shape=(x.shape[0], *x.shape[2:]), dtype=acc)
     real, opened = _masks(segment_ids, reverse)
-    reasons = {"gpu": scan_gpu.unsupported(x, log_a, reverse), "chunked": None, "reference": None}
+    reasons = scan_kernels.reasons(x, log_a, reverse)
     lay = layout(*x.shape[:2], *x.shape[2:3])
-    kernel = lay is not None and implementation in (None, "gpu") and scan_context.kernel(lay, x, log_a, reverse)
+    kernel = None if lay is None else scan_context.kernel(lay, implementation, x, log_a, reverse)
     if lay is not None and (lay.time or kernel):
-        options = dict(reverse=reverse, chunk=chunk, implementation="gpu" if kernel else implementation)
+        options = dict(reverse=reverse, chunk=chunk, implementation=kernel or implementation)
         return scan_context.linear(lay, linear_scan, x, log_a, state.astype(acc), segment_ids, **options)
-    chosen = dispatch.pick("linear_scan", implementation, reasons)
+    chosen = dispatch.pick("linear_scan", implementation, reasons | {"chunked": None, "reference": None})
     args = x, log_a, real, opened, state.astype(acc)
-    if chosen == "gpu":
-        return scan_gpu.scan(x, log_a, real, opened, state.astype(acc))
+    if chosen in reasons:
+        return scan_kernels.scan(chosen, x, log_a, real, opened, state.astype(acc))
     if chosen == "reference":
         return _reference(*args, reverse, dtype)
     return _chunked(_Way(chunk, reverse, dtype), *args)

@@ -6,16 +6,17 @@ Each stretch is gone through twice, the first time for its state alone.
 import jax.numpy as jnp
 
 from seqmix.core import packing, sharding
-from seqmix.ops import scan_gpu
+from seqmix.ops import scan_kernels
 from seqmix.ops.context import enter
 from seqmix.ops.mesh import on_shares
 
 
-def kernel(lay, x, log_a, reverse) -> bool:
-    """Whether each device can run its share of a `linear_scan` through a kernel."""
+def kernel(lay, implementation, x, log_a, reverse) -> str | None:
+    """The kernels through which each device can run its share of a `linear_scan`, of those asked for; or None."""
     tokens, decays = _names(x, log_a)
     with sharding.shares(lay.mesh):
-        return scan_gpu.unsupported(lay.share(x, *tokens), lay.share(log_a, *decays), reverse) is None
+        reasons = scan_kernels.reasons(lay.share(x, *tokens), lay.share(log_a, *decays), reverse)
+    return next((name for name, reason in reasons.items() if reason is None and implementation in (None, name)), None)
 
 
 def _names(x, log_a):

@@ -1,4 +1,4 @@
-"""The op through the Hopper kernels: interpreted where there is no such GPU, refused with a reason otherwise."""
+"""The op through the kernels for GPU and TPU: interpreted on a CPU, refused with a reason without the device."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,10 @@ import pytest
 from pallas_kernels import compat
 from seqmix.ops.linear import linear_attention
 
+TARGETS = [
+    pytest.param("gpu", marks=pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))),
+    "tpu",
+]
 IDS = jnp.asarray([[0] * 5 + [3] * 40 + [7] * 30 + [0] * 2])
 
 
@@ -19,15 +23,16 @@ def _inputs(dtype=jnp.bfloat16):
     return q, k, v, log_decay, jax.random.normal(keys[4], (1, 2, 64, 64))
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
-def test_without_a_gpu_the_kernel_is_refused_with_the_reason():
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="not on a CPU")
+@pytest.mark.parametrize(("target", "needs"), [("gpu", "a Hopper GPU"), ("tpu", "a TPU")])
+def test_without_the_device_a_kernel_is_refused_with_the_reason(target, needs):
     q, k, v, log_decay, _ = _inputs()
-    with pytest.raises(ValueError, match="cannot run 'gpu': needs a Hopper GPU"):
-        linear_attention(q, k, v, log_decay, implementation="gpu")
+    with pytest.raises(ValueError, match=f"cannot run '{target}': needs {needs}"):
+        linear_attention(q, k, v, log_decay, implementation=target)
 
 
-@pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
-def test_kernels_agree_with_the_chunked_form():
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_agree_with_the_chunked_form(target):
     """Values and all gradients of one packed call: 5e-3 is what bfloat16 operands leave of either form."""
     write = jax.random.uniform(jax.random.key(1), (1, 77, 2)).at[:, ::7].set(0)  # 0 has a gradient too
 
@@ -42,7 +47,7 @@ def test_kernels_agree_with_the_chunked_form():
         )
 
     with compat.interpret():
-        got = run("gpu")
+        got = run(target)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(run("chunked")), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)

@@ -1,4 +1,4 @@
-"""The scan through the Hopper kernels: interpreted where there is no such GPU, refused with a reason otherwise."""
+"""The scan through the kernels for GPU and TPU: interpreted on a CPU, refused with a reason without the device."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,10 @@ import pytest
 from pallas_kernels import compat
 from seqmix.ops.scan import linear_scan
 
+TARGETS = [
+    pytest.param("gpu", marks=pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))),
+    "tpu",
+]
 IDS = jnp.asarray([[0] * 5 + [3] * 40 + [7] * 30 + [0] * 2])
 
 
@@ -18,16 +22,17 @@ def draw(decay_shape):
     return x, log_a, jax.random.normal(keys[2], (1, 3, 20))
 
 
-@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
-def test_without_a_gpu_the_kernel_is_refused_with_the_reason():
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="not on a CPU")
+@pytest.mark.parametrize(("target", "needs"), [("gpu", "a Hopper GPU"), ("tpu", "a TPU")])
+def test_without_the_device_a_kernel_is_refused_with_the_reason(target, needs):
     x, log_a, _ = draw((1, 77, 3, 20))
-    with pytest.raises(ValueError, match="cannot run 'gpu': needs a Hopper GPU"):
-        linear_scan(x, log_a, implementation="gpu")
+    with pytest.raises(ValueError, match=f"cannot run '{target}': needs {needs}"):
+        linear_scan(x, log_a, implementation=target)
 
 
-@pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("shape", "ids"), [((1, 77, 3, 20), IDS), ((3, 1), None)], ids=["packed", "constant"])
-def test_kernels_agree_with_the_chunked_form(shape, ids):
+def test_kernels_agree_with_the_chunked_form(shape, ids, target):
     """Values and all gradients: both round bfloat16 results, and the kernels' slopes read a rounded h, 2.4e-3."""
 
     def run(implementation):
@@ -40,21 +45,22 @@ def test_kernels_agree_with_the_chunked_form(shape, ids):
         )
 
     with compat.interpret():
-        got = run("gpu")
+        got = run(target)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(run("chunked")), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) <= 5e-3 * np.linalg.norm(b)
 
 
-@pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("change", "reason"),
     [({"log_a": 1j}, "complex64"), ({"reverse": True}, "reverse"), ({"tokens": 8}, "64 tokens")],
     ids=["complex", "reverse", "short"],
 )
-def test_what_the_kernels_cannot_do_is_named(change, reason):
+def test_what_the_kernels_cannot_do_is_named(change, reason, target):
     x, log_a, _ = draw((1, 77, 3, 20))
+    change = dict(change)
     tokens = change.pop("tokens", 77)
     log_a = log_a * change.pop("log_a", 1)
     with compat.interpret(), pytest.raises(ValueError, match=reason):
-        linear_scan(x[:, :tokens], log_a[:, :tokens], implementation="gpu", **change)
+        linear_scan(x[:, :tokens], log_a[:, :tokens], implementation=target, **change)

@@ -1,0 +1,77 @@
+"""Linear attention through the kernels of `pallas_kernels`: when they can run, and their gradient.
+
+Residuals are the call's own arguments: the backward kernels compute states and scores anew.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from seqmix.ops import targets
+
+LEAST_WRITE = 1e-30
+
+
+def reasons(implementation, q, k, v, log_decay, state, runs, write, *, scale, normalize, causal) -> dict:
+    """For each target why its kernels cannot run this call here, in a few words, or None if they can.
+
+    With implementation None the TPU's, which never ran on a chip, are left out where their tiles would be partly empty.
+    """
+    call = (q, k, v, log_decay, state, runs, write)
+    found = {
+        name: _unsupported(name, *call, scale=scale, normalize=normalize, causal=causal) for name in targets.TARGETS
+    }
+    if implementation is None and found["tpu"] is None:
+        from pallas_kernels.linear_attention import tpu
+
+        found["tpu"] = tpu.wasteful(q, v)
+    return found
+
+
+def _unsupported(target, q, k, v, log_decay, state, runs, write, *, scale, normalize, causal) -> str | None:
+    reason = targets.unsupported(target, q.shape[1])
+    if reason is not None:
+        return reason
+    if normalize or not causal:
+        return f"has no form for {'normalize' if normalize else 'causal=False'}"
+    options = {"capability": targets.capability()} if target == "gpu" else {}
+    return _modules(target)[0].supports(q, k, v, log_decay, state, runs, write, scale=scale, **options)
+
+
+def _modules(target):
+    """The modules of a target's forward and backward kernels."""
+    if target == "gpu":
+        from pallas_kernels.linear_attention import gpu, gpu_backward
+
+        return gpu, gpu_backward
+    from pallas_kernels.linear_attention import tpu, tpu_backward
+
+    return tpu, tpu_backward
+
+
+def run(target, q, k, v, log_decay, state, runs, write, scale):
+    """(y [B, T, H, V], state [B, H, K, V]) of a call that the target has no reason against."""
+    log_write = None
+    if write is not None:  # the kernels take logarithms; near 0 they are of a weight too small to see
+        write = write.astype(jnp.float32)
+        log_write = jnp.log(write + jnp.where(write < LEAST_WRITE, LEAST_WRITE, 0.0))
+    return _run(q, k, v, log_decay, state, runs, log_write, scale, target)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _run(q, k, v, log_decay, state, runs, log_write, scale, target):
+    return _modules(target)[0].forward(q, k, v, log_decay, state, runs, log_write, scale=scale)
+
+
+def _forward(*call):
+    return _run(*call), call[:-2]
+
+
+def _backward(scale, target, arguments, cotangents):
+    state = arguments[4]
+    *gradients, d_state, d_write = _modules(target)[1].backward(*arguments, *cotangents, scale=scale)
+    return *gradients, None if state is None else d_state, None, d_write
+
+
+_run.defvjp(_forward, _backward)

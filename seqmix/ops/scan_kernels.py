@@ -1,0 +1,120 @@
+"""`linear_scan` through the kernels of `pallas_kernels`: when they can run, and their gradient.
+
+The residuals are the decays and h: x is not kept.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from seqmix.ops import targets
+
+LEAST_WIDTH = 384  # channels of the narrowest call that ran on an H100 as the kernel now is
+
+
+def reasons(x, log_a, reverse) -> dict:
+    """For each target why its kernels cannot run this call here, in a few words, or None if they can."""
+    return {name: _unsupported(name, x, log_a, reverse) for name in targets.TARGETS}
+
+
+def _unsupported(target, x, log_a, reverse) -> str | None:
+    reason = targets.unsupported(target, x.shape[1])
+    if reason is not None:
+        return reason
+    if reverse:
+        return "has no form for reverse"
+    from pallas_kernels import compat
+
+    channels = math.prod(x.shape[2:])
+    if channels == 0:
+        return "needs at least one channel"
+    width = _padded(target, channels)
+    if target == "gpu" and width < LEAST_WIDTH and not compat.interpreting():
+        return f"was not run on a GPU below {LEAST_WIDTH} channels, got {channels}"
+    given = (jax.ShapeDtypeStruct((*x.shape[:2], width), dtype) for dtype in (x.dtype, log_a.dtype))
+    options = {"capability": targets.capability()} if target == "gpu" else {}
+    return _module(target).supports(*given, **options)
+
+
+def _module(target):
+    if target == "gpu":
+        from pallas_kernels.linear_scan import gpu
+
+        return gpu
+    from pallas_kernels.linear_scan import tpu
+
+    return tpu
+
+
+def _padded(target, width):
+    """The width that the kernels are given: a multiple of 128, on a GPU at least 256."""
+    return max(256 if target == "gpu" else 128, width + -width % 128)
+
+
+def scan(target, x, log_a, real, opened, state):
+    """(h, state) of `linear_scan` for a call that the target has no reason against; state in float32."""
+    shape, width = x.shape, math.prod(x.shape[2:])
+
+    def flat(array, *leading):
+        array = array.reshape(*leading, width)
+        return jnp.pad(array, [(0, 0)] * len(leading) + [(0, _padded(target, width) - width)])
+
+    log_a = flat(jnp.broadcast_to(log_a, shape), *shape[:2])
+    x, state = flat(x, *shape[:2]), flat(state, shape[0])
+    if target == "tpu":
+        h, state = _run_tpu(*_masked(x, log_a, real, opened), state)
+    else:
+        h, state = _run(x, log_a, state, real, opened)
+    if real is not None:  # at padding the kernels give the state that is carried past it
+        h = jnp.where(real[..., None], h, 0)
+    return h[..., :width].reshape(shape), state[..., :width].reshape(shape[0], *shape[2:])
+
+
+def _masked(x, log_a, real, opened):
+    """x and log_a [B, T, D] that say of themselves where padding is passed over and where segments open.
+
+    XLA makes them with whatever it computes x and log_a by; the kernels read no masks.
+    """
+    if real is None:
+        return x, log_a
+    log_a = jnp.where(opened[..., None], -jnp.inf, jnp.where(real[..., None], log_a, 0))
+    return jnp.where(real[..., None], x, 0), log_a
+
+
+@jax.custom_vjp
+def _run_tpu(x, log_a, state):
+    return _module("tpu").forward(x, log_a, state)
+
+
+def _forward_tpu(x, log_a, state):
+    h, last = _run_tpu(x, log_a, state)
+    return (h, last), (log_a, h, state)
+
+
+def _backward_tpu(residuals, cotangents):
+    return _module("tpu").backward(*residuals, *cotangents)
+
+
+_run_tpu.defvjp(_forward_tpu, _backward_tpu)
+
+
+@jax.custom_vjp
+def _run(x, log_a, state, real, opened):
+    from pallas_kernels.linear_scan import gpu
+
+    return gpu.forward(x, log_a, state, real, opened)
+
+
+def _forward(x, log_a, state, real, opened):
+    h, last = _run(x, log_a, state, real, opened)
+    return (h, last), (log_a, h, state, real, opened)
+
+
+def _backward(residuals, cotangents):
+    from pallas_kernels.linear_scan import gpu
+
+    return *gpu.backward(*residuals, *cotangents), None, None
+
+
+_run.defvjp(_forward, _backward)

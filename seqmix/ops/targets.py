@@ -1,0 +1,30 @@
+"""What every op asks before it takes a kernel of `pallas_kernels`: "gpu", for Hopper, or "tpu"."""
+
+from seqmix.core import sharding
+
+TARGETS = ("gpu", "tpu")
+LEAST = 64  # tokens; below it (decoding) the plain forms read no more than they must
+
+
+def unsupported(target: str, length: int) -> str | None:
+    """Why no kernel of a target runs over `length` tokens here, in a few words; None if one may."""
+    from pallas_kernels import compat
+
+    if not compat.interpreting():
+        platform = sharding.device().platform
+        if target == "gpu" and capability() is None:
+            return f"needs a Hopper GPU, the device is a {platform}"
+        if target == "tpu" and platform != "tpu":
+            return f"needs a TPU, the device is a {platform}"
+    if length < LEAST:
+        return f"needs at least {LEAST} tokens, got T={length}"
+    if not sharding.on_one_device() and not compat.interpreting():
+        return "needs one device, or rules that cut its arrays over a mesh (core/sharding.use_mesh)"
+    return compat.unavailable() if target == "gpu" else None
+
+
+def capability() -> tuple[int, int] | None:
+    """(major, minor) of the device that a call's arrays lie on; None if that is no NVIDIA GPU."""
+    from pallas_kernels import compat
+
+    return compat.capability(sharding.device())
