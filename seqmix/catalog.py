@@ -311,6 +311,16 @@ ROWS = (
         variants=(dict(window=(4,), dilation=(2,), causal_axes=(True,), box=(4,)),),
         medium=dict(d_model=128, heads=4, window=(32,)),
     ),
+    Row(
+        name="moba",
+        target="seqmix.mixers.dynamic_sparse.moba:MoBA",
+        title="MoBA: Mixture of Block Attention for Long-Context LLMs",
+        paper="2502.13189",
+        small=dict(d_model=8, heads=2, head_dim=4, size=3, count=2, block=4),
+        variants=(dict(heads=4, kv_heads=2, size=2, count=3),),
+        medium=dict(d_model=128, heads=4, size=64),
+        state="-(-context // size) * (2 * size + 1) * kv_heads * head_dim + 1",
+    ),
 )
 
 
