@@ -1,8 +1,8 @@
 """Softmax attention to blocks of keys that each query chooses among those of its past: what such mixers share.
 
-Blocks of `size` tokens are counted from the start of each segment, so that segments, padding and splits may fall anywhere.
-A query sees its own block up to itself, and of the whole blocks before it those that are chosen. Whole blocks are
-gathered into a row of their own: of T tokens there are at most T / size, whatever the segments.
+Blocks of `size` tokens are counted from the start of each segment, so that segments, padding and splits may fall
+anywhere. A query sees its own block up to itself, and of the whole blocks before it those that are chosen. Whole
+blocks are gathered into a row of their own: of T tokens there are at most T / size, whatever the segments.
 """
 
 from typing import NamedTuple
@@ -116,7 +116,7 @@ def attend(q, tokens: Tokens, blocks: Blocks, index, size: int, cache=None, **op
     if held:
         near |= {"kv_segment_ids": ids, "q_positions": tokens.place[:, held:], "kv_positions": tokens.place}
     parts = [attention(q, tokens.k, tokens.v, block=block, return_lse=True, **near, **options)]
-    heads, first = index.shape[1], 0
+    first = 0
     if cache is not None and index.shape[-1]:
         k, v = (cache[name].astype(x.dtype) for name, x in (("k", tokens.k), ("v", tokens.v)))
         first = k.shape[1] // size

@@ -6,13 +6,13 @@
     M_t     = {j <= t in t's own block} + {j in one of the count - 1 blocks with the best g_tb}
     y       = W_out (softmax over M_t of q_t . k_j / sqrt(K), applied to v_j)
 
-Every query head chooses for each token, and reads key head h // (H // Hk). The own block counts as one of `count`, and
-gates are in float32 at least. With as many blocks as there are, this is causal softmax attention; with count = 1, a
-block diagonal of it. No gradient reaches the choice. Blocks are counted from the start of a segment. Decoding keeps keys and
-values and the means of whole blocks: a step scores the means and reads count blocks, where the released code falls
-back to dense attention. What the paper adds (full attention in the last layers, or in a last phase of training, for
-which the weights serve unchanged) is the stack's and the run's concern. Equations after the technical report and notes on the
-released code (MoonshotAI/MoBA).
+Every query head chooses for each token, and reads key head h // (H // Hk). The own block counts as one of `count`,
+and gates are in float32 at least. With as many blocks as there are, this is causal softmax attention; with count = 1,
+a block diagonal of it. No gradient reaches the choice. Blocks are counted from the start of a segment. Decoding keeps
+keys and values and the means of whole blocks: a step scores the means and reads count blocks, where the released code
+falls back to dense attention. What the paper adds (full attention in the last layers, or in a last phase of training,
+for which the weights serve unchanged) is the stack's and the run's concern. Equations after the technical report and
+notes on the released code (MoonshotAI/MoBA).
 """
 
 from dataclasses import dataclass

@@ -60,7 +60,7 @@ def test_with_its_own_block_alone_it_is_attention_within_blocks(x64):
 
 
 def test_a_step_reads_no_more_when_there_is_more_to_read():
-    """Beside the means: what a compiled step computes over a hundred blocks is what it does over four and their means."""
+    """A compiled step computes as much over a hundred blocks as over four, beside their means."""
     mixer = MoBA(d_model=64, heads=2, size=64, count=2)
     params = jax.eval_shape(lambda: weights(mixer, np.float32))
 
