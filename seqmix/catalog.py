@@ -334,6 +334,7 @@ ROWS = (
         medium=dict(d_model=128, heads=4, kv_heads=2, size=64, compress=32, stride=16),
         state="2 * kv_heads * head_dim * (compress - 1 + -(-context // size) * size + min(context, window)"
         " + max(1, (context - compress) // stride + 1)) + 1",
+        checked=("flash-linear-attention: NativeSparseAttention",),
     ),
     Row(
         name="mosa",

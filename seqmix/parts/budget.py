@@ -14,7 +14,7 @@ def take(ready, limit, runs, count=None):
         c_t = c_{t-1} + taken_t,    taken_t = ready_t and c_{t-1} < limit_t
 
     c starts at `count` [B, H] in the first of the segments `runs` [B, T] (`packing.runs`), and at 0 in the others.
-    limit [B, T, H] does not fall within a segment. Padding takes no token.
+    limit [B, T, H] does not fall within a segment and is not below `count`. Padding takes no token.
     """
     opens, real = packing.starts(runs)[..., None], (runs != 0)[..., None]
     ready = ready & real
