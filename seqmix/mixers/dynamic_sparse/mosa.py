@@ -12,8 +12,8 @@ reach the router. Two rules of what a head takes:
     "published"  the max(2, T // sparsity) tokens of best score in the whole sequence. That sees the future: whether a
                  token takes part, and so y, depends on later tokens. No language model, no packing, no decoding.
     "causal"     a token whose score's logit is above the head's threshold, while the head has taken fewer than
-                 (tokens so far) // sparsity in its segment. A threshold is no trained weight: forward
-                 returns the update that moves the share of tokens above it towards 1 / sparsity.
+                 (tokens so far) // sparsity in its segment. A threshold is no trained weight: forward returns the
+                 update that moves the share of tokens above it towards 1 / sparsity.
 
 The causal rule is of this library: it is exact in any split, and bounds the tokens taken as the published one does,
 so that a head costs (T / sparsity)^2 and keeps T / sparsity keys. The published option to force the first token is
