@@ -77,7 +77,7 @@ def visibility(rules, mask, tokens, order, data):
     return placed, data | dict(zip(names, tokens, strict=True))
 
 
-def scored(rules, q, k, v, sink_logits, *, mask, data, bias, slopes, normalizer, block, implementation):
+def attend(rules, q, k, v, sink_logits, *, mask, data, bias, slopes, normalizer, block, implementation):
     """(y [B, T, H, V], lse [B, H, T] or None), of checked arguments of `attention`."""
     data = checked_data(mask, q.shape[1], k.shape[1], data, q.shape[0])
     name = pick("attention", implementation, {"chunked": None, "reference": None})

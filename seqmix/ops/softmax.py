@@ -99,7 +99,7 @@ def attention(
         mask, data = scored.visibility(rules, mask, tokens, order, data)
         scoring = {"bias": bias, "slopes": slopes, "normalizer": normalizer}
         options = {"mask": mask, "data": data, "block": block, "implementation": implementation}
-        y, lse = scored.scored(rules, q, k, v, sink_logits, **scoring, **options)
+        y, lse = scored.attend(rules, q, k, v, sink_logits, **scoring, **options)
         return (y, lse) if return_lse else y
     lay = layout(d.B, d.T, d.H, d.Hk)
     form = None

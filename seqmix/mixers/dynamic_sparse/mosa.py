@@ -122,8 +122,7 @@ class MoSA(Mixer):
         y, kept = self._sparse(params, x, logits, taken, runs, positions, state)
         if self.dense_heads:
             q, k, v = self._inputs(params["dense"], x, positions)
-            cache = None if state is None else {name: state[f"dense_{name}"] for name in "kv"}
-            cache = None if state is None else cache | {"length": state["length"]}
+            cache = state and {"k": state["dense_k"], "v": state["dense_v"], "length": state["length"]}
             at = {"segment_ids": segment_ids, "runs": runs, "place": place, "cache": cache, "window": self.window}
             y += _way_out(params["dense"], cached_attention.attend(q, k, v, **at, **self._options))
             if state is not None:
