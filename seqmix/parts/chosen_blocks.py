@@ -3,6 +3,9 @@
 Blocks of `size` tokens are counted from the start of each segment, so that segments, padding and splits may fall
 anywhere. A query sees its own block up to itself, and of the whole blocks before it those that are chosen. Whole
 blocks are gathered into a row of their own: of T tokens there are at most T / size, whatever the segments.
+
+Without a kernel the lists save memory, not time: each token gathers its own blocks. On a CPU that is slower than dense
+attention at 2048 and at 8192 tokens.
 """
 
 from typing import NamedTuple
