@@ -311,6 +311,41 @@ ROWS = (
         variants=(dict(window=(4,), dilation=(2,), causal_axes=(True,), box=(4,)),),
         medium=dict(d_model=128, heads=4, window=(32,)),
     ),
+    Row(
+        name="moba",
+        target="seqmix.mixers.dynamic_sparse.moba:MoBA",
+        title="MoBA: Mixture of Block Attention for Long-Context LLMs",
+        paper="2502.13189",
+        small=dict(d_model=8, heads=2, head_dim=4, size=3, count=2, block=4),
+        variants=(dict(heads=4, kv_heads=2, size=2, count=3),),
+        medium=dict(d_model=128, heads=4, size=64),
+        state="-(-context // size) * (2 * size + 1) * kv_heads * head_dim + 1",
+    ),
+    Row(
+        name="nsa",
+        target="seqmix.mixers.dynamic_sparse.native_sparse_attention:NativeSparseAttention",
+        title="Native Sparse Attention: Hardware-Aligned and Natively Trainable Sparse Attention",
+        paper="2502.11089",
+        small=dict(
+            **dict(d_model=8, heads=4, kv_heads=2, head_dim=4, size=2, count=3, local=1),
+            **dict(compress=4, stride=2, window=3, block=4),
+        ),
+        variants=(dict(size=3, stride=3, compress=3, pool="mean", branch_kv=False, first=0, count=2),),
+        medium=dict(d_model=128, heads=4, kv_heads=2, size=64, compress=32, stride=16),
+        state="2 * kv_heads * head_dim * (compress - 1 + -(-context // size) * size + min(context, window)"
+        " + max(1, (context - compress) // stride + 1)) + 1",
+        checked=("flash-linear-attention: NativeSparseAttention",),
+    ),
+    Row(
+        name="mosa",
+        target="seqmix.mixers.dynamic_sparse.mosa:MoSA",
+        title="Mixture of Sparse Attention: Content-Based Learnable Sparse Attention via Expert-Choice Routing",
+        paper="2505.00315",
+        small=dict(d_model=8, heads=4, dense_heads=2, head_dim=4, sparsity=2, block=4),
+        variants=(dict(rule="published"), dict(sparsity=3, window=3, rope_fraction=1.0)),
+        medium=dict(d_model=128, heads=8, dense_heads=2, head_dim=32, sparsity=2),
+        state="2 * (max(1, context // sparsity) * heads + dense_heads * context) * head_dim + heads + 1",
+    ),
 )
 
 

@@ -32,7 +32,8 @@ Of each package one file is run, without the package around it. What the layers 
 * `GatedLinearRNN`: no bias of the output. It is a Flax module.
 * `RWKV_x070_TMix_one`: goes token by token; it has e^-1/2 rounded to six digits, hence float32.
 * The layers of flash-linear-attention: its own naive functions in place of its kernels, and torch's norms and
-  convolutions in place of its fused ones. `HGRN2Attention` also sigmoid(q) and silu(v), as in the paper's code.
+  convolutions in place of its fused ones. `HGRN2Attention` also sigmoid(q) and silu(v), as in the paper's code;
+  `NativeSparseAttention` its means, its window and its rotation by torch.
 """
 
 

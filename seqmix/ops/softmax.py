@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
-from seqmix.ops import softmax_context
+from seqmix.ops import scored, softmax_context
 from seqmix.ops.dispatch import pick
 from seqmix.ops.mesh import layout
 from seqmix.ops.softmax_chunked import block_pairs, block_sizes, chunked
@@ -29,6 +29,11 @@ def attention(
     kv_positions=None,
     soft_cap=None,
     sink_logits=None,
+    mask=None,
+    data=None,
+    bias=None,
+    slopes=None,
+    normalizer="softmax",
     return_lse=False,
     block=BLOCK,
     context=None,
@@ -57,6 +62,14 @@ def attention(
         positions in the segment, padding not counted; else indices, of queries and of keys from 0 on.
       soft_cap: None or a positive number (Gemma 2, arXiv 2408.00118, section 2).
       sink_logits: [H], a logit in the denominator of every row of its head (gpt-oss, arXiv 2508.10925).
+      mask: a mask of `ops.masks` in place of causal, window and sinks, which stay at their defaults. Beside segment
+        ids it holds within a segment, a static one by the positions; one that depends on data by what that says.
+      data: {name: [B or 1, T] or [B or 1, S]} for the mask's `inputs`.
+      bias: [B or 1, H or 1, T or 1, S or 1], added to scores after the soft cap; differentiable.
+      slopes: [H], ALiBi's (arXiv 2108.12409): - slope |i - j| is added, i and j indices, hence without given positions
+        (for which a bias does it); differentiable.
+      normalizer: "softmax"; "sigmoid": y_i = sum_j sigmoid(s_ij) v_j, no lse, no sink (arXiv 2409.04431, where a bias
+        of -log S is added); "signed": sign(s_ij) exp(|s_ij| - lse_i), with lse of |s| (arXiv 2411.07176).
       return_lse: also return lse, for `merge`; it is differentiable like y.
       block: number of queries and of keys whose scores exist at once in the chunked form.
       context: where the mesh in force cuts time, how each device's queries meet all keys: "ring", "zigzag", "heads",
@@ -77,6 +90,17 @@ def attention(
     rules = _rules(q.shape[-1] ** -0.5 if scale is None else scale, causal, window, sinks, soft_cap)
     _positive("block", block)
     tokens, order = _tokens(q.shape[1], k.shape[1], *given)
+    if any(x is not None for x in (mask, data, bias, slopes)) or normalizer != "softmax":
+        if context is not None:
+            raise ValueError(f"context: expected None beside mask, bias, slopes and normalizer, got {context!r}")
+        scored.check(q, k, rules, mask, bias, slopes, normalizer, sink_logits, return_lse, data)
+        if slopes is not None and q_positions is not None:
+            raise ValueError("slopes: expected no given positions beside them; add -slope |i - j| as a bias, got both")
+        mask, data = scored.visibility(rules, mask, tokens, order, data)
+        scoring = {"bias": bias, "slopes": slopes, "normalizer": normalizer}
+        options = {"mask": mask, "data": data, "block": block, "implementation": implementation}
+        y, lse = scored.attend(rules, q, k, v, sink_logits, **scoring, **options)
+        return (y, lse) if return_lse else y
     lay = layout(d.B, d.T, d.H, d.Hk)
     form = None
     if lay is not None and lay.time and implementation != "reference":

@@ -7,10 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.peers import delta_ops, kernel_layers, layers, ops
+from tests.peers import delta_ops, kernel_layers, layers, ops, sparse_layers
 from tests.peers.compare import LENGTH, measure
 
-COMPARISONS = (*ops.COMPARISONS, *delta_ops.COMPARISONS, *layers.COMPARISONS, *kernel_layers.COMPARISONS)
+COMPARISONS = (
+    *ops.COMPARISONS,
+    *delta_ops.COMPARISONS,
+    *layers.COMPARISONS,
+    *kernel_layers.COMPARISONS,
+    *sparse_layers.COMPARISONS,
+)
 PAGE = Path(__file__).parents[2] / "docs/peer_checks.md"
 
 

@@ -1,0 +1,1 @@
+"""Softmax attention in which the data chooses who sees whom."""
