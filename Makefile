@@ -47,7 +47,7 @@ faults: $(VENV)/installed
 
 # What compiles for chips that are not here has an environment of its own: where libtpu is installed, jax looks for TPUs.
 $(TARGETS)/installed: setup.cfg pyproject.toml tools/install.sh tools/python.sh
-	@sh tools/install.sh "$(TARGETS)" "" dev,compile-cuda,tpu 12
+	@sh tools/install.sh "$(TARGETS)" "" dev,targets 12
 
 kernels: $(TARGETS)/installed
 	@JAX_PLATFORMS=cpu $(TARGETS)/bin/python -m pytest -n auto --maxprocesses=8 \

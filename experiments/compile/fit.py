@@ -4,13 +4,13 @@ import dataclasses
 
 from experiments import progress
 from experiments.compile import paper, step
-from seqmix.models import lm
+from seqmix.models import checks
 
 FREE = 0.05  # share of a chip's memory that stays free
 SHRINK = 0.8  # after a layout that did not fit, only those estimated at so much of its memory are tried
 
 
-def candidates(cfg, topology, remats=lm.REMAT) -> list[dict]:
+def candidates(cfg, topology, remats=checks.REMAT) -> list[dict]:
     """Estimates of every layout that fits on paper, the one with the least to do in all, nothing overlapped,
     first. The batch of a step stays, its microbatches vary.
     """
