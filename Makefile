@@ -8,13 +8,14 @@ RUN = $(VENV)/bin/python
 TESTS = JAX_PLATFORMS=cpu $(RUN) -m pytest -n auto --maxprocesses=8
 TARGETS = $(VENV)-targets
 
-.PHONY: help train test kernels faults pods conformance peers lint format table install clean
+.PHONY: help train test targets kernels faults pods conformance peers lint format table install clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [CONFIG=$(CONFIG)] [ARGS=\"--optim.peak-lr=1e-3\"]   install, then train a config"
 	@echo "make test [ARGS=\"tests/ops\"]   install, then lint and run the tests"
 	@echo "make faults                    kill, freeze and starve runs (minutes; docs/faults.md)"
+	@echo "make targets                   what compiles for absent chips, in $(TARGETS)"
 	@echo "make kernels                   the kernels, interpreted and compiled for H100s and TPUs; a part of make test"
 	@echo "make pods                      compile the large configs for TPU slices (minutes each)"
 	@echo "make conformance               every catalogue row through every property"
@@ -48,6 +49,8 @@ faults: $(VENV)/installed
 # What compiles for chips that are not here has an environment of its own: where libtpu is installed, jax looks for TPUs.
 $(TARGETS)/installed: setup.cfg pyproject.toml tools/install.sh tools/python.sh
 	@sh tools/install.sh "$(TARGETS)" "" dev,targets 12
+
+targets: $(TARGETS)/installed
 
 kernels: $(TARGETS)/installed
 	@JAX_PLATFORMS=cpu $(TARGETS)/bin/python -m pytest -n auto --maxprocesses=8 \

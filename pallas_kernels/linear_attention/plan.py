@@ -13,6 +13,23 @@ LOG2_E = math.log2(math.e)
 LEAST_LOG2 = -150.0  # 2^-150 is 0 in float32: a stronger decay changes nothing, and sums of it lose no digits
 
 
+def misfit(q, v, log_decay, run_ids, scale, state, log_write) -> str | None:
+    """What beside q, k and v no kernel can take, in a few words; None if nothing."""
+    batch, time, _, key = q.shape
+    heads, value = v.shape[2:]
+    if log_decay is not None and log_decay.shape not in ((heads,), (batch, time, heads)):
+        return f"needs one decay per token and head or per head, got {log_decay.shape}"
+    if state is not None and (state.shape != (batch, heads, key, value) or state.dtype != jnp.float32):
+        return f"needs a float32 state [B, H, K, V], got {state.dtype} {state.shape}"
+    if run_ids is not None and run_ids.shape != (batch, time):
+        return f"needs run ids [B, T], got {run_ids.shape}"
+    if log_write is not None and log_write.shape != (batch, time, heads):
+        return f"needs one weight per token and head, got {log_write.shape}"
+    if isinstance(scale, jax.core.Tracer) or not scale > 0:
+        return "needs a scale that is a Python number above 0"
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The shape of a call and its cut: `splits` stretches of `steps` chunks, run side by side."""

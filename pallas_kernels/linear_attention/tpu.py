@@ -53,17 +53,7 @@ def supports(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, 
         return f"needs at least one row, token and head, got B={batch}, T={time}, H={heads}"
     if Blocks.of(q, v).state_bytes > STATE_BYTES:
         return f"needs the states of heads that share keys in {STATE_BYTES >> 20} MiB, got H={heads}, Hk={key_heads}"
-    if log_decay is not None and log_decay.shape not in ((heads,), (batch, time, heads)):
-        return f"needs one decay per token and head or per head, got {log_decay.shape}"
-    if state is not None and (state.shape != (batch, heads, key, value) or state.dtype != jnp.float32):
-        return f"needs a float32 state [B, H, K, V], got {state.dtype} {state.shape}"
-    if run_ids is not None and run_ids.shape != (batch, time):
-        return f"needs run ids [B, T], got {run_ids.shape}"
-    if log_write is not None and log_write.shape != (batch, time, heads):
-        return f"needs one weight per token and head, got {log_write.shape}"
-    if isinstance(scale, jax.core.Tracer) or not scale > 0:
-        return "needs a scale that is a Python number above 0"
-    return None
+    return planning.misfit(q, v, log_decay, run_ids, scale, state, log_write)
 
 
 def wasteful(q, v) -> str | None:

@@ -6,22 +6,8 @@ import re
 import jax
 import pytest
 
+from experiments.compile import chips
 from pallas_kernels import compat
-
-TARGET = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 @pytest.fixture
@@ -33,7 +19,8 @@ def h100s(monkeypatch):
     monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from jax.experimental import topologies
 
-    describe = functools.partial(topologies.get_topology_desc, platform="cuda", topology_name="", target_config=TARGET)
+    absent = dict(platform="cuda", topology_name="", target_config=chips.H100)
+    describe = functools.partial(topologies.get_topology_desc, **absent)
     return lambda count: describe(topology=f"1x{count}x1").devices
 
 
