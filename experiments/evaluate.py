@@ -124,10 +124,10 @@ def _show_contexts(source, results):
         for entry in result["table"]:
             first, last = entry["context"]
             cells.setdefault(first, {})[result["length"]] = f"{entry['loss']:.4f}"
-            tokens[first] = max(tokens.get(first, (0, 0)), (last, entry["tokens"]))
+            tokens[first] = max(tokens.get(first, (0, 0, 0)), (result["length"], last, entry["tokens"]))
     rows = []
     for first in sorted(cells):
-        last, count = tokens[first]
+        _, last, count = tokens[first]
         name = f"{first}" if first == last else f"{first} to {last}"
         rows.append((name, *(cells[first].get(result["length"], "") for result in results), f"{count:,}"))
     columns = ("tokens before", *(f"rows of {result['length']}" for result in results), "tokens, longest rows")
@@ -139,7 +139,7 @@ def draw(report, path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        progress.say("no figure: pip install 'seqmix[plot]'")
+        progress.say("no figure: pip install '.[report]'")
         return []
     lengths = sorted({r["length"] for r in report["results"]})
     labels = list(dict.fromkeys(r["source"] for r in report["results"]))

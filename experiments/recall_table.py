@@ -39,7 +39,7 @@ def write(out, rows):
     try:
         import matplotlib
     except ImportError:
-        progress.say("no pictures: matplotlib is not installed (the extra `report`)")
+        progress.say("no pictures: pip install '.[report]'")
         return
     matplotlib.use("agg")
     draw(out, rows)

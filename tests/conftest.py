@@ -16,6 +16,22 @@ hypothesis.settings.register_profile("seqmix", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("seqmix")
 
 
+MAPS = 20_000  # of the 65,530 that Linux gives a process; each compiled program takes some, and XLA dies without
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """After a module, what jax has compiled is let go before the process runs out of memory maps."""
+    yield
+    try:
+        with open("/proc/self/maps") as maps:
+            many = sum(1 for _ in maps) > MAPS
+    except OSError:  # no Linux
+        many = False
+    if many:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """float64 arrays within the test."""

@@ -148,11 +148,11 @@ def devices(topology: Topology) -> list:
     try:
         if topology.chip.dims:
             if not _installed("libtpu"):
-                raise ValueError("--topology: TPUs need libtpu: pip install '.[tpu]' in an environment of its own")
+                raise ValueError("--topology: TPUs need libtpu: make targets, then .venv-targets/bin/python")
             with quiet.stderr():
                 return list(topologies.get_topology_desc(platform="tpu", topology_name=str(topology)).devices)
         if not _installed("jax_plugins.xla_cuda13"):
-            raise ValueError("--topology: GPUs need jax's CUDA plug-in: pip install '.[cuda]'")
+            raise ValueError("--topology: GPUs need jax's CUDA plug-in: make targets, then .venv-targets/bin/python")
         box = "{}x1x{}".format(*topology.sides)
         with quiet.stderr():
             found = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology=box)

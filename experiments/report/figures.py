@@ -20,7 +20,7 @@ def write(runs, folder):
     try:
         import matplotlib
     except ImportError:
-        raise ImportError("--figures needs matplotlib: pip install 'seqmix[report]'") from None
+        raise ImportError("--figures needs matplotlib: pip install '.[report]'") from None
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)

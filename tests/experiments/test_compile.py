@@ -187,8 +187,10 @@ def test_what_a_run_refuses_is_refused_before_anything_compiles(run, monkeypatch
 
 def test_without_a_compiler_the_command_says_what_to_install(run, monkeypatch):
     monkeypatch.setattr(chips, "_installed", lambda module: False)
-    assert run(*TINY, "--topology=v5e:2x4")[2].startswith("error: --topology: TPUs need libtpu: pip install")
-    assert run(*TINY, "--topology=h100:1x8")[2].startswith("error: --topology: GPUs need jax's CUDA plug-in: pip")
+    assert run(*TINY, "--topology=v5e:2x4")[2].startswith("error: --topology: TPUs need libtpu: make targets")
+    assert run(*TINY, "--topology=h100:1x8")[2].startswith(
+        "error: --topology: GPUs need jax's CUDA plug-in: make targets"
+    )
 
 
 def test_the_command_prints_tables_and_writes_json(run, report, monkeypatch, tmp_path):

@@ -209,7 +209,7 @@ def test_the_figure_is_written(run, tmp_path, capsys):
 def test_without_matplotlib_the_numbers_stay(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert evaluate.main([f"--workdir={run[0]}", "--batches=1", f"--out={tmp_path / 'x.json'}"]) == 0
-    assert "pip install 'seqmix[plot]'" in capsys.readouterr().err
+    assert "pip install '.[report]'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
@@ -244,3 +244,13 @@ def test_refusals_take_one_line(run, capsys, name):
 
 def test_a_directory_of_no_run_is_refused(tmp_path, capsys):
     assert "found no config.json" in refused(capsys, tmp_path)
+
+
+def test_the_tokens_of_a_context_are_those_of_the_longest_rows_that_have_it(capsys):
+    entry = lambda first, last, tokens: {"context": (first, last), "loss": 1.0, "tokens": tokens}
+    short = {"length": 4, "table": [entry(0, 0, 900), entry(1, 3, 2700)]}
+    long = {"length": 8, "table": [entry(0, 0, 5), entry(1, 3, 15), entry(4, 7, 20)]}
+    for results in ([short, long], [long, short]):
+        evaluate._show_contexts("text", results)
+        shown = [line.split()[-2] for line in capsys.readouterr().out.splitlines() if " 1.0000 " in line]
+        assert shown == ["5", "15", "20"]

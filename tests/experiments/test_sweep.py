@@ -259,6 +259,7 @@ def test_a_sweep_that_was_killed_finishes_by_the_same_command(tmp_path, sweep, c
     root = tmp_path / "runs"
     arguments = ["--config=quickstart", f"--sweep={sweep}", f"--workdir={root}", f"--data.path={corpus}", *TINY]
     arguments += ["--jobs=1"]
+    handler = signal.getsignal(signal.SIGINT)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     start = [sys.executable, "-m", "experiments.sweep", *arguments]
     process = subprocess.Popen(start, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -285,4 +286,4 @@ def test_a_sweep_that_was_killed_finishes_by_the_same_command(tmp_path, sweep, c
     assert logs == [(folder / "log.txt").read_text() for folder in folders]
     assert command_line.main([*arguments, "--list"]) == 0
     assert capfd.readouterr().out.count("finished") == 2
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
