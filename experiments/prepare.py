@@ -188,6 +188,8 @@ def main(argv=None):
         return cli.refuse(str(error).replace("data.tokenizer:", "--tokenizer:"))
     except BrokenProcessPool:
         return cli.refuse(f"a worker process was killed (out of memory?); {SAME}", 1)
+    except (NotADirectoryError, PermissionError) as error:
+        return cli.refuse(str(error))
     except (OSError, RuntimeError) as error:
         return cli.refuse(f"{error}; {SAME}", 1)
     except KeyboardInterrupt:

@@ -356,7 +356,7 @@ def find(name: str) -> Row:
             return row
     known = [known for row in ROWS for known in (row.name, row.class_name)]
     near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(name.lower(), known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"catalog.ROWS has the {len(ROWS)} known ones"
+    hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(row.name for row in ROWS)}"
     raise ValueError(f"name: no mixer is called {name!r}; {hint}")
 
 

@@ -45,7 +45,7 @@ def test_unknown_names_are_told_the_nearest():
         catalog.find("mamba22")
     with pytest.raises(ValueError, match="did you mean 'Attention'"):
         catalog.load("Atention")
-    with pytest.raises(ValueError, match=f"{len(catalog.ROWS)} known ones"):
+    with pytest.raises(ValueError, match="the known ones are attention, .*, mosa"):
         catalog.find("zzz")
 
 

@@ -207,6 +207,7 @@ REFUSED = {
     "no parquet": (["{}/broken.parquet"], "broken.parquet: "),
     "other files": (["{}/d", "--out={}/void"], "--out: expected a new or empty folder, {}/void holds other files"),
     "a file": (["{}/d", "--out={}/x.parquet"], "--out: expected a folder, got the file"),
+    "in a file": (["{}/d", "--out={}/x.parquet/out"], "Not a directory: "),
     "inside": (["{}"], "--out: expected a folder outside of the input"),
 }
 

@@ -132,10 +132,13 @@ def test_12_one_of_two_hangs_in_python(tmp_path, flags, pair):
 
 
 def test_12_one_of_two_is_frozen(tmp_path, flags, pair):
-    """The frozen one cannot act: its peer ends with its stacks, and it does so itself once it may run again."""
+    """The frozen one cannot act: its peer ends with its stacks, and it does so itself once it may run again.
+
+    No save is under way: its barrier may time out first, which ends the peer with one line and no stacks.
+    """
     limit = 8
-    workdir = tmp_path / "run"
-    two = pair("train", *runs.changed(flags, "--steps=100000"), f"--watchdog={limit}", f"--workdir={workdir}")
+    changed = runs.changed(flags, "--steps=100000", "--checkpoint.every=100000")
+    two = pair("train", *changed, f"--watchdog={limit}", f"--workdir={tmp_path / 'run'}")
     two.until("step 30/")
     two.processes[1].send_signal(signal.SIGSTOP)
     began = time.monotonic()

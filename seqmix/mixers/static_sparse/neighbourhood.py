@@ -62,7 +62,7 @@ class Neighbourhood(Mixer):
             self.positive(head_dim=self.head_dim)
         window = self.window
         if not isinstance(window, tuple) or not 1 <= len(window) <= 3:
-            raise ValueError(f"Neighbourhood.window: expected a length for each of 1 to 3 axes, got {window!r}")
+            raise ValueError(f"Neighbourhood.window: expected a tuple of 1 to 3 lengths, one an axis, got {window!r}")
         for name in ("stride", "dilation", "causal_axes", "box"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, tuple) or len(value) != len(window)):

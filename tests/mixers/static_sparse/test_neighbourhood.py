@@ -63,7 +63,7 @@ def test_the_simulator_counts_the_tiles_that_are_visited():
 
 
 BAD = {
-    "window: expected a length for each of 1 to 3 axes": {"window": (1, 1, 1, 1)},
+    "window: expected a tuple of 1 to 3 lengths": {"window": (1, 1, 1, 1)},
     "box: expected a value for each axis": {"box": (4,)},
     "stride: expected at most the window": {"stride": (14, 1)},
     "dilation: expected one integer >= 1": {"dilation": (0, 1)},
