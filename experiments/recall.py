@@ -3,7 +3,7 @@
 For each mixer and width, --config=mqar with every learning rate and seed, all at once (`experiments.lanes`). The
 learning rate is chosen on validation rows by the mean over seeds at the most pairs, the accuracy reported is on
 others. DIR gets one JSON file a cell as it is done, then recall.json, recall.md and (with matplotlib) recall.png and
-recall.svg; the same command skips the cells of DIR that were computed with the same settings.
+recall.svg of these cells and those that DIR had. Cells of DIR that were computed with the same settings are skipped.
 
 Exit codes: 0 done, 1 a cell failed (the others are kept), 2 a mistake in the command.
 """
@@ -31,9 +31,17 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     cells = [(mixer, width) for mixer in args.mixers for width in args.widths]
     missing = [cell for cell in cells if read(out, args, *cell) is None]
+    if args.cell:  # the table is its parent's
+        for cell in missing:
+            one(out, args, *cell)
+        return 0
+    try:
+        others = kept(out, args, cells)
+    except ValueError as error:
+        return cli.refuse(error)
     progress.say(f"{len(cells)} cells, {len(cells) - len(missing)} already done, {args.jobs} at a time")
     failed = compute(out, args, missing)
-    rows = [row for cell in cells if (row := read(out, args, *cell))]
+    rows = others + [row for cell in cells if (row := read(out, args, *cell))]
     if rows:
         recall_table.write(out, rows)
     for cell in failed:
@@ -113,22 +121,39 @@ def digest(args, mixer, width):
 
 def read(out, args, mixer, width):
     """The stored result of a cell, in its file or in recall.json; None: there is none, or it was computed otherwise."""
-    alone, table = out / f"{mixer}_{width}.json", out / "recall.json"
-    rows = json.loads(table.read_text()) if table.exists() else []
-    rows += [json.loads(alone.read_text())] if alone.exists() else []
+    alone = out / f"{mixer}_{width}.json"
+    rows = tabled(out) + ([json.loads(alone.read_text())] if alone.exists() else [])
     wanted = mixer, width, digest(args, mixer, width)
     return next((row for row in rows if (row["mixer"], row["width"], row["digest"]) == wanted), None)
+
+
+def tabled(out):
+    """The rows of recall.json."""
+    path = out / "recall.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def kept(out, args, cells):
+    """The rows of recall.json of cells that are not asked for and were computed with the same settings.
+
+    Raises ValueError for rows of other settings that are in recall.json alone, and would be gone.
+    """
+    rows = []
+    for row in tabled(out):
+        cell = row["mixer"], row["width"]
+        if row["digest"] != digest(args, *cell):
+            if not (out / "{}_{}.json".format(*cell)).exists():
+                raise ValueError(f"--out: {out} holds a table of other settings ({cell[0]} at width {cell[1]})")
+        elif cell not in cells:
+            rows.append(row)
+    return rows
 
 
 # Computing
 
 
 def compute(out, args, cells):
-    """Computes cells, here or in processes; returns those that failed."""
-    if args.cell:
-        for cell in cells:
-            one(out, args, *cell)
-        return []
+    """Computes cells, each in a process; returns those that failed."""
     begin, failed = time.perf_counter(), []
     gpus, slots = visible_gpus(), queue.SimpleQueue()
     for index in range(args.jobs):

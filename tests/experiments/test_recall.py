@@ -132,6 +132,26 @@ def test_a_cell_is_kept_and_not_computed_again(tmp_path, monkeypatch):
     assert recall.main(argv) == 0
     args = recall.parse([*argv, "--seeds=1"])
     assert recall.read(tmp_path, args, "base_conv", 64) is None
+    assert not (tmp_path / "recall.json").exists()  # a cell's process leaves the table to the one that started it
+
+
+def test_the_table_keeps_the_cells_that_a_command_does_not_ask_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recall, "config", lambda args, mixer, width: dataclasses.replace(tiny(mixer), steps=100))
+    argv = lambda mixer, seed=0: [f"--mixers={mixer}", "--widths=64", f"--seeds={seed}", f"--out={tmp_path}"]
+
+    def spawn(out, args, mixer, width, gpus, slots):
+        cell = dict(row(mixer, width, [0.1] * 3, [0.2] * 3), rates=args.rates, seeds=args.seeds)
+        cell |= dict(loss=[[0.0] * 3], steps=100, digest=recall.digest(args, mixer, width))
+        (out / f"{mixer}_{width}.json").write_text(json.dumps(cell))
+
+    monkeypatch.setattr(recall, "spawn", spawn)
+    assert recall.main(argv("base_conv")) == 0
+    (tmp_path / "base_conv_64.json").unlink()  # recall.json alone is kept in a repository
+    assert recall.main(argv("retnet")) == 0
+    assert [cell["mixer"] for cell in recall.tabled(tmp_path)] == ["base_conv", "retnet"]
+    assert recall.main(argv("retnet", seed=1)) == 2
+    assert "holds a table of other settings (base_conv at width 64)" in capsys.readouterr().err
+    assert len(recall.tabled(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(
