@@ -1,43 +1,6 @@
-"""A lazy list of every mechanism. Rows are strings and numbers; a mixer is imported when its row is loaded.
+"""Every mechanism, one row each."""
 
-What a mixer can do is on its class (the traits), not here: a row only says where it is, what it came from and
-which small instances the tests build.
-"""
-
-import difflib
-import importlib
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Row:
-    """One mechanism. Sizes in `small` are even, so that two-way sharding divides them."""
-
-    name: str  # short, lower case: what a command line calls it
-    target: str  # "module:Class"; the module lies in seqmix/mixers/<group>
-    title: str  # of the paper
-    paper: str  # arXiv id
-    small: dict  # fields of an instance that compiles fast, several chunks in 14 tokens
-    variants: tuple[dict, ...] = ()  # fields over `small`, each tested as well
-    medium: dict | None = None  # fields of an instance in which matmuls dominate, to check `flops`
-    medium_seq: int = 64  # its sequence length: one chunk or block
-    state: str = ""  # `state_size(context)` without the variants, in the class's own fields; "": does not decode
-    checked: tuple[str, ...] = ()  # "package: function" of docs/peer_checks.md, "(op)" after it for its op alone
-
-    @property
-    def class_name(self) -> str:
-        return self.target.partition(":")[2]
-
-    @property
-    def group(self) -> str:
-        """The folder of mixers/: dense, recurrent, ..."""
-        return self.target.partition(":")[0].split(".")[2]
-
-    def load(self) -> type:
-        """The mixer's class."""
-        module, _, name = self.target.partition(":")
-        return getattr(importlib.import_module(module), name)
-
+from seqmix.catalog.row import Row
 
 ROWS = (
     Row(
@@ -347,19 +310,3 @@ ROWS = (
         state="2 * (max(1, context // sparsity) * heads + dense_heads * context) * head_dim + heads + 1",
     ),
 )
-
-
-def find(name: str) -> Row:
-    """The row with this name, or whose class has it; ValueError with the nearest name if there is none."""
-    for row in ROWS:
-        if name in (row.name, row.class_name):
-            return row
-    known = [known for row in ROWS for known in (row.name, row.class_name)]
-    near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(name.lower(), known, 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(row.name for row in ROWS)}"
-    raise ValueError(f"name: no mixer is called {name!r}; {hint}")
-
-
-def load(name: str) -> type:
-    """The class of the mixer with this name, or of this class name; raises as `find` does."""
-    return find(name).load()
