@@ -35,9 +35,8 @@ FREE_FIELDS = (
     "profile",
     "wandb",
 )
-LIMIT = (
-    7 * 24 * 3600
-)  # seconds of Orbax's own limit on a save: it reads the clock, which may jump; ours is the watchdog
+# Seconds of Orbax's own limit on a save. It reads the clock, which may jump; the limit here is the watchdog's.
+LIMIT = 7 * 24 * 3600
 
 
 class Refused(Exception):

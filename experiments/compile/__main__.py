@@ -11,8 +11,8 @@ USAGE = """usage: python -m experiments.compile --config=NAME --topology=TOPOLOG
 Compiles the training step of a config, with its mesh, for chips that this machine does not have, and prints memory by
 kind, FLOPs, collectives and a bound on the step time. Nothing is run: the times are estimates (docs/compile.md).
 
-  --topology=T      v5e:16x16, v5p:4x4x4, v6e:8x8 (TPU slices, up to 256 chips; needs the extra "tpu") or
-                    h100:1x8 (hosts x GPUs; needs the extra "cuda")
+  --topology=T      v5e:16x16, v5p:4x4x4, v6e:8x8 (TPU slices, up to 256 chips) or h100:1x8 (hosts x GPUs).
+                    Their compilers come with `make targets`, for .venv-targets/bin/python
   --fit             search mesh, microbatches and remat on paper, and compile the best that fits
   --tries=N         layouts that --fit compiles at most (3)
   --scaling[=CHIP]  estimate mamba2_1b, transformer_1b and hybrid_1b on 1 to 256 chips (v5p), and draw them

@@ -3,6 +3,7 @@
 import numpy as np
 
 from experiments.report.chart import Line
+from experiments.report.compare import ACCURACY
 
 POINTS = 240  # of a line; longer curves are averaged over equal stretches
 
@@ -19,7 +20,7 @@ CURVES = (
 
 def kinds(scores):
     """CURVES with those of the scores that are accuracies behind the bits per byte."""
-    answers = [(s.key, "val", s.name.capitalize(), s.unit, False) for s in scores if s.key.startswith("accuracy/")]
+    answers = [(s.key, "val", s.name.capitalize(), s.unit, False) for s in scores if s.key.startswith(ACCURACY)]
     return (*CURVES[:2], *answers, *CURVES[2:])
 
 

@@ -48,10 +48,9 @@ def supports(
         return f"needs a Hopper GPU (compute capability 9.x), this one has {capability[0]}.{capability[1]}"
     if capability is None and not compat.interpreting():
         return "needs a Hopper GPU, the default device is none"
-    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
-        return f"needs bfloat16 q, k and v, got {q.dtype}, {k.dtype}, {v.dtype}"
-    if q.shape != k.shape or q.ndim != 4 or v.ndim != 4 or q.shape[:2] != v.shape[:2]:
-        return f"needs q, k [B, T, Hk, K] and v [B, T, H, V], got {q.shape}, {k.shape}, {v.shape}"
+    reason = planning.wrong_qkv(q, k, v)
+    if reason is not None:
+        return reason
     batch, time, key_heads, key = q.shape
     heads, value = v.shape[2:]
     if key not in (64, 128) or value not in (64, 128, 256):
@@ -60,7 +59,7 @@ def supports(
         return f"needs a number of heads that the key heads divide, got {heads} and {key_heads}"
     if 0 in (batch, time):
         return f"needs at least one row and one token, got B={batch}, T={time}"
-    return planning.misfit(q, v, log_decay, run_ids, scale, state, log_write)
+    return planning.wrong_rest(q, v, log_decay, run_ids, scale, state, log_write)
 
 
 @dataclasses.dataclass(frozen=True)

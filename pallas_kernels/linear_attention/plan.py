@@ -13,7 +13,16 @@ LOG2_E = math.log2(math.e)
 LEAST_LOG2 = -150.0  # 2^-150 is 0 in float32: a stronger decay changes nothing, and sums of it lose no digits
 
 
-def misfit(q, v, log_decay, run_ids, scale, state, log_write) -> str | None:
+def wrong_qkv(q, k, v) -> str | None:
+    """What of q, k and v no kernel can take, in a few words; None if nothing."""
+    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
+        return f"needs bfloat16 q, k and v, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if q.shape != k.shape or q.ndim != 4 or v.ndim != 4 or q.shape[:2] != v.shape[:2]:
+        return f"needs q, k [B, T, Hk, K] and v [B, T, H, V], got {q.shape}, {k.shape}, {v.shape}"
+    return None
+
+
+def wrong_rest(q, v, log_decay, run_ids, scale, state, log_write) -> str | None:
     """What beside q, k and v no kernel can take, in a few words; None if nothing."""
     batch, time, _, key = q.shape
     heads, value = v.shape[2:]

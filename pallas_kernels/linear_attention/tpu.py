@@ -39,10 +39,9 @@ def supports(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, 
 
     Takes arrays or shapes with dtypes. It does not look at the device.
     """
-    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
-        return f"needs bfloat16 q, k and v, got {q.dtype}, {k.dtype}, {v.dtype}"
-    if q.shape != k.shape or q.ndim != 4 or v.ndim != 4 or q.shape[:2] != v.shape[:2]:
-        return f"needs q, k [B, T, Hk, K] and v [B, T, H, V], got {q.shape}, {k.shape}, {v.shape}"
+    reason = planning.wrong_qkv(q, k, v)
+    if reason is not None:
+        return reason
     batch, time, key_heads, key = q.shape
     heads, value = v.shape[2:]
     if key not in (64, 128, 256) or value not in (64, 128, 256, 512):
@@ -53,7 +52,7 @@ def supports(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, 
         return f"needs at least one row, token and head, got B={batch}, T={time}, H={heads}"
     if Blocks.of(q, v).state_bytes > STATE_BYTES:
         return f"needs the states of heads that share keys in {STATE_BYTES >> 20} MiB, got H={heads}, Hk={key_heads}"
-    return planning.misfit(q, v, log_decay, run_ids, scale, state, log_write)
+    return planning.wrong_rest(q, v, log_decay, run_ids, scale, state, log_write)
 
 
 def wasteful(q, v) -> str | None:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmix.core import sharding
-from seqmix.ops import linear_kernels
+from seqmix.ops import linear_kernels, targets
 from seqmix.ops.context import enter
 from seqmix.ops.mesh import on_shares
 
@@ -17,7 +17,7 @@ def kernel(lay, implementation, q, k, v, log_decay, state, runs, write, **kind) 
     with sharding.shares(lay.mesh):
         local = [None if x is None else lay.share(x, *name) for x, name in zip(given, names, strict=True)]
         reasons = linear_kernels.reasons(implementation, *local, **kind, causal=True)
-    return next((name for name, reason in reasons.items() if reason is None and implementation in (None, name)), None)
+    return targets.chosen(reasons, implementation)
 
 
 def run(lay, op, d, acc, q, k, v, log_decay, state, runs, write, *, normalize, **options):

@@ -6,7 +6,7 @@ Each stretch is gone through twice, the first time for its state alone.
 import jax.numpy as jnp
 
 from seqmix.core import packing, sharding
-from seqmix.ops import scan_kernels
+from seqmix.ops import scan_kernels, targets
 from seqmix.ops.context import enter
 from seqmix.ops.mesh import on_shares
 
@@ -16,7 +16,7 @@ def kernel(lay, implementation, x, log_a, reverse) -> str | None:
     tokens, decays = _names(x, log_a)
     with sharding.shares(lay.mesh):
         reasons = scan_kernels.reasons(lay.share(x, *tokens), lay.share(log_a, *decays), reverse)
-    return next((name for name, reason in reasons.items() if reason is None and implementation in (None, name)), None)
+    return targets.chosen(reasons, implementation)
 
 
 def _names(x, log_a):

@@ -65,7 +65,7 @@ def scan(target, x, log_a, real, opened, state):
     if target == "tpu":
         h, state = _run_tpu(*_masked(x, log_a, real, opened), state)
     else:
-        h, state = _run(x, log_a, state, real, opened)
+        h, state = _run_gpu(x, log_a, state, real, opened)
     if real is not None:  # at padding the kernels give the state that is carried past it
         h = jnp.where(real[..., None], h, 0)
     return h[..., :width].reshape(shape), state[..., :width].reshape(shape[0], *shape[2:])
@@ -100,21 +100,17 @@ _run_tpu.defvjp(_forward_tpu, _backward_tpu)
 
 
 @jax.custom_vjp
-def _run(x, log_a, state, real, opened):
-    from pallas_kernels.linear_scan import gpu
-
-    return gpu.forward(x, log_a, state, real, opened)
+def _run_gpu(x, log_a, state, real, opened):
+    return _module("gpu").forward(x, log_a, state, real, opened)
 
 
-def _forward(x, log_a, state, real, opened):
-    h, last = _run(x, log_a, state, real, opened)
+def _forward_gpu(x, log_a, state, real, opened):
+    h, last = _run_gpu(x, log_a, state, real, opened)
     return (h, last), (log_a, h, state, real, opened)
 
 
-def _backward(residuals, cotangents):
-    from pallas_kernels.linear_scan import gpu
-
-    return *gpu.backward(*residuals, *cotangents), None, None
+def _backward_gpu(residuals, cotangents):
+    return *_module("gpu").backward(*residuals, *cotangents), None, None
 
 
-_run.defvjp(_forward, _backward)
+_run_gpu.defvjp(_forward_gpu, _backward_gpu)

@@ -23,6 +23,11 @@ def unsupported(target: str, length: int) -> str | None:
     return compat.unavailable() if target == "gpu" else None
 
 
+def chosen(reasons: dict, implementation: str | None) -> str | None:
+    """The first target with no reason against it, of those that `implementation` allows; None if there is none."""
+    return next((name for name, reason in reasons.items() if reason is None and implementation in (None, name)), None)
+
+
 def capability() -> tuple[int, int] | None:
     """(major, minor) of the device that a call's arrays lie on; None if that is no NVIDIA GPU."""
     from pallas_kernels import compat
