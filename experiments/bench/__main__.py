@@ -1,0 +1,93 @@
+"""Times what the project claims, beside its peers: `python -m experiments.bench run --suite=NAME [--out=DIR]`.
+
+A suite is a list of cases; each gives rows, which are written to DIR/<card>_<suite>.json as they come, with the
+command, versions and card. At the end come a table (.md, and printed) and, with matplotlib, a picture (.png, .svg). A
+case that fails is a row that says why. Exit codes: 0 done, 1 a case failed (the others are kept), 2 a mistake in the
+command.
+"""
+
+import concurrent.futures
+import os
+import sys
+import time
+from pathlib import Path
+
+from experiments import cli, progress
+from experiments.bench import results, suites
+
+
+def main(argv=None):
+    """Parses, runs the cases, writes; returns the exit code."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        suite = suites.load(args.suite)
+        cases = suite.cases(args)
+        wanted = [case for case in cases if not args.only or case.part in args.only]
+        if not wanted:
+            here = ", ".join(dict.fromkeys(case.part for case in cases)) or "none on this machine"
+            raise ValueError(f"--only: no case of {suite.NAME} is left, its parts are {here}")
+        if args.list:
+            print(*(f"{case.part}: {case.label}" for case in wanted), sep="\n")
+            return 0
+    except ValueError as error:
+        return cli.refuse(error)
+    if args.compile_only:
+        return compiled(wanted, args)
+    kept = results.File(Path(args.out), suite, args)
+    failed = run(suite, wanted, args, kept)
+    kept.finish()
+    for label, reason in failed:
+        print(f"failed: {label}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def parse(argv):
+    """The command's arguments; raises ValueError in one line, and ends the process after --help."""
+    parser = cli.Parser(prog="python -m experiments.bench", description=__doc__.splitlines()[0])
+    commands = "; ".join(f"{name}: {about}" for name, about in suites.SUITES.items())
+    parser.add_argument("command", choices=("run",), help="what to do")
+    add = parser.add_argument
+    add("--suite", required=True, choices=tuple(suites.SUITES), help=commands)
+    add("--out", default="runs/bench", help="folder of the results")
+    add("--only", type=_words, default=(), help="parts of the suite, joined by commas; all where none are named")
+    add("--peers", action="store_true", help="time the PyTorch peers that can be imported, in the same run")
+    add("--list", action="store_true", help="name the cases and end")
+    add("--compile-only", action="store_true", help="compile the suite's programs (scaling), and time nothing")
+    return parser.parse(argv)
+
+
+def _words(text):
+    return tuple(word for word in text.split(",") if word)
+
+
+def compiled(cases, args):
+    """Compiles the programs of the cases, several at once, for a later run to find in JAX's compilation cache."""
+    failed = 0
+    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:
+        waiting = {pool.submit(lambda case: list(case.run(args)), case): case.label for case in cases}
+        for index, done in enumerate(concurrent.futures.as_completed(waiting)):
+            error = done.exception()
+            failed += error is not None
+            text = "compiled" if error is None else f"failed: {type(error).__name__}: {str(error)[:200]}"
+            progress.say(f"{index + 1} of {len(cases)}: {waiting[done]} {text}")
+    return 1 if failed else 0
+
+
+def run(suite, cases, args, kept):
+    """Runs the cases one after the other; the failed ones as (label, reason)."""
+    failed, work = [], progress.Work(suite.NAME, "cases", len(cases), seconds=0)
+    for index, case in enumerate(cases):
+        begin = time.monotonic()
+        try:
+            for row in case.run(args):
+                kept.add({"part": case.part, **row})
+        except Exception as error:  # what cannot run is a finding, not the end of the table
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            failed.append((case.label, reason))
+            kept.add({"part": case.part, "case": case.label, "failed": reason})
+        work.update(index + 1, f"{case.label} took {time.monotonic() - begin:.1f} s", last=index + 1 == len(cases))
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

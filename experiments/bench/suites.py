@@ -1,0 +1,27 @@
+"""The suites by name, and what one is made of.
+
+A suite is a module with NAME, COLUMNS ((key of a row, heading, format), ...), cases(args) -> [Case], and, where a
+picture helps, draw(rows, figure).
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+
+SUITES = {
+    "scaling": "several GPUs of one host against one: training, attention and recurrences over a cut time axis",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A part of a suite that runs by itself: run(args) gives rows, plain dicts."""
+
+    part: str
+    label: str
+    run: Callable
+
+
+def load(name):
+    """The module of a suite."""
+    return importlib.import_module(f"experiments.bench.{name}")

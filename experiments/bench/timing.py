@@ -1,0 +1,45 @@
+"""How the suites time: medians of queued calls over rotating inputs, after a warm-up."""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+
+def median_ms(call, sets, seconds=1.0, rounds=5, most=20):
+    """Milliseconds a call: the median over rounds of queued calls, with the argument sets in turn.
+
+    Calls are queued so that a round takes about `seconds` / rounds, at most `most`; where one call takes longer than
+    `seconds`, it is timed twice, and the faster counts.
+    """
+    jax.block_until_ready(call(*sets[0]))
+    first = _seconds(call, sets, 1)
+    if first > seconds:
+        return 1e3 * min(first, _seconds(call, sets, 1))
+    queued = max(1, min(most, int(seconds / rounds / first)))
+    return 1e3 * statistics.median(_seconds(call, sets, queued) for _ in range(rounds))
+
+
+def _seconds(call, sets, queued):
+    last, start = None, time.perf_counter()
+    for index in range(queued):
+        last = call(*sets[index % len(sets)])
+    jax.block_until_ready(last)
+    return (time.perf_counter() - start) / queued
+
+
+def copy_rate():
+    """Bytes read and written a second by a copy of 1 GiB on the first device."""
+    sets = [(jax.random.bits(jax.random.key(seed), (2**28,), jnp.uint32),) for seed in range(2)]
+    return 2 * 2**30 / (1e-3 * median_ms(jax.jit(lambda x: x ^ 1), sets))
+
+
+def with_gradients(forward):
+    """(cotangent, *inputs) -> (y, gradients of the inputs), of a function of the inputs."""
+
+    def both(cotangent, *inputs):
+        y, pull = jax.vjp(forward, *inputs)
+        return y, pull(cotangent)
+
+    return both
