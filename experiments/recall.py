@@ -115,7 +115,7 @@ def config(args, mixer, width):
 
 def digest(args, mixer, width):
     """What a cell's result depends on, as a short hash."""
-    what = [serialize.to_json(config(args, mixer, width)), args.rates, args.seeds]
+    what = [serialize.essence(config(args, mixer, width)), args.rates, args.seeds]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
 

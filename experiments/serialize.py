@@ -29,6 +29,24 @@ def to_json(value):
         raise ValueError(f"config: expected plain values and dataclasses, got {type(value).__name__}") from None
 
 
+def essence(value):
+    """`to_json` without the fields that are at their defaults: a field that comes later does not change it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        given = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        usual = {f.name: _default(f) for f in dataclasses.fields(value)}
+        kept = {name: essence(item) for name, item in given.items() if not _same(item, usual[name])}
+        return {"__class__": to_json(value)["__class__"], **kept}
+    return [essence(item) for item in value] if isinstance(value, (tuple, list)) else to_json(value)
+
+
+def _default(field):
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _same(a, b):
+    return type(a) is type(b) and bool(a == b)
+
+
 def from_json(value):
     """The inverse of `to_json`; unknown fields and classes raise ValueError naming them."""
     if isinstance(value, list):
