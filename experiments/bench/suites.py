@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable
 
 SUITES = {
+    "recurrent": "linear attention, SSD and scans on one device, beside fla and mamba_ssm",
     "scaling": "several GPUs of one host against one: training, attention and recurrences over a cut time axis",
 }
 
