@@ -11,9 +11,8 @@ import gc
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from experiments.bench import peers, timing
+from experiments.bench import errors, peers, timing
 from experiments.bench.suites import Case
 from seqmix import ops
 
@@ -112,15 +111,15 @@ def implementations(name):
 
 def cases(args):
     """Each op at each shape."""
-    errors = {}
+    wrong = {}
     return [
-        Case(name, f"{name} B{b} T{t}", functools.partial(_case, name, b, t, errors)) for name in OPS for b, t in SHAPES
+        Case(name, f"{name} B{b} T{t}", functools.partial(_case, name, b, t, wrong)) for name in OPS for b, t in SHAPES
     ]
 
 
-def _case(name, b, t, errors, args):
-    if name not in errors:
-        errors[name] = measured_errors(name, args.peers)
+def _case(name, b, t, wrong, args):
+    if name not in wrong:
+        wrong[name] = measured_errors(name, args.peers)
     found = dict(ours(name, b, t))
     gc.collect()  # torch has its own memory
     if args.peers:
@@ -128,7 +127,7 @@ def _case(name, b, t, errors, args):
     forward, both = (1e3 * count / _rate() for count in bytes_of(name, b, t))
     best = [min((f[key] for label, f in found.items() if label in peers.LABELS), default=None) for key in TIMES]
     for label, times in found.items():
-        row = {"op": name, "batch": b, "tokens": t, "implementation": label, **times, **errors[name].get(label, {})}
+        row = {"op": name, "batch": b, "tokens": t, "implementation": label, **times, **wrong[name].get(label, {})}
         row |= {"floor_ms": forward, "fwd_bwd_floor_ms": both, "floor_share": forward / times["fwd_ms"]}
         if label not in peers.LABELS and best[0] is not None:
             row |= {"peer_ratio": best[0] / times["fwd_ms"], "peer_ratio_both": best[1] / times["fwd_bwd_ms"]}
@@ -174,29 +173,14 @@ def measured_errors(name, with_peers):
     inputs = draw(jax.random.key(5), *ERROR_SHAPE)
     y = jax.eval_shape(run, *inputs)
     cotangent = normal(jax.random.key(6), y.shape, y.dtype)
-    wide = [np.asarray(x, np.float64) for x in (cotangent, *inputs)]
-    with jax.enable_x64(True):
-        both = timing.with_gradients(functools.partial(run, implementation="reference"))
-        exact = jax.tree.map(np.asarray, jax.jit(both)(*map(jnp.asarray, wide)))
-    found = {}
+    exact, found = errors.exact(run, cotangent, inputs), {}
     for label, options in implementations(name).items():
         if _supported(name, options):
             both = timing.with_gradients(functools.partial(run, **options))
-            found[label] = compared(jax.jit(both)(cotangent, *inputs), exact, names)
+            found[label] = errors.compared(jax.jit(both)(cotangent, *inputs), exact, names)
     for label, result in peers.results(name, inputs, cotangent).items() if with_peers else ():
-        found[label] = compared(result, exact, names)
+        found[label] = errors.compared(result, exact, names)
     return found
-
-
-def compared(found, exact, names):
-    """Errors of (y, gradients), by name, and the worst."""
-    flat = [found[0], *found[1]], [exact[0], *exact[1]]
-    errors = {}
-    for key, a, b in zip(("y", *names), *flat, strict=True):
-        a, b = np.asarray(a, np.float64).reshape(b.shape), np.asarray(b)
-        errors[key] = float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
-    worst = max(names, key=errors.get)
-    return {"error": errors["y"], "gradient_error": errors[worst], "worst_gradient": worst, "errors": errors}
 
 
 def bytes_of(name, b, t):

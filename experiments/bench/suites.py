@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 SUITES = {
     "recurrent": "linear attention, SSD and scans on one device, beside fla and mamba_ssm",
+    "attention": "dense, windowed, packed and sparse attention on one device, beside cuDNN and flex_attention",
     "scaling": "several GPUs of one host against one: training, attention and recurrences over a cut time axis",
 }
 

@@ -1,0 +1,82 @@
+"""PyTorch's attention kernels under the patterns of the attention suite. Never a dependency."""
+
+import functools
+
+
+def times(name, batch, length):
+    """{peer: times} of a pattern, by triton's do_bench: cuDNN and flash where they know it, flex_attention for all."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    from experiments.bench import attention
+
+    draw = lambda: torch.randn(batch, attention.HEADS, length, attention.WIDTH, device="cuda", dtype=torch.bfloat16)
+    inputs, found = [draw().requires_grad_() for _ in range(3)], {}
+    if name in ("causal", "full"):
+
+        def dense(q, k, v, backend):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=name == "causal")
+
+        for label, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+            found[f"torch {label}"] = _timed(functools.partial(dense, backend=backend), inputs)
+    torch._dynamo.reset()  # else the recompilation limit silently falls back to the uncompiled operator
+    mask = create_block_mask(visible(name, length), None, None, length, length, device="cuda", _compile=True)
+    flex = torch.compile(flex_attention)
+    found["torch flex_attention"] = _timed(lambda q, k, v: flex(q, k, v, block_mask=mask), inputs)
+    torch.cuda.empty_cache()
+    return found
+
+
+def _timed(call, inputs):
+    import torch
+    from triton.testing import do_bench
+
+    with torch.no_grad():
+        fwd = do_bench(lambda: call(*inputs), warmup=50, rep=200, return_mode="median")
+    cotangent = torch.randn_like(call(*inputs))
+    both = lambda: torch.autograd.grad(call(*inputs), inputs, cotangent)
+    return {"fwd_ms": fwd, "fwd_bwd_ms": do_bench(both, warmup=50, rep=200, return_mode="median")}
+
+
+def visible(name, length):
+    """The pattern as flex_attention's mask_mod; the neighbourhood's tokens row by row."""
+    import torch
+
+    from experiments.bench import attention as a
+
+    if name == "full":
+        return lambda b, h, i, j: i >= 0
+    if name == "causal":
+        return lambda b, h, i, j: i >= j
+    if name == "window":
+        return lambda b, h, i, j: (i >= j) & (i - j < a.WINDOW)
+    if name == "documents":
+        ids = torch.tensor(a.documents(length)[0], device="cuda")
+        return lambda b, h, i, j: (i >= j) & (ids[i] == ids[j])
+    if name == "prefix":
+        prefix = min(a.PREFIX, length // 4)
+        return lambda b, h, i, j: (i >= j) | (j < prefix)
+    if name == "sinks and window":
+        return lambda b, h, i, j: (i >= j) & ((i - j < a.WINDOW) | (j < a.SINK_TOKENS))
+    if name == "neighbourhood":
+        return _neighbourhood(int(length**0.5), a.NEAR)
+    density = float(name.split()[-1].rstrip("%")) / 100
+    table = torch.tensor(a.random_table(density, length), device="cuda")
+    return lambda b, h, i, j: table[i // a.BLOCK, j // a.BLOCK]
+
+
+def _neighbourhood(side, window):
+    import torch
+
+    def start(c):
+        return torch.clamp(c - window // 2, 0, side - window)
+
+    def seen(b, h, i, j):
+        ri, ci, rj, cj = i // side, i % side, j // side, j % side
+        rows = (rj >= start(ri)) & (rj < start(ri) + window)
+        return rows & (cj >= start(ci)) & (cj < start(ci) + window)
+
+    return seen

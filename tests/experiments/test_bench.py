@@ -1,0 +1,91 @@
+"""experiments.bench: rows kept as they come, failures named, errors and rates that are what they say."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.bench import __main__ as bench
+from experiments.bench import attention, errors, recurrent, results, scaling_ops, suites, timing
+
+
+def test_a_mistake_is_one_line_with_exit_code_2(capsys, tmp_path):
+    for words, said in (
+        (["run", "--suite=recurent"], "--suite: invalid choice: 'recurent'"),
+        (["run", "--suite=recurrent", "--only=gal", f"--out={tmp_path}"], "--only: no case of recurrent is left"),
+        (["run"], "--suite"),
+        (["run", "--suite=recurrent", "--peer"], "--peer: unknown flag, did you mean --peers?"),
+    ):
+        assert bench.main(words) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and said in lines[0]
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_suite_names_its_cases(capsys):
+    for name in suites.SUITES:
+        assert bench.main(["run", f"--suite={name}", "--list"]) == 0
+        assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+def test_rows_of_earlier_cases_are_kept_when_a_case_fails(tmp_path, monkeypatch, capsys):
+    def fails(args):
+        yield {"op": "scan", "implementation": "first"}
+        raise RuntimeError("no such thing\nin two lines")
+
+    monkeypatch.setattr(recurrent, "cases", lambda args: [suites.Case("scan", "scan B1", fails)])
+    assert bench.main(["run", "--suite=recurrent", f"--out={tmp_path}"]) == 1
+    rows = json.loads((tmp_path / "cpu_recurrent.json").read_text())["rows"]
+    assert [row.get("failed") for row in rows] == [None, "RuntimeError: no such thing in two lines"]
+    assert "failed: scan B1: RuntimeError" in capsys.readouterr().err
+
+
+def test_the_recurrent_suite_times_and_compares(tmp_path, monkeypatch):
+    for name, value in {"CHANNELS": 8, "SHAPES": ((1, 64),), "ERROR_SHAPE": (1, 32), "SETS": 1}.items():
+        monkeypatch.setattr(recurrent, name, value)
+    recurrent._rate.cache_clear()
+    monkeypatch.setattr(timing, "copy_rate", lambda: 1e9)
+    assert bench.main(["run", "--suite=recurrent", "--only=scan", f"--out={tmp_path}"]) == 0
+    kept = json.loads((tmp_path / "cpu_recurrent.json").read_text())
+    (row,) = kept["rows"]
+    assert kept["command"].startswith("python -m experiments.bench") and kept["versions"]["jax"] == jax.__version__
+    assert 0 < row["error"] < 5e-3 and 0 < row["gradient_error"] < 5e-3
+    assert row["floor_ms"] == pytest.approx(1e3 * 3 * 2 * 64 * 8 / 1e9)  # x and decays read, h written, bfloat16
+    assert row["floor_share"] == pytest.approx(row["floor_ms"] / row["fwd_ms"])
+    assert "| scan | 1 | 64 | chunked |" in (tmp_path / "cpu_recurrent.md").read_text()
+    recurrent._rate.cache_clear()
+
+
+def test_patterns_and_their_masks_are_the_same(monkeypatch):
+    """Options of `attention` and the mask by which pairs are counted say the same."""
+    for name, value in {"WINDOW": 20, "SINK_TOKENS": 4, "BLOCK": 16, "BOX": (4, 4), "NEAR": 5}.items():
+        monkeypatch.setattr(attention, name, value)
+    length, k = 64, jnp.ones((1, 64, 1, 8))
+    for name, (options, mask) in attention.patterns(length).items():
+        call = attention._call(options, 1)
+        v = jnp.eye(length)[None, :, None]  # outputs are the weights
+        weights = np.asarray(call(k, k, v))[0, :, 0]
+        assert np.array_equal(weights > 0, mask.dense(length)), name
+
+
+def test_compared_names_the_worst_gradient():
+    exact = (np.ones(4), (np.ones(4), 2 * np.ones(4)))
+    found = errors.compared((np.ones(4), (np.ones(4), 2 * np.ones(4) + 0.02)), exact, "ab")
+    assert (found["error"], found["worst_gradient"]) == (0, "b")
+    assert found["gradient_error"] == pytest.approx(0.01)
+
+
+def test_ops_over_devices_are_timed_with_the_bytes_they_send(monkeypatch):
+    monkeypatch.setattr(scaling_ops, "HEADS", 2)
+    monkeypatch.setattr(scaling_ops, "WIDTH", 8)
+    args = bench.parse(["run", "--suite=scaling"])
+    (row,) = scaling_ops.attention("heads", 2, 64, {64: {"fwd_ms": 1e3, "fwd_bwd_ms": 1e3}}, args)
+    assert row["fwd_ms"] > 0 and row["sent"] >= row["sent_formula"] > 0
+    assert row["share"] == pytest.approx(2 * 2 * 8 * 64**2 / 2 / row["fwd_ms"] / 1e3)
+
+
+def test_device_kinds_become_words():
+    kinds = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "TPU v5 lite": "v5", "cpu": "cpu"}
+    assert {kind: results.short(kind) for kind in kinds} == kinds
