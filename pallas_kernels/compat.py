@@ -118,6 +118,12 @@ def zeros(shape):
     return gpu().layout_cast(jnp.zeros(shape, jnp.float32), tile_layout())
 
 
+def laid(value, axis=None):
+    """A tile, or a vector along an axis of one, told to lie in registers as tiles do."""
+    layout = tile_layout() if axis is None else (rows_layout, columns_layout)[axis]()
+    return gpu().layout_cast(value, layout)
+
+
 def rows(count, value):
     """A vector of one value, to scale rows of a tile with."""
     return gpu().layout_cast(jnp.full((count,), value, jnp.float32), rows_layout())

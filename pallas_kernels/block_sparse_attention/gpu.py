@@ -10,6 +10,7 @@ without a look at the mask.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -270,10 +271,13 @@ class Rows:
         """Whether scores are more than a product with a factor."""
         return self.call.soft_cap is not None or "slopes" in self.block.given
 
-    def places(self, n):
-        """Indices of the queries and of the nth block's keys."""
-        j = self.block.entry(n) // 2 * self.call.keys
-        return self.first + compat.row_places(ROWS), j + compat.column_places(self.call.keys)
+    def queries(self, n):
+        """Indices of the queries."""
+        return self.first + compat.row_places(ROWS)
+
+    def keys_of(self, n):
+        """Indices of the nth block's keys."""
+        return self.block.entry(n) // 2 * self.call.keys + compat.column_places(self.call.keys)
 
     def logits(self, scores, n):
         """Scores of the nth block, scaled, in log2; as they are where a factor does it."""
@@ -285,9 +289,9 @@ class Rows:
         elif self.bent:
             scores = scores * (call.scale * LOG2_E)
         if "slopes" in self.block.given:
-            i, j = self.places(n)
-            apart = compat.spread_rows(i, scores.shape) - compat.spread_columns(j, scores.shape)
-            scores = scores - jnp.abs(apart).astype(F32) * self.block.given["slopes"][self.head]
+            i = compat.spread_rows(self.queries(n), scores.shape)
+            j = compat.spread_columns(self.keys_of(n), scores.shape)
+            scores = scores - jnp.abs(i - j).astype(F32) * self.block.given["slopes"][self.head]
         return scores
 
     def seen(self, scores, n, slot):
@@ -302,6 +306,7 @@ class Rows:
                 values[name] = compat.load_rows_of(x.at[row if x.shape[0] > 1 else 0, pl.ds(self.first, ROWS)])
             for name, tiles in self.shared["k_data"].items():
                 values[name] = compat.load_columns(tiles.at[slot])
-            return jnp.where(call.seen(*self.places(n), values), scores, -jnp.inf)
+            i, j = (functools.partial(place, n) for place in (self.queries, self.keys_of))
+            return jnp.where(call.seen(i, j, values, (ROWS, call.keys)), scores, -jnp.inf)
 
         return lax.cond(self.block.entry(n) % 2 == 1, lambda scores: scores, look, scores)

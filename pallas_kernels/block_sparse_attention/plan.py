@@ -14,12 +14,11 @@ BLOCKS = 64, 128  # queries or keys of a block
 WIDTHS = 64, 128  # K or V
 
 # What a mask may be made of: every one works on vectors and tiles of integers and truth values, element by element.
-ELEMENTWISE = frozenset(
-    "abs add and clamp convert_element_type div eq ge gt le lt max min mul ne neg not or rem select_n sign sub xor "
-    "shift_left shift_right_arithmetic shift_right_logical".split()
-)
-CALLS = frozenset(("jit", "pjit", "closed_call"))
-RESHAPES = frozenset(("broadcast_in_dim", "reshape", "squeeze", "expand_dims"))
+ELEMENTWISE = {"abs", "add", "and", "clamp", "convert_element_type", "div", "eq", "ge", "gt", "le", "lt", "max", "min"}
+ELEMENTWISE |= {"mul", "ne", "neg", "not", "or", "rem", "select_n", "sign", "sub", "xor"}
+ELEMENTWISE |= {"shift_left", "shift_right_arithmetic", "shift_right_logical"}
+CALLS = {"jit", "pjit", "closed_call"}
+RESHAPES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims"}
 
 
 def supports(q, k, v, sizes, *, visible=None, q_data=None, k_data=None, scale=1.0, capability=None) -> str | None:
@@ -54,8 +53,8 @@ def supports(q, k, v, sizes, *, visible=None, q_data=None, k_data=None, scale=1.
 class Visibility:
     """A mask, as kernels evaluate it: on vectors of queries or of keys as far as it goes, then on the tile.
 
-    visible(i, j, values) is elementwise in int32 i [bq, 1] and j [1, bk]; names are those of `values`, of queries and of
-    keys.
+    visible(i, j, values) is elementwise in int32 i [bq, 1] and j [1, bk]; names are those of `values`, of queries and
+    of keys.
     """
 
     visible: Callable
@@ -73,16 +72,18 @@ class Visibility:
         found = _first_foreign(self.jaxpr(sizes).jaxpr)
         return None if found is None else f"has no form for a mask that uses {found!r}"
 
-    def __call__(self, i, j, values, *, turned=False):
-        """Whether pairs are visible: bool [bq, bk], of int32 vectors i [bq] and j [bk], and values {name: one of them}.
+    def __call__(self, i, j, values, sizes, *, turned=False):
+        """Whether pairs are visible: bool [bq, bk], of int32 vectors i() [bq] and j() [bk], and values {name: one}.
 
         Vectors of queries scale rows of a tile, those of keys its columns; turned: the other way, giving [bk, bq].
+        i and j are functions: a vector that the mask does not ask for must not exist (its layout would be unknown).
         """
-        closed = self.jaxpr((i.shape[0], j.shape[0]))
-        shape = (j.shape[0], i.shape[0]) if turned else (i.shape[0], j.shape[0])
-        tile = _Tile(shape, {"queries": int(turned), "keys": 1 - int(turned)})
+        closed = self.jaxpr(sizes)
+        asked = {var for eqn in closed.jaxpr.eqns for var in eqn.invars if not hasattr(var, "val")}
+        places = [place() if var in asked else None for place, var in zip((i, j), closed.jaxpr.invars)]
+        tile = _Tile(sizes[::-1] if turned else sizes, {"queries": int(turned), "keys": 1 - int(turned)})
         sides = dict.fromkeys(self.q_names, "queries") | dict.fromkeys(self.k_names, "keys")
-        given = [(i, "queries"), (j, "keys"), *((values[name], sides[name]) for name in sorted(sides))]
+        given = [(places[0], "queries"), (places[1], "keys"), *((values[name], sides[name]) for name in sorted(sides))]
         ((seen, kind),) = tile.evaluate(closed.jaxpr, closed.consts, given)
         return tile.spread(seen, kind, "tile")
 
@@ -113,10 +114,11 @@ class _Tile:
         if kind == to:
             return value
         shape = self.shape if to == "tile" else (self.shape[self.axes[to]],)
-        if kind == "scalar":
-            return lax.broadcast_in_dim(jnp.asarray(value), shape, ())
+        axes = () if kind == "scalar" else (self.axes[kind],)
+        value = jnp.asarray(value)
         truth = value.dtype == jnp.bool_  # spread as numbers
-        value = lax.broadcast_in_dim(value.astype(jnp.int32) if truth else value, shape, [self.axes[kind]])
+        value = lax.broadcast_in_dim(value.astype(jnp.int32) if truth else value, shape, axes)
+        value = compat.laid(value, None if to == "tile" else self.axes[to])
         return value != 0 if truth else value
 
     def evaluate(self, jaxpr, consts, inputs):
