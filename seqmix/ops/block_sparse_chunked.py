@@ -41,23 +41,29 @@ def chunked(config: Config, q, k, v, slopes, data: dict, lists: Lists, sizes, fi
 
     The queries, their data and the lists may be a stretch of config.time: of whole blocks, from block `first` on.
     """
-    y, lse = _attend(*_by_block(config, q, k, v, slopes, data, lists, sizes, first))
+    if isinstance(lists.full, np.ndarray):
+        config = config._replace(full=bool(lists.full.any()))
+    walks = block_lists.forward(lists), block_lists.transposed(lists, -(-k.shape[1] // sizes[1]))
+    y, lse = _attend(*_by_block(config, q, k, v, slopes, data, walks, sizes, first))
     lse = jnp.moveaxis(lse, 4, 2).reshape(q.shape[0], q.shape[2], -1)[..., : q.shape[1]]
     return _by_token(y, q.shape[1]), lse
 
 
-def gradients(config: Config, q, k, v, slopes, data: dict, lists: Lists, sizes, y, lse, dy, dlse):
-    """Those of q, k, v and slopes, from the results of `chunked`, or of another form, and their gradients."""
-    call = _by_block(config, q, k, v, slopes, data, lists, sizes)
-    rows = [_rows(x, k.shape[2], sizes[0]) for x in (y, dy)]
-    rows[1:1] = [_rows(jnp.moveaxis(x, 1, 2)[..., None], k.shape[2], sizes[0])[..., 0] for x in (lse, dlse)]
-    y, lse, dlse, dy = rows
+def gradients(config: Config, q, k, v, slopes, data: dict, walks, sizes, y, lse, dy, dlse):
+    """Those of q, k, v and slopes, from the results of `chunked`, or of another form, and their gradients.
+
+    walks: the lists laid end to end, and transposed.
+    """
+    by_block = lambda x: _rows(x, k.shape[2], sizes[0])
+    y, dy = by_block(y), by_block(dy)
+    lse, dlse = (by_block(jnp.moveaxis(x, 1, 2)[..., None])[..., 0] for x in (lse, dlse))
+    call = _by_block(config, q, k, v, slopes, data, walks, sizes)
     dq, dk, dv, dslopes, *_ = _attend_backward(call[0], (*call[1:], y, lse), (dy, dlse))
     dk, dv = (_by_token(x[..., None, :], k.shape[1]) for x in (dk, dv))
     return _by_token(dq, q.shape[1]), dk, dv, None if slopes is None else dslopes.reshape(slopes.shape)
 
 
-def _by_block(config, q, k, v, slopes, data, lists, sizes, first=0):
+def _by_block(config, q, k, v, slopes, data, walks, sizes, first=0):
     """The arguments of `_attend`."""
     heads, groups = q.shape[2], k.shape[2]
     q = _rows(q, groups, sizes[0])
@@ -67,9 +73,6 @@ def _by_block(config, q, k, v, slopes, data, lists, sizes, first=0):
         side = config.mask.inputs[name]
         values[side][name] = _blocks(x, sizes[side == "keys"])[:, None]
     slopes = None if slopes is None else slopes.reshape(groups, heads // groups)
-    if isinstance(lists.full, np.ndarray):
-        config = config._replace(full=bool(lists.full.any()))
-    walks = block_lists.forward(lists), block_lists.transposed(lists, k.shape[2])
     return config, q, k, v, slopes, values, walks, jnp.asarray(first, jnp.int32)
 
 
