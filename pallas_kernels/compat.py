@@ -88,6 +88,11 @@ def load_rows(ref):
     return gpu().load(ref, layout=rows_layout())
 
 
+def load_rows_of(ref):
+    """A vector [rows] from global memory."""
+    return gpu().load(ref, layout=rows_layout(), optimized=False)
+
+
 def load_columns(ref):
     """A vector [columns], to scale the columns of a tile with."""
     # The unoptimized load keeps layout inference from searching for minutes.
@@ -113,8 +118,34 @@ def zeros(shape):
     return gpu().layout_cast(jnp.zeros(shape, jnp.float32), tile_layout())
 
 
+def laid(value, axis=None):
+    """A tile, or a vector along an axis of one, told to lie in registers as tiles do."""
+    layout = tile_layout() if axis is None else (rows_layout, columns_layout)[axis]()
+    return gpu().layout_cast(value, layout)
+
+
+def rows(count, value):
+    """A vector of one value, to scale rows of a tile with."""
+    return gpu().layout_cast(jnp.full((count,), value, jnp.float32), rows_layout())
+
+
+def together(*values):
+    """The values, none of which is made later than any other is used."""
+    return values if interpreting() else lax.optimization_barrier(values)
+
+
 def iota(shape, axis):
     return gpu().broadcasted_iota(jnp.int32, shape, axis, layout=tile_layout())
+
+
+def row_places(count):
+    """0, 1, ... for the rows of a tile."""
+    return gpu().broadcasted_iota(jnp.int32, (count,), 0, layout=rows_layout())
+
+
+def column_places(count):
+    """0, 1, ... for the columns of a tile."""
+    return gpu().broadcasted_iota(jnp.int32, (count,), 0, layout=columns_layout())
 
 
 def spread_rows(vector, shape):
@@ -131,16 +162,18 @@ def transposed(ref):
     return ref.transpose((1, 0))
 
 
-def matmul(*pairs, start=None):
+def matmul(*pairs, start=None, issued=lambda: None):
     """Sum of a @ b over `pairs` of tiles (+ start), in float32 on the tensor cores.
 
-    a: in registers or shared memory; b: in shared memory.
+    a: in registers or shared memory; b: in shared memory. issued() is called when all products have been handed to
+    the tensor cores, before the wait.
     """
     mgpu = gpu()
 
     def multiply(acc):
         for a, b in pairs:
             mgpu.wgmma(acc, a, b)
+        issued()
 
     if start is None or interpreting():  # the interpreter cannot start an accumulator from a value
 
@@ -154,16 +187,19 @@ def matmul(*pairs, start=None):
     return pl.run_state(multiply)(mgpu.ACC.init(start))
 
 
-def matmuls(*jobs):
+def matmuls(*jobs, issued=lambda: None):
     """Several `matmul`s that do not need each other, under one wait. jobs: (list of pairs, start or None) each."""
     if interpreting():
-        return [matmul(*pairs, start=start) for pairs, start in jobs]
+        results = [matmul(*pairs, start=start) for pairs, start in jobs]
+        issued()
+        return results
     mgpu = gpu()
 
     def multiply(accs):
         for acc, (pairs, _) in zip(accs, jobs):
             for a, b in pairs:
                 mgpu.wgmma(acc, a, b)
+        issued()
 
     starts = [zeros((pairs[0][0].shape[0], pairs[0][1].shape[1])) if start is None else start for pairs, start in jobs]
     return list(pl.run_state(multiply)([mgpu.ACC.init(start) for start in starts]))
@@ -207,6 +243,21 @@ def unhoisted(ref, step):
 
 def barrier(arrivals):
     return gpu().Barrier(num_arrivals=arrivals)
+
+
+def barriers(count, arrivals=1):
+    """`count` barriers, one after the other under one name."""
+    return gpu().Barrier(num_arrivals=arrivals, num_barriers=count)
+
+
+def fetch(source, target, barrier_ref):
+    """Starts the copy, by TMA, of global memory to shared memory; it arrives at the barrier."""
+    gpu().copy_gmem_to_smem(source, target, barrier_ref)
+
+
+def registers(count, more):
+    """What a thread of this warpgroup may hold: `more` than at the kernel's start, or less."""
+    gpu().set_max_registers(count, action="increase" if more else "decrease")
 
 
 def tile_spec(shape, index_map):

@@ -7,7 +7,7 @@ import numpy as np
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
-from seqmix.ops import block_lists, block_sparse_context
+from seqmix.ops import block_lists, block_sparse_context, block_sparse_kernels
 from seqmix.ops.block_sparse_chunked import Config, chunked
 from seqmix.ops.block_sparse_reference import reference
 from seqmix.ops.dispatch import pick
@@ -56,7 +56,8 @@ def block_sparse_attention(
       soft_cap: None or a positive number (Gemma 2, arXiv 2408.00118, section 2).
       slopes: [H] floating, ALiBi's (arXiv 2108.12409); differentiable.
       return_lse: also return lse, for `merge`; it is differentiable like y.
-      implementation: None, "chunked" (memory linear in T and S; differentiable once) or "reference" (dense).
+      implementation: None (the best for the call), "gpu" (Hopper kernels, for bfloat16, K and V of 64 or 128, and
+        sizes of 64 or 128), "chunked" (memory linear in T and S; both differentiable once) or "reference" (dense).
 
     Returns:
       y [B, T, H, V] in v.dtype, or (y, lse [B, H, T] in acc). A row that sees no key has y = 0 and lse = -inf, and
@@ -74,13 +75,21 @@ def block_sparse_attention(
     time, keys = q.shape[1], k.shape[1]
     mask, data = with_segments(mask, data, segment_ids)
     data = checked_data(mask, time, keys, data, q.shape[0])
+    blocked = block_sparse_kernels.block_sizes(sizes, blocks is not None)
     sizes = clipped(sizes, time, keys)
     lay = layout(q.shape[0], time, q.shape[2], k.shape[2])
     if lay is not None and lay.time and blocks is None:
         sizes = block_sparse_context.row_size(lay, time, sizes[0]), sizes[1]
     index = None if blocks is None else _index(blocks, q.shape[0], k.shape[2], sizes, time, keys)
     config = Config(scale, soft_cap, mask, time, keys)
-    if pick("block_sparse_attention", implementation, {"chunked": None, "reference": None}) == "chunked":
+    reason = block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=blocked, scale=scale)
+    name = pick("block_sparse_attention", implementation, {"gpu": reason, "chunked": None, "reference": None})
+    if name == "gpu":
+        if index is None:
+            index = block_lists.of_mask(mask, blocked, time, keys)
+        found = block_lists.lists(mask, index, blocked, time, keys, data)
+        y, lse = block_sparse_kernels.run(lay, config, q, k, v, slopes, data, found, blocked)
+    elif name == "chunked":
         if index is None:
             index = block_lists.of_mask(mask, sizes, time, keys)
         found = block_lists.lists(mask, index, sizes, time, keys, data)

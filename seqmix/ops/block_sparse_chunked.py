@@ -41,28 +41,57 @@ def chunked(config: Config, q, k, v, slopes, data: dict, lists: Lists, sizes, fi
 
     The queries, their data and the lists may be a stretch of config.time: of whole blocks, from block `first` on.
     """
-    b, t, h, _ = q.shape
-    groups = k.shape[2]
+    if isinstance(lists.full, np.ndarray):
+        config = config._replace(full=bool(lists.full.any()))
+    walks = block_lists.forward(lists), block_lists.transposed(lists, -(-k.shape[1] // sizes[1]))
+    y, lse = _attend(*_by_block(config, q, k, v, slopes, data, walks, sizes, first))
+    lse = jnp.moveaxis(lse, 4, 2).reshape(q.shape[0], q.shape[2], -1)[..., : q.shape[1]]
+    return _by_token(y, q.shape[1]), lse
 
-    def blocks(x, size):  # [B, T, ...] to [B, nq, bq, ...]
-        width = -x.shape[1] % size
-        x = jnp.pad(x, [(0, 0), (0, width)] + [(0, 0)] * (x.ndim - 2)) if width else x
-        return x.reshape(x.shape[0], -1, size, *x.shape[2:])
 
-    q = jnp.moveaxis(blocks(q.reshape(b, t, groups, h // groups, -1), sizes[0]), 3, 1)
-    k, v = (jnp.moveaxis(blocks(x, sizes[1]), 3, 1) for x in (k, v))
+def gradients(config: Config, q, k, v, slopes, data: dict, walks, sizes, y, lse, dy, dlse):
+    """Those of q, k, v and slopes, from the results of `chunked`, or of another form, and their gradients.
+
+    walks: the lists laid end to end, and transposed.
+    """
+    by_block = lambda x: _rows(x, k.shape[2], sizes[0])
+    y, dy = by_block(y), by_block(dy)
+    lse, dlse = (by_block(jnp.moveaxis(x, 1, 2)[..., None])[..., 0] for x in (lse, dlse))
+    call = _by_block(config, q, k, v, slopes, data, walks, sizes)
+    dq, dk, dv, dslopes, *_ = _attend_backward(call[0], (*call[1:], y, lse), (dy, dlse))
+    dk, dv = (_by_token(x[..., None, :], k.shape[1]) for x in (dk, dv))
+    return _by_token(dq, q.shape[1]), dk, dv, None if slopes is None else dslopes.reshape(slopes.shape)
+
+
+def _by_block(config, q, k, v, slopes, data, walks, sizes, first=0):
+    """The arguments of `_attend`."""
+    heads, groups = q.shape[2], k.shape[2]
+    q = _rows(q, groups, sizes[0])
+    k, v = (jnp.moveaxis(_blocks(x, sizes[1]), 3, 1) for x in (k, v))
     values = {"queries": {}, "keys": {}}
     for name, x in data.items():
         side = config.mask.inputs[name]
-        values[side][name] = blocks(x, sizes[side == "keys"])[:, None]
-    slopes = None if slopes is None else slopes.reshape(groups, h // groups)
-    if isinstance(lists.full, np.ndarray):
-        config = config._replace(full=bool(lists.full.any()))
-    first = jnp.asarray(first, jnp.int32)
-    walks = block_lists.forward(lists), block_lists.transposed(lists, k.shape[2])
-    y, lse = _attend(config, q, k, v, slopes, values, walks, first)
-    y = jnp.moveaxis(y, 1, 3).reshape(b, -1, h, y.shape[-1])[:, :t]
-    return y, jnp.moveaxis(lse, 4, 2).reshape(b, h, -1)[..., :t]
+        values[side][name] = _blocks(x, sizes[side == "keys"])[:, None]
+    slopes = None if slopes is None else slopes.reshape(groups, heads // groups)
+    return config, q, k, v, slopes, values, walks, jnp.asarray(first, jnp.int32)
+
+
+def _blocks(x, size):
+    """[B, T, ...] as [B, nq, bq, ...]."""
+    width = -x.shape[1] % size
+    x = jnp.pad(x, [(0, 0), (0, width)] + [(0, 0)] * (x.ndim - 2)) if width else x
+    return x.reshape(x.shape[0], -1, size, *x.shape[2:])
+
+
+def _rows(x, groups, size):
+    """[B, T, H, K] as [B, J, nq, bq, R, K]."""
+    return jnp.moveaxis(_blocks(x.reshape(*x.shape[:2], groups, -1, x.shape[-1]), size), 3, 1)
+
+
+def _by_token(x, length):
+    """[B, J, n, size, R, K] as [B, length, J R, K]."""
+    x = jnp.moveaxis(x, 1, 3)
+    return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], x.shape[5])[:, :length]
 
 
 def _take(x, index):

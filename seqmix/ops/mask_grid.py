@@ -159,9 +159,12 @@ def _sees(mask, a, b):
     """Whether coordinates a see coordinates b."""
     seen = True
     for (length, w, s, r, causal), x, y in zip(mask.axes(), a, b, strict=True):
-        group = x % r
-        start, end = _bounds(x // r, length // r + (group < length % r), w, s, causal)
-        seen = seen & (group == y % r) & (start <= y // r) & (y // r < end)
+        if r > 1:
+            group = x % r
+            seen = seen & (group == y % r)
+            x, y, length = x // r, y // r, length // r + (group < length % r)
+        start, end = _bounds(x, length, w, s, causal)
+        seen = seen & (start <= y) & (y < end)
     return seen
 
 

@@ -80,18 +80,19 @@ def visibility(rules, mask, tokens, order, data):
 def attend(rules, q, k, v, sink_logits, *, mask, data, bias, slopes, normalizer, block, implementation):
     """(y [B, T, H, V], lse [B, H, T] or None), of checked arguments of `attention`."""
     data = checked_data(mask, q.shape[1], k.shape[1], data, q.shape[0])
-    name = pick("attention", implementation, {"chunked": None, "reference": None})
     if normalizer == "softmax" and bias is None:
-        options = {"scale": rules.scale, "soft_cap": rules.soft_cap, "slopes": slopes, "implementation": name}
+        options = {"scale": rules.scale, "soft_cap": rules.soft_cap, "slopes": slopes, "implementation": implementation}
         sizes = (min(block, SPARSE),) * 2
         y, lse = block_sparse_attention(q, k, v, mask=mask, data=data, sizes=sizes, return_lse=True, **options)
-        return (y, lse) if sink_logits is None else _with_sink(y, lse, sink_logits)
+        return (y, lse) if sink_logits is None else with_sink(y, lse, sink_logits)
+    given = "bias" if bias is not None else f"normalizer={normalizer!r}"
+    name = pick("attention", implementation, {"gpu": f"has no form for {given}", "chunked": None, "reference": None})
     scoring = Scoring(rules.scale, rules.soft_cap, normalizer, mask)
     y, lse = _blocks(scoring, q, k, v, bias, slopes, data, q.shape[1] if name == "reference" else block)
-    return (y, lse) if sink_logits is None else _with_sink(y, lse, sink_logits)
+    return (y, lse) if sink_logits is None else with_sink(y, lse, sink_logits)
 
 
-def _with_sink(y, lse, sink_logits):
+def with_sink(y, lse, sink_logits):
     """With a logit of its head in the denominator of every row."""
     logit = sink_logits.astype(lse.dtype)[:, None]
     total = jnp.logaddexp(lse, logit)

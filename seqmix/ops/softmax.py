@@ -5,13 +5,14 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
-from seqmix.ops import scored, softmax_context
+from seqmix.ops import block_sparse_kernels, scored, softmax_context
 from seqmix.ops.dispatch import pick
 from seqmix.ops.mesh import layout
 from seqmix.ops.softmax_chunked import block_pairs, block_sizes, chunked
 from seqmix.ops.softmax_reference import Rules, reference
 
 BLOCK = 512
+SPARSE = scored.SPARSE
 
 
 def attention(
@@ -74,7 +75,8 @@ def attention(
       block: number of queries and of keys whose scores exist at once in the chunked form.
       context: where the mesh in force cuts time, how each device's queries meet all keys: "ring", "zigzag", "heads",
         "gather" (`softmax_context`) or None, the best for the call. It changes neither result nor layout.
-      implementation: None, "chunked" (memory linear in T and S; differentiable once) or "reference" (dense).
+      implementation: None (the best for the call), "gpu" (Hopper kernels: bfloat16, K and V of 64 or 128, no bias, no
+        normalizer but softmax), "chunked" (memory linear in T and S; both differentiable once) or "reference" (dense).
 
     Returns:
       y [B, T, H, V] in v.dtype, or (y, lse [B, H, T] in acc). A row that sees no key, padding above all, has
@@ -105,8 +107,17 @@ def attention(
     form = None
     if lay is not None and lay.time and implementation != "reference":
         form = softmax_context.choose(lay, rules, d, order, context)
-    name = pick("attention", implementation, {"chunked": None, "reference": None})
-    if form:
+    reason = "has no form for time cut over a mesh"
+    if not form:
+        mask, data = scored.visibility(rules, None, tokens, order, None)
+        sizes = (SPARSE, SPARSE)
+        reason = block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=sizes, scale=rules.scale)
+    name = pick("attention", implementation, {"gpu": reason, "chunked": None, "reference": None})
+    if name == "gpu":
+        options = {"mask": mask, "data": data, "block": SPARSE, "implementation": name}
+        scoring = {"bias": None, "slopes": None, "normalizer": normalizer}
+        y, lse = scored.attend(rules, q, k, v, sink_logits, **scoring, **options)
+    elif form:
         call = (rules, d, q, k, v, sink_logits, tokens)
         y, lse = softmax_context.run(lay, form, *call, order=order, block=block, need_lse=return_lse)
     elif name == "chunked":

@@ -1,0 +1,166 @@
+"""Block-sparse attention through the Hopper kernels of `pallas_kernels`: when they can run, and their gradient.
+
+Residuals are q, k, v, y and lse, so that forward and backward need not be of one implementation: the chunked form makes
+the gradients that the backward kernels do not.
+"""
+
+import importlib.util
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqmix.core import sharding
+from seqmix.ops import block_lists, block_sparse_chunked, targets
+from seqmix.ops.mask_algebra import Mask
+from seqmix.ops.masks import Sinks
+from seqmix.ops.mesh import on_shares
+
+BLOCKS = 64, 128
+
+
+class Call(NamedTuple):
+    """The static half of a call."""
+
+    scale: float
+    soft_cap: float | None
+    mask: Mask | None  # of lists and of the chunked form
+    seen: Mask | None  # of the kernel: None where all listed tiles are full
+    sizes: tuple[int, int]
+    lengths: tuple[int, int]
+    full: bool
+
+
+def block_sizes(sizes, listed: bool) -> tuple[int, int]:
+    """Sizes of the kernels' blocks: those of the call where they fit, or where it lists blocks; else the best."""
+    return tuple(sizes) if listed or all(size in BLOCKS for size in sizes) else (128, 128)
+
+
+def reason(lay, q, k, v, *, mask, data, sizes, scale) -> str | None:
+    """Why the kernels cannot run this call here, in a few words; None if they can. sizes: of `block_sizes`."""
+    if lay is None:
+        return _unsupported(q, k, v, mask, data, sizes, scale)
+    if lay.time:
+        return "has no form for time cut over a mesh"
+    queries, keys = ("batch", "time", "heads", None), ("batch", "time", "key_heads", None)
+    with sharding.shares(lay.mesh):
+        local = [lay.share(x, *names) for x, names in ((q, queries), (k, keys), (v, keys))]
+        return _unsupported(*local, mask, data, sizes, scale)
+
+
+def _unsupported(q, k, v, mask, data, sizes, scale):
+    found = targets.unsupported("gpu", q.shape[1])
+    if found is not None:
+        return found
+    from pallas_kernels.block_sparse_attention import plan
+
+    sides = None if mask is None else _sides(mask, data)
+    data = {} if sides is None else {"visible": mask.visible, "q_data": sides[0], "k_data": sides[1]}
+    return plan.supports(q, k, v, sizes, **data, scale=scale, capability=targets.capability())
+
+
+def _sides(mask, data):
+    """The data of queries, and of keys."""
+    sides = {} if mask is None else mask.inputs
+    return [{name: x for name, x in data.items() if sides[name] == side} for side in ("queries", "keys")]
+
+
+def run(lay, config, q, k, v, slopes, data, lists, sizes):
+    """(y [B, T, H, V], lse [B, H, T]) of a call that there is no reason against; as `block_sparse_chunked.chunked`."""
+    if lay is None:
+        return _local(config, q, k, v, slopes, data, lists, sizes)
+    batch, heads = q.shape[0], k.shape[2]
+    data_names = {name: ("batch" if len(x) == batch else None, None) for name, x in data.items()}
+    lead = ("batch" if len(lists.index) == batch else None), ("key_heads" if lists.index.shape[1] == heads else None)
+
+    def local(q, k, v, slopes, data, given):
+        k, v = (lay.local_key_heads(x, heads) for x in (k, v))
+        if given is not None and lead[1]:
+            given = jax.tree.map(lambda x: lay.local_key_heads(x, heads, axis=1), given)
+        return _local(config, q, k, v, slopes, data, lists if given is None else given, sizes)
+
+    queries, keys = ("batch", None, "heads", None), ("batch", None, "key_heads", None)
+    names = queries, keys, keys, ("heads",), data_names, type(lists)(*((*lead, None, None),) * 2)
+    known = isinstance(lists.index, np.ndarray) and lists.index.shape[:2] == (1, 1)
+    arrays = q, k, v, slopes, data, None if known else jax.tree.map(jnp.asarray, lists)
+    return on_shares(lay, local, arrays, names, (queries, ("batch", "heads", None)))
+
+
+def _local(config, q, k, v, slopes, data, lists, sizes):
+    """The call on one device."""
+    static = isinstance(lists.full, np.ndarray)
+    seen = config.mask
+    if static and (lists.full | (lists.index < 0)).all():
+        seen = None
+    elif config.keys % sizes[1]:  # keys that fill up the last block
+        seen = Sinks(config.keys) if seen is None else seen & Sinks(config.keys)
+    full = bool(lists.full.any()) if static else True
+    call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, (config.time, config.keys), full)
+    walks = block_lists.forward(lists), block_lists.transposed(lists, -(-config.keys // sizes[1]))
+    return _attend(call, q, k, v, slopes, data, walks)
+
+
+def _options(call, data):
+    """What both kernels take by name, the data filled up."""
+    given = [{n: _filled(x, size) for n, x in x.items()} for x, size in zip(_sides(call.mask, data), call.sizes)]
+    if call.seen is None:
+        given = {}, {}
+    visible = None if call.seen is None else call.seen.visible
+    options = {"sizes": call.sizes, "visible": visible, "q_data": given[0], "k_data": given[1]}
+    return options | {"scale": call.scale, "soft_cap": call.soft_cap}
+
+
+def _filled(x, size, axis=1, value=0):
+    """x up to whole blocks."""
+    width = [(0, -x.shape[axis] % size if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, width, constant_values=value) if width[axis][1] else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call, q, k, v, slopes, data, walks):
+    from pallas_kernels.block_sparse_attention import gpu
+
+    time = q.shape[1]
+    bq, bk = call.sizes
+    y, lse = gpu.forward(
+        _filled(q, bq), _filled(k, bk), _filled(v, bk), walks[0], slopes=slopes, **_options(call, data)
+    )
+    return y[:, :time], lse[:, :, :time]
+
+
+def _attend_forward(call, q, k, v, slopes, data, walks):
+    y, lse = _attend(call, q, k, v, slopes, data, walks)
+    return (y, lse), (q, k, v, slopes, data, walks, y, lse)
+
+
+def _attend_backward(call, saved, cotangents):
+    q, k, v, slopes, data, walks, y, lse = saved
+    dy, dlse = cotangents
+    if slopes is None and _has_backward():
+        return (*_by_kernel(call, q, k, v, data, walks, y, lse, dy, dlse), None, None, None)
+    config = block_sparse_chunked.Config(call.scale, call.soft_cap, call.mask, *call.lengths, call.full)
+    call = (config, q, k, v, slopes, data, walks, call.sizes)
+    return (*block_sparse_chunked.gradients(*call, y, lse, dy, dlse), None, None)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _has_backward() -> bool:
+    return importlib.util.find_spec("pallas_kernels.block_sparse_attention.gpu_backward") is not None
+
+
+def _by_kernel(call, q, k, v, data, walks, y, lse, dy, dlse):
+    """Gradients of q, k and v by the backward kernels."""
+    from pallas_kernels.block_sparse_attention import gpu_backward
+
+    time, keys = q.shape[1], k.shape[1]
+    bq, bk = call.sizes
+    delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=lse.dtype) - dlse
+    lse = jnp.where(lse > -jnp.inf, lse, jnp.inf)  # rows that see nothing have weights 0, and so have those filled up
+    rows = _filled(lse, bq, 2, jnp.inf), _filled(dy, bq), _filled(delta, bq, 2)
+    arrays = _filled(q, bq), _filled(k, bk), _filled(v, bk), *rows
+    dq, dk, dv = gpu_backward.backward(*arrays, *walks, **_options(call, data))
+    return dq[:, :time], dk[:, :keys], dv[:, :keys]

@@ -1,0 +1,72 @@
+"""Attention through the Hopper kernels: interpreted on a CPU, refused with a reason where they cannot run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat
+from seqmix import ops
+from seqmix.ops import masks
+
+needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
+IDS = jnp.asarray([[0] * 5 + [3] * 60 + [7] * 60 + [0] * 5])
+
+
+def _inputs(time=130, heads=2, key_heads=1):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (1, time, heads, 64), jnp.bfloat16)
+    return q, *(jax.random.normal(key, (1, time, key_heads, 64), jnp.bfloat16) for key in keys[1:])
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="not on a CPU")
+def test_without_a_hopper_gpu_kernels_are_refused_with_the_reason():
+    for op, options in ((ops.attention, {}), (ops.block_sparse_attention, {"mask": masks.Causal()})):
+        with pytest.raises(ValueError, match="cannot run 'gpu': needs a Hopper GPU"):
+            op(*_inputs(), implementation="gpu", **options)
+    with pytest.raises(ValueError, match="cannot run 'gpu': has no form for bias"):
+        ops.attention(*_inputs(), bias=jnp.zeros((1, 1, 1, 1)), implementation="gpu")
+
+
+@needs_mosaic
+def test_calls_that_no_kernel_takes_are_refused_with_the_reason():
+    call = lambda **options: ops.block_sparse_attention(*_inputs(), implementation="gpu", **options)
+    table = masks.BlockTable(np.eye(5, dtype=int), 32)
+    with compat.interpret():
+        with pytest.raises(ValueError, match="has no form for a mask that uses"):
+            call(mask=table)
+        with pytest.raises(ValueError, match="blocks of 64 or 128"):
+            call(blocks=np.zeros((5, 1), int), sizes=(32, 64))
+        with pytest.raises(ValueError, match="a scale that is a Python number above 0"):
+            call(mask=masks.Causal(), scale=-1.0)
+        with pytest.raises(ValueError, match="needs bfloat16"):
+            ops.attention(*(x.astype(jnp.float32) for x in _inputs()), implementation="gpu")
+
+
+def _with_gradients(call, *inputs):
+    results, pull = jax.vjp(call, *inputs)
+    turned = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), results)
+    return [np.asarray(x, np.float64) for x in jax.tree.leaves((results, pull(turned)))]
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("op", "options"),
+    [
+        (ops.attention, {"window": 50, "soft_cap": 3.0, "sink_logits": jnp.asarray([0.5, -1.0])}),
+        (ops.attention, {"segment_ids": IDS, "slopes": jnp.asarray([0.1, 0.5])}),
+        (ops.block_sparse_attention, {"blocks": np.array([[0, -1], [2, 0], [1, 2]]), "sizes": (64, 64)}),
+    ],
+    ids=["rules", "packed", "lists"],
+)
+def test_kernels_agree_with_the_chunked_form(op, options):
+    """Values, lse and all gradients: 5e-3 is what bfloat16 operands leave of either form."""
+    run = lambda name: _with_gradients(
+        lambda q, k, v: op(q, k, v, return_lse=True, implementation=name, **options), *_inputs()
+    )
+    with compat.interpret():
+        got = run("gpu")
+    for a, b in zip(got, run("chunked"), strict=True):
+        seen = np.isfinite(b)
+        assert np.array_equal(np.isfinite(a), seen)
+        assert np.linalg.norm(a[seen] - b[seen]) <= 0.01 * np.linalg.norm(b[seen])
