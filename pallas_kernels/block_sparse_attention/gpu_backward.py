@@ -13,7 +13,6 @@ straight into the next product. One more warpgroup reads the list and fetches ti
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -36,6 +35,7 @@ class Call:
     scale: float
     soft_cap: float | None
     visible: object  # None, or visible(i, j, values)
+    inputs: tuple  # names of `values`, those of queries and those of keys
     own: int  # tokens of an owner's block
     other: int  # tokens of a listed block
     step: int  # tokens that are fetched at a time, a part of `other`
@@ -51,6 +51,10 @@ class Call:
     def parts(self) -> int:
         """Steps in a listed block."""
         return self.other // self.step
+
+    def names(self, own: bool) -> tuple[str, ...]:
+        """Inputs of `visible` for the owners or for what they list."""
+        return self.inputs[own != self.keys_own]
 
 
 def backward(
@@ -90,17 +94,28 @@ def backward(
     some = lse > -jnp.inf
     # A row that sees nothing gets p = exp(-inf) = 0 from a sum that is infinite.
     rows = jnp.stack([jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0)], axis=2)
-    shared = dict(scale=scale, soft_cap=soft_cap, visible=visible, ratio=q.shape[2] // k.shape[2])
-    data = (q_data or {}), (k_data or {})
-    dq = _gradients(_cut(shared, sizes, False, q, v), walk, (q, dy), (k, v), rows, data)[0]
-    dk, dv = _gradients(_cut(shared, sizes, True, q, v), turned, (k, v), (q, dy), rows, data)
+    data = (q_data or {}, k_data or {})
+    inputs = tuple(tuple(x) for x in data)
+    shared = dict(scale=scale, soft_cap=soft_cap, visible=visible, inputs=inputs, ratio=q.shape[2] // k.shape[2])
+    facts = None
+    if visible is not None:
+        facts = [_facts(x.values(), length) for x, length in zip(data, (q.shape[1], k.shape[1]))]
+    dq = _gradients(_cut(shared, sizes, False, q, v), walk, (q, dy), (k, v), rows, facts)[0]
+    dk, dv = _gradients(_cut(shared, sizes, True, q, v), turned, (k, v), (q, dy), rows, facts)
     return dq, dk, dv
+
+
+def _facts(values, length):
+    """What `visible` may ask of one side's tokens, [B or 1, 1 + inputs, length] int32: their indices, then inputs."""
+    rows = [jnp.arange(length, dtype=jnp.int32)[None], *(jnp.asarray(x, jnp.int32) for x in values)]
+    batch = max(x.shape[0] for x in rows)
+    return jnp.stack([jnp.broadcast_to(x, (batch, length)) for x in rows], axis=1)
 
 
 def _cut(shared, sizes, keys_own, q, v, step=None, stages=None):
     """How one of the kernels cuts its work."""
     own, other = sizes[::-1] if keys_own else sizes
-    step = step or (64 if keys_own else other)
+    step = step or (64 if keys_own or shared["soft_cap"] is not None else other)
     width = 2 * (q.shape[-1] + v.shape[-1])  # bytes of a token
     stages = stages or min(4, (SHARED_BYTES - own * width) // (step * (width + 8)))
     return Call(own=own, other=other, step=step, stages=stages, keys_own=keys_own, **shared)
@@ -113,16 +128,15 @@ def _heavy_first(count):
     return jnp.argsort(-jnp.max(count, axis=(0, 1)), stable=True).astype(jnp.int32)
 
 
-def _gradients(call: Call, walk, own, others, rows, data):
+def _gradients(call: Call, walk, own, others, rows, facts):
     """What a kernel adds up: [dq], or [dk, dv]."""
     begin, count, other, full = walk
     names = ["a", "b", "other_a", "other_b", "rows", "order", "begin", "count", "entries"]
     entries = 2 * other + full  # number of the block and whether it is full
     arrays = [*own, *others, rows, _heavy_first(count), begin, count, entries.astype(np.int32)]
-    data = dict(zip(("queries", "keys"), data)) if call.visible is not None else {}
-    for side, values in data.items():
-        names += [(side, name) for name in values]
-        arrays += values.values()
+    if call.visible is not None:
+        names += ["own_facts", "other_facts"]
+        arrays += facts[::-1] if call.keys_own else facts
     outs = own if call.keys_own else own[:1]
 
     def body(*refs):
@@ -131,16 +145,22 @@ def _gradients(call: Call, walk, own, others, rows, data):
         _Block(call, given, results, *refs[len(names) + len(outs) :]).run()
 
     a, b = (x.shape[-1] for x in own)
+    hides = call.visible is not None
     scratch = [
         compat.tile(call.warpgroups, ROWS, a),
         compat.tile(call.warpgroups, ROWS, b),
         compat.tile(call.stages, call.step, a),
         compat.tile(call.stages, call.step, b),
         compat.vector(call.stages, 2, call.step) if call.keys_own else compat.vector(call.warpgroups, 2, ROWS),
-        compat.barriers(1, 2 * call.warpgroups + (0 if call.keys_own else call.warpgroups)),
-        compat.barriers(call.stages, 3 if call.keys_own else 2),
+        compat.barriers(1, call.warpgroups * (2 + (not call.keys_own) + hides)),
+        compat.barriers(call.stages, 2 + call.keys_own + hides),
         compat.barriers(call.stages, call.warpgroups),
     ]
+    if hides:
+        scratch += [
+            compat.vector(call.warpgroups, 1 + len(call.names(True)), ROWS, dtype=jnp.int32),
+            compat.vector(call.stages, 1 + len(call.names(False)), call.step, dtype=jnp.int32),
+        ]
     if compat.interpreting():
         scratch += [compat.tile(call.warpgroups, ROWS, call.step)] * 2
     return compat.kernel(
@@ -157,12 +177,18 @@ def _gradients(call: Call, walk, own, others, rows, data):
 class _Block:
     """One thread block of either kernel: an owner's block of tokens of one row and head."""
 
-    def __init__(self, call, given, results, a, b, other_a, other_b, rows, loaded, ready, free, *spares):
+    def __init__(self, call, given, results, a, b, other_a, other_b, rows, loaded, ready, free, *more):
         self.call, self.given, self.results = call, given, results
         self.a, self.b, self.other_a, self.other_b, self.rows = a, b, other_a, other_b, rows
         self.loaded, self.ready, self.free = loaded, ready, free
         self.warpgroup = compat.warpgroup(call.warpgroups)
+        self.own_facts, self.other_facts = more[:2] if call.visible is not None else (None, None)
+        spares = more[2 * (call.visible is not None) :]
         self.spares = [spare.at[self.warpgroup] for spare in spares] or [None, None]
+
+    def locate(self):
+        """Reads which block this is. By each warpgroup for itself: values from before their ways part are spilled."""
+        call, given = self.call, self.given
         self.row, self.head = lax.axis_index("row"), lax.axis_index("head")
         self.owner = given["order"][lax.axis_index("owner")]
         lead = self.place("begin", self.head if call.keys_own else self.head // call.ratio)
@@ -175,6 +201,9 @@ class _Block:
         """Row and head in an array [b, h, ...] whose first axes may have length 1."""
         b, h = self.given[name].shape[:2]
         return (self.row if b > 1 else 0), (head if h > 1 else 0)
+
+    def row_of(self, ref):
+        return self.row if ref.shape[0] > 1 else 0
 
     def entry(self, step):
         return self.entries[self.begin + step // (self.heads * self.call.parts)]
@@ -190,11 +219,13 @@ class _Block:
         @pl.when(compat.fetching_warpgroup(call.warpgroups))
         def _():
             compat.take_registers(False, call.warpgroups)
+            self.locate()
             self.fetch()
 
         @pl.when(jnp.logical_not(compat.fetching_warpgroup(call.warpgroups)))
         def _():
             compat.take_registers(True, call.warpgroups)
+            self.locate()
             self.compute()
 
     def fetch(self):
@@ -205,6 +236,9 @@ class _Block:
             compat.fetch(given["b"].at[row, tokens, self.head], self.b.at[unit], self.loaded.at[0])
             if not call.keys_own:
                 compat.fetch(given["rows"].at[row, self.head, :, tokens], self.rows.at[unit], self.loaded.at[0])
+            if call.visible is not None:
+                facts = given["own_facts"]
+                compat.fetch(facts.at[self.row_of(facts), :, tokens], self.own_facts.at[unit], self.loaded.at[0])
 
         def step(n, _):
             slot = lax.rem(n, call.stages)
@@ -215,6 +249,9 @@ class _Block:
             compat.fetch(given["other_b"].at[row, tokens, head], self.other_b.at[slot], self.ready.at[slot])
             if call.keys_own:
                 compat.fetch(given["rows"].at[row, head, :, tokens], self.rows.at[slot], self.ready.at[slot])
+            if call.visible is not None:
+                facts = given["other_facts"]
+                compat.fetch(facts.at[self.row_of(facts), :, tokens], self.other_facts.at[slot], self.ready.at[slot])
 
         lax.fori_loop(0, self.steps, step, None)
         for slot in range(call.stages):  # no arrival is left behind
@@ -229,14 +266,16 @@ class _Block:
         sums = [compat.zeros((ROWS, width)) for width in widths]
         step = self.keys_step if call.keys_own else self.queries_step()
         if call.visible is None:
-            sums = lax.fori_loop(0, self.steps, lambda n, sums: step(n, None, sums), sums)
+            sums = lax.fori_loop(0, self.steps, lambda n, sums: step(n, False, sums), sums)
         else:
             last = jnp.maximum(self.steps - 1, 0)
 
             def masked(n, carry):
                 entry, sums = carry
                 following = self.entry(jnp.minimum(n + 1, last))
-                return following, step(n, entry, sums)
+                # Two copies of the step: a branch around the mask alone costs registers while products are running.
+                plain, hiding = (lambda sums, hides=hides: step(n, hides, sums) for hides in (False, True))
+                return following, lax.cond((entry & 1) == 1, plain, hiding, sums)
 
             _, sums = lax.fori_loop(0, self.steps, masked, (self.entry(0), sums))
         tokens = pl.ds(self.owner * call.own + self.warpgroup * ROWS, ROWS)
@@ -246,7 +285,7 @@ class _Block:
             compat.store(staged.at[self.warpgroup], out.at[self.row, tokens, self.head])
         compat.stores_done()
 
-    def keys_step(self, n, entry, sums):
+    def keys_step(self, n, hides, sums):
         """dk and dv of 64 keys after one more tile of queries; tiles here are [keys, queries]."""
         call = self.call
         slot = lax.rem(n, call.stages)
@@ -256,14 +295,17 @@ class _Block:
         compat.wait(self.ready.at[slot])
 
         def products(add, read):
+            early = call.soft_cap is None  # else registers are too few for the second product meanwhile
             add(2, k, compat.transposed(q))
-            add(3, v, compat.transposed(dy))
+            if early:
+                add(3, v, compat.transposed(dy))
             lse = compat.spread_columns(compat.load_columns(rows.at[0]), shape)
-            p, slope = self.weights(read(2, 1), lse, entry, n)
+            p, graded = self.weights(read(2, int(early)), lse, slot, hides)
             add(1, compat.as_operand(p, self.spares[0]), dy)
+            if not early:
+                add(3, v, compat.transposed(dy))
             delta = compat.spread_columns(compat.load_columns(rows.at[1]), shape)
-            ds = p * (read(3, 1) - delta)
-            add(0, compat.as_operand(ds if slope is None else ds * slope, self.spares[1]), q)
+            add(0, compat.as_operand(graded * (read(3, int(early)) - delta), self.spares[1]), q)
 
         sums = compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:2]
         compat.arrive(self.free.at[slot])
@@ -276,7 +318,7 @@ class _Block:
         shape = (ROWS, call.step)
         lse, delta = compat.load_rows(rows.at[0]), compat.load_rows(rows.at[1])
 
-        def step(n, entry, sums):
+        def step(n, hides, sums):
             slot = lax.rem(n, call.stages)
             k, v = self.other_a.at[slot], self.other_b.at[slot]
             compat.wait(self.ready.at[slot])
@@ -284,9 +326,9 @@ class _Block:
             def products(add, read):
                 add(1, q, compat.transposed(k))
                 add(2, dy, compat.transposed(v))
-                p, slope = self.weights(read(1, 1), compat.spread_rows(lse, shape), entry, n)
-                ds = p * (read(2, 0) - compat.spread_rows(delta, shape))
-                add(0, compat.as_operand(ds if slope is None else ds * slope, self.spares[0]), k)
+                _, graded = self.weights(read(1, 1), compat.spread_rows(lse, shape), slot, hides)
+                ds = graded * (read(2, 0) - compat.spread_rows(delta, shape))
+                add(0, compat.as_operand(ds, self.spares[0]), k)
 
             sums = compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:1]
             compat.arrive(self.free.at[slot])
@@ -294,39 +336,25 @@ class _Block:
 
         return step
 
-    def weights(self, products, lse, entry, step):
-        """p of a tile from q k^T and log2 sums, 0 where hidden; and d capped / d s, None without a soft cap."""
+    def weights(self, products, lse, slot, hides):
+        """p of a tile from q k^T and log2 sums, 0 where hidden; and p times the derivative of the soft cap."""
         call = self.call
-        slope = None
+        hide = (lambda p: self.hide(slot, p)) if hides else lambda p: p
         if call.soft_cap is None:
-            p = jnp.exp2(products * (call.scale * LOG2_E) - lse)
-        else:
-            # tanh from exp2: the hardware's own is too coarse for what is exponentiated next.
-            capped = 1 - 2 / (1 + jnp.exp2(products * (2 * LOG2_E * call.scale / call.soft_cap)))
-            p = jnp.exp2(capped * (call.soft_cap * LOG2_E) - lse)
-            slope = 1 - capped * capped
-        if call.visible is None:
-            return p, slope
-        hide = functools.partial(self.hide, entry, step)
-        return lax.cond((entry & 1) == 1, lambda p: p, hide, p), slope
+            p = hide(jnp.exp2(products * (call.scale * LOG2_E) - lse))
+            return p, p
+        # tanh from exp2: the hardware's own is too coarse for what is exponentiated next.
+        capped = 1 - 2 / (1 + jnp.exp2(products * (2 * LOG2_E * call.scale / call.soft_cap)))
+        p = hide(jnp.exp2(capped * (call.soft_cap * LOG2_E) - lse))
+        return p, p * (1 - capped * capped)
 
-    def hide(self, entry, step, p):
+    def hide(self, slot, p):
         """p with 0 at hidden pairs."""
-        own = self.owner * self.call.own + self.warpgroup * ROWS
-        other = self.other_start(entry, step)
-        starts = {"queries": own, "keys": other}
-        axes = {"queries": 0, "keys": 1}
-        if self.call.keys_own:
-            starts, axes = {"queries": other, "keys": own}, {"queries": 1, "keys": 0}
-        i, j = (compat.iota(p.shape, axes[side]) + starts[side] for side in ("queries", "keys"))
-        values = {}
-        for key, ref in self.given.items():
-            if isinstance(key, tuple):
-                side, name = key
-                tokens = pl.ds(starts[side], p.shape[axes[side]])
-                here = ref.at[self.row if ref.shape[0] > 1 else 0, tokens]
-                if axes[side]:
-                    values[name] = compat.spread_columns(compat.load_columns(here), p.shape)
-                else:
-                    values[name] = compat.spread_rows(compat.load_rows(here), p.shape)
+        own, other = self.own_facts.at[self.warpgroup], self.other_facts.at[slot]
+        along = lambda ref: compat.spread_rows(compat.load_rows(ref), p.shape)
+        across = lambda ref: compat.spread_columns(compat.load_columns(ref), p.shape)
+        mine, theirs = along(own.at[0]), across(other.at[0])
+        values = {name: along(own.at[1 + n]) for n, name in enumerate(self.call.names(True))}
+        values |= {name: across(other.at[1 + n]) for n, name in enumerate(self.call.names(False))}
+        i, j = (theirs, mine) if self.call.keys_own else (mine, theirs)
         return jnp.where(self.call.visible(i, j, values), p, 0.0)
