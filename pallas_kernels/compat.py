@@ -351,26 +351,9 @@ def publish():
     gpu().commit_smem()
 
 
-def barriers(count, arrivals):
-    return gpu().Barrier(num_arrivals=arrivals, num_barriers=count)
-
-
-def fetch(source, target, barrier_ref):
-    """Starts the copy of a global tile or vector to shared memory; done, it arrives at the barrier."""
-    gpu().copy_gmem_to_smem(source, target, barrier_ref)
-
-
 def fetching_warpgroup(count):
     """Whether this warpgroup is the one beside the `count` computing ones."""
     return lax.axis_index("warpgroup") == count
-
-
-def take_registers(computing, warpgroups):
-    """Deals the registers: few to the fetching warpgroup, the rest to the computing ones. Called by every warpgroup."""
-    if computing:
-        gpu().set_max_registers(min(240, (512 - 24) // warpgroups // 8 * 8), action="increase")
-    else:
-        gpu().set_max_registers(24, action="decrease")
 
 
 def store(source, target, predicate=None):

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import compat
 
 ROWS = 64  # of a warpgroup
+FETCHING, COMPUTING = 24, 240  # registers of a thread
 LOG2_E = math.log2(math.e)
 SHARED_BYTES = 225 * 1024
 
@@ -206,7 +207,10 @@ class _Block:
         return self.row if ref.shape[0] > 1 else 0
 
     def entry(self, step):
-        return self.entries[self.begin + step // (self.heads * self.call.parts)]
+        place = self.begin + step // (self.heads * self.call.parts)
+        return self.entries[
+            jnp.minimum(place, self.given["entries"].shape[-1] - 1)
+        ]  # an empty list may begin at the end
 
     def other_start(self, entry, step):
         """First token of a step."""
@@ -218,13 +222,13 @@ class _Block:
 
         @pl.when(compat.fetching_warpgroup(call.warpgroups))
         def _():
-            compat.take_registers(False, call.warpgroups)
+            compat.registers(FETCHING, more=False)
             self.locate()
             self.fetch()
 
         @pl.when(jnp.logical_not(compat.fetching_warpgroup(call.warpgroups)))
         def _():
-            compat.take_registers(True, call.warpgroups)
+            compat.registers(COMPUTING, more=True)
             self.locate()
             self.compute()
 
