@@ -282,6 +282,7 @@ class _Block:
                 return following, lax.cond((entry & 1) == 1, plain, hiding, sums)
 
             _, sums = lax.fori_loop(0, self.steps, masked, (self.entry(0), sums))
+        self.locate()  # again, so that nothing of it has to be kept through the loop
         tokens = pl.ds(self.owner * call.own + self.warpgroup * ROWS, ROWS)
         for total, staged, out, scale in zip(sums, (self.a, self.b), self.results, (call.scale, 1.0)):
             staged[self.warpgroup] = (total * scale).astype(jnp.bfloat16)
