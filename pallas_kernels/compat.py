@@ -205,6 +205,32 @@ def matmuls(*jobs, issued=lambda: None):
     return list(pl.run_state(multiply)([mgpu.ACC.init(start) for start in starts]))
 
 
+def accumulate(body, *starts):
+    """Final values of accumulators that begin with `starts`, float32 tiles in registers.
+
+    body(add, read): add(n, a, b) starts accumulator n += a @ b, the operands as in `matmul`; read(n, pending) is its
+    value once all products but the last `pending` are done.
+    """
+    if interpreting():
+        values = list(starts)
+
+        def add(n, a, b):
+            values[n] = matmul((a, b), start=values[n])
+
+        body(add, lambda n, pending: values[n])
+        return values
+    mgpu = gpu()
+
+    def run(accs):
+        def read(n, pending):
+            # Without the barrier the compiler may move uses of the value above the wait.
+            return lax.optimization_barrier(mgpu.wgmma_accumulator_load(accs[n], wait_n=pending))
+
+        body(lambda n, a, b: mgpu.wgmma(accs[n], a, b), read)
+
+    return list(pl.run_state(run)([mgpu.ACC.init(start) for start in starts]))
+
+
 def as_operand(value, spare=None):
     """A float32 tile rounded to bf16, as the left operand of `matmul`.
 
@@ -323,6 +349,11 @@ def warpgroup(count):
 def publish():
     """Makes this warpgroup's writes to shared memory visible to the tensor cores and to TMA."""
     gpu().commit_smem()
+
+
+def fetching_warpgroup(count):
+    """Whether this warpgroup is the one beside the `count` computing ones."""
+    return lax.axis_index("warpgroup") == count
 
 
 def store(source, target, predicate=None):

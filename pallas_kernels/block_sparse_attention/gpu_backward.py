@@ -1,0 +1,365 @@
+"""Gradients of block-sparse attention, on Hopper GPUs.
+
+    p_ij = exp(s_ij - lse_i),  s_ij = scale q_i k_j,  ds_ij = p_ij (dy_i v_j - delta_i)
+    dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij dy_i
+
+(arXiv 2307.08691, algorithm 2), over the pairs of listed tiles. One kernel walks, for each block of queries, its key
+blocks and adds up dq; the other walks, for each block of keys, the query blocks that list it and adds up dk and dv.
+Both compute the scores anew, so seven matrix products are done where five are needed, but nothing is added in
+memory: every result is the same in every run.
+
+A warpgroup owns 64 rows of its block and keeps their gradients in registers as float32; p and ds go from registers
+straight into the next product. One more warpgroup reads the list and fetches tiles by TMA.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import compat
+
+ROWS = 64  # of a warpgroup
+FETCHING, COMPUTING = 24, 240  # registers of a thread
+LOG2_E = math.log2(math.e)
+SHARED_BYTES = 225 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static half of a call."""
+
+    scale: float
+    soft_cap: float | None
+    visible: object  # None, or visible(i, j, values)
+    inputs: tuple  # names of `values`, those of queries and those of keys
+    own: int  # tokens of an owner's block
+    other: int  # tokens of a listed block
+    step: int  # tokens that are fetched at a time, a part of `other`
+    stages: int
+    keys_own: bool  # the owners are blocks of keys
+    ratio: int  # query heads to a key head
+
+    @property
+    def warpgroups(self) -> int:
+        return self.own // ROWS
+
+    @property
+    def parts(self) -> int:
+        """Steps in a listed block."""
+        return self.other // self.step
+
+    def names(self, own: bool) -> tuple[str, ...]:
+        """Inputs of `visible` for the owners or for what they list."""
+        return self.inputs[own != self.keys_own]
+
+
+def backward(
+    q,
+    k,
+    v,
+    lse,
+    dy,
+    delta,
+    walk,
+    turned,
+    *,
+    sizes,
+    visible=None,
+    q_data=None,
+    k_data=None,
+    scale,
+    soft_cap=None,
+    slopes=None,
+):
+    """Gradients (dq, dk, dv) of block-sparse attention in the shapes of q, k and v, bfloat16.
+
+    q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V], dy [B, T, H, V] bfloat16; head h reads key head h // (H // Hk).
+    lse, delta: [B, H, T] float32, the logarithms of the rows' sums of exp(s), -inf for a row that sees nothing, and
+    sum_v dy y less the cotangent of lse. sizes: tokens of a block of queries and of keys, each 64 or 128, which T
+    and S are multiples of. walk: (begin, count [b, h, owners], other, full [b, h, n]) of blocks of queries: owner o
+    reads the key blocks other[begin[o] : begin[o] + count[o]]; b is B or 1, h is Hk or 1; no pair of a `full` tile is
+    hidden. turned: the same of blocks of keys. visible: None if no pair is hidden, else visible(i, j, values) as in
+    `gpu.forward`, with values from q_data {name: [B or 1, T]} and k_data {name: [B or 1, S]}, int32. soft_cap: None,
+    or s is replaced by soft_cap tanh(s / soft_cap). slopes: must be None. Raises ValueError.
+    """
+    if slopes is not None:
+        raise ValueError("slopes: expected None, got slopes, whose gradients these kernels do not compute")
+    if any(size not in (64, 128) for size in sizes) or q.shape[1] % sizes[0] or k.shape[1] % sizes[1]:
+        shapes = f"{tuple(sizes)} for T={q.shape[1]}, S={k.shape[1]}"
+        raise ValueError(f"sizes: expected 64 or 128 each, of which T and S are multiples, got {shapes}")
+    some = lse > -jnp.inf
+    # A row that sees nothing gets p = exp(-inf) = 0 from a sum that is infinite.
+    rows = jnp.stack([jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0)], axis=2)
+    data = (q_data or {}, k_data or {})
+    inputs = tuple(tuple(x) for x in data)
+    shared = dict(scale=scale, soft_cap=soft_cap, visible=visible, inputs=inputs, ratio=q.shape[2] // k.shape[2])
+    facts = None
+    if visible is not None:
+        facts = [_facts(x.values(), length) for x, length in zip(data, (q.shape[1], k.shape[1]))]
+    dq = _gradients(_cut(shared, sizes, False, q, v), walk, (q, dy), (k, v), rows, facts)[0]
+    dk, dv = _gradients(_cut(shared, sizes, True, q, v), turned, (k, v), (q, dy), rows, facts)
+    return dq, dk, dv
+
+
+def _facts(values, length):
+    """What `visible` may ask of one side's tokens, [B or 1, 1 + inputs, length] int32: their indices, then inputs."""
+    rows = [jnp.arange(length, dtype=jnp.int32)[None], *(jnp.asarray(x, jnp.int32) for x in values)]
+    batch = max(x.shape[0] for x in rows)
+    return jnp.stack([jnp.broadcast_to(x, (batch, length)) for x in rows], axis=1)
+
+
+def _cut(shared, sizes, keys_own, q, v, step=None, stages=None):
+    """How one of the kernels cuts its work."""
+    own, other = sizes[::-1] if keys_own else sizes
+    step = step or (64 if keys_own or shared["soft_cap"] is not None else other)
+    width = 2 * (q.shape[-1] + v.shape[-1])  # bytes of a token
+    stages = stages or min(4, (SHARED_BYTES - own * width) // (step * (width + 8)))
+    return Call(own=own, other=other, step=step, stages=stages, keys_own=keys_own, **shared)
+
+
+def _heavy_first(count):
+    """Owners, those with the longest lists first."""
+    if isinstance(count, np.ndarray):
+        return np.argsort(-count.max((0, 1)), kind="stable").astype(np.int32)
+    return jnp.argsort(-jnp.max(count, axis=(0, 1)), stable=True).astype(jnp.int32)
+
+
+def _gradients(call: Call, walk, own, others, rows, facts):
+    """What a kernel adds up: [dq], or [dk, dv]."""
+    begin, count, other, full = walk
+    names = ["a", "b", "other_a", "other_b", "rows", "order", "begin", "count", "entries"]
+    entries = 2 * other + full  # number of the block and whether it is full
+    arrays = [*own, *others, rows, _heavy_first(count), begin, count, entries.astype(np.int32)]
+    if call.visible is not None:
+        names += ["own_facts", "other_facts"]
+        arrays += facts[::-1] if call.keys_own else facts
+    outs = own if call.keys_own else own[:1]
+
+    def body(*refs):
+        given = dict(zip(names, refs))
+        results = refs[len(names) : len(names) + len(outs)]
+        _Block(call, given, results, *refs[len(names) + len(outs) :]).run()
+
+    a, b = (x.shape[-1] for x in own)
+    hides = call.visible is not None
+    scratch = [
+        compat.tile(call.warpgroups, ROWS, a),
+        compat.tile(call.warpgroups, ROWS, b),
+        compat.tile(call.stages, call.step, a),
+        compat.tile(call.stages, call.step, b),
+        compat.vector(call.stages, 2, call.step) if call.keys_own else compat.vector(call.warpgroups, 2, ROWS),
+        compat.barriers(1, call.warpgroups * (2 + (not call.keys_own) + hides)),
+        compat.barriers(call.stages, 2 + call.keys_own + hides),
+        compat.barriers(call.stages, call.warpgroups),
+    ]
+    if hides:
+        scratch += [
+            compat.vector(call.warpgroups, 1 + len(call.names(True)), ROWS, dtype=jnp.int32),
+            compat.vector(call.stages, 1 + len(call.names(False)), call.step, dtype=jnp.int32),
+        ]
+    if compat.interpreting():
+        scratch += [compat.tile(call.warpgroups, ROWS, call.step)] * 2
+    return compat.kernel(
+        body,
+        grid=(begin.shape[-1], own[0].shape[2], own[0].shape[0]),
+        names=("owner", "head", "row"),
+        out=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs),
+        scratch=scratch,
+        warpgroups=call.warpgroups,
+        name="block_sparse_attention_dkv" if call.keys_own else "block_sparse_attention_dq",
+    )(*map(jnp.asarray, arrays))
+
+
+class _Block:
+    """One thread block of either kernel: an owner's block of tokens of one row and head."""
+
+    def __init__(self, call, given, results, a, b, other_a, other_b, rows, loaded, ready, free, *more):
+        self.call, self.given, self.results = call, given, results
+        self.a, self.b, self.other_a, self.other_b, self.rows = a, b, other_a, other_b, rows
+        self.loaded, self.ready, self.free = loaded, ready, free
+        self.warpgroup = compat.warpgroup(call.warpgroups)
+        self.own_facts, self.other_facts = more[:2] if call.visible is not None else (None, None)
+        spares = more[2 * (call.visible is not None) :]
+        self.spares = [spare.at[self.warpgroup] for spare in spares] or [None, None]
+
+    def locate(self):
+        """Reads which block this is. By each warpgroup for itself: values from before their ways part are spilled."""
+        call, given = self.call, self.given
+        self.row, self.head = lax.axis_index("row"), lax.axis_index("head")
+        self.owner = given["order"][lax.axis_index("owner")]
+        lead = self.place("begin", self.head if call.keys_own else self.head // call.ratio)
+        self.begin = given["begin"][*lead, self.owner]
+        self.heads = call.ratio if call.keys_own else 1  # query heads that are walked
+        self.steps = given["count"][*lead, self.owner] * (self.heads * call.parts)
+        self.entries = given["entries"].at[*lead]
+
+    def place(self, name, head):
+        """Row and head in an array [b, h, ...] whose first axes may have length 1."""
+        b, h = self.given[name].shape[:2]
+        return (self.row if b > 1 else 0), (head if h > 1 else 0)
+
+    def row_of(self, ref):
+        return self.row if ref.shape[0] > 1 else 0
+
+    def entry(self, step):
+        place = self.begin + step // (self.heads * self.call.parts)
+        return self.entries[
+            jnp.minimum(place, self.given["entries"].shape[-1] - 1)
+        ]  # an empty list may begin at the end
+
+    def other_start(self, entry, step):
+        """First token of a step."""
+        part = (step // self.heads) % self.call.parts
+        return (entry >> 1) * self.call.other + part * self.call.step
+
+    def run(self):
+        call = self.call
+
+        @pl.when(compat.fetching_warpgroup(call.warpgroups))
+        def _():
+            compat.registers(FETCHING, more=False)
+            self.locate()
+            self.fetch()
+
+        @pl.when(jnp.logical_not(compat.fetching_warpgroup(call.warpgroups)))
+        def _():
+            compat.registers(COMPUTING, more=True)
+            self.locate()
+            self.compute()
+
+    def fetch(self):
+        call, given, row = self.call, self.given, self.row
+        for unit in range(call.warpgroups):
+            tokens = pl.ds(self.owner * call.own + unit * ROWS, ROWS)
+            compat.fetch(given["a"].at[row, tokens, self.head], self.a.at[unit], self.loaded.at[0])
+            compat.fetch(given["b"].at[row, tokens, self.head], self.b.at[unit], self.loaded.at[0])
+            if not call.keys_own:
+                compat.fetch(given["rows"].at[row, self.head, :, tokens], self.rows.at[unit], self.loaded.at[0])
+            if call.visible is not None:
+                facts = given["own_facts"]
+                compat.fetch(facts.at[self.row_of(facts), :, tokens], self.own_facts.at[unit], self.loaded.at[0])
+
+        def step(n, _):
+            slot = lax.rem(n, call.stages)
+            head = self.head * call.ratio + n % self.heads if call.keys_own else self.head // call.ratio
+            tokens = pl.ds(self.other_start(self.entry(n), n), call.step)
+            compat.wait(self.free.at[slot])
+            compat.fetch(given["other_a"].at[row, tokens, head], self.other_a.at[slot], self.ready.at[slot])
+            compat.fetch(given["other_b"].at[row, tokens, head], self.other_b.at[slot], self.ready.at[slot])
+            if call.keys_own:
+                compat.fetch(given["rows"].at[row, head, :, tokens], self.rows.at[slot], self.ready.at[slot])
+            if call.visible is not None:
+                facts = given["other_facts"]
+                compat.fetch(facts.at[self.row_of(facts), :, tokens], self.other_facts.at[slot], self.ready.at[slot])
+
+        lax.fori_loop(0, self.steps, step, None)
+        for slot in range(call.stages):  # no arrival is left behind
+            compat.wait(self.free.at[slot])
+
+    def compute(self):
+        call = self.call
+        for slot in range(call.stages):
+            compat.arrive(self.free.at[slot])
+        compat.wait(self.loaded.at[0])
+        widths = [x.shape[-1] for x in ((self.a, self.b) if call.keys_own else (self.a,))]
+        sums = [compat.zeros((ROWS, width)) for width in widths]
+        step = self.keys_step if call.keys_own else self.queries_step()
+        if call.visible is None:
+            sums = lax.fori_loop(0, self.steps, lambda n, sums: step(n, False, sums), sums)
+        else:
+            last = jnp.maximum(self.steps - 1, 0)
+
+            def masked(n, carry):
+                entry, sums = carry
+                following = self.entry(jnp.minimum(n + 1, last))
+                # Two copies of the step: a branch around the mask alone costs registers while products are running.
+                plain, hiding = (lambda sums, hides=hides: step(n, hides, sums) for hides in (False, True))
+                return following, lax.cond((entry & 1) == 1, plain, hiding, sums)
+
+            _, sums = lax.fori_loop(0, self.steps, masked, (self.entry(0), sums))
+        self.locate()  # again, so that nothing of it has to be kept through the loop
+        tokens = pl.ds(self.owner * call.own + self.warpgroup * ROWS, ROWS)
+        for total, staged, out, scale in zip(sums, (self.a, self.b), self.results, (call.scale, 1.0)):
+            staged[self.warpgroup] = (total * scale).astype(jnp.bfloat16)
+            compat.publish()
+            compat.store(staged.at[self.warpgroup], out.at[self.row, tokens, self.head])
+        compat.stores_done()
+
+    def keys_step(self, n, hides, sums):
+        """dk and dv of 64 keys after one more tile of queries; tiles here are [keys, queries]."""
+        call = self.call
+        slot = lax.rem(n, call.stages)
+        k, v = self.a.at[self.warpgroup], self.b.at[self.warpgroup]
+        q, dy, rows = self.other_a.at[slot], self.other_b.at[slot], self.rows.at[slot]
+        shape = (ROWS, call.step)
+        compat.wait(self.ready.at[slot])
+
+        def products(add, read):
+            early = call.soft_cap is None  # else registers are too few for the second product meanwhile
+            add(2, k, compat.transposed(q))
+            if early:
+                add(3, v, compat.transposed(dy))
+            lse = compat.spread_columns(compat.load_columns(rows.at[0]), shape)
+            p, graded = self.weights(read(2, int(early)), lse, slot, hides)
+            add(1, compat.as_operand(p, self.spares[0]), dy)
+            if not early:
+                add(3, v, compat.transposed(dy))
+            delta = compat.spread_columns(compat.load_columns(rows.at[1]), shape)
+            add(0, compat.as_operand(graded * (read(3, int(early)) - delta), self.spares[1]), q)
+
+        sums = compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:2]
+        compat.arrive(self.free.at[slot])
+        return sums
+
+    def queries_step(self):
+        """dq of 64 queries after one more tile of keys: the step, with what stays the same loaded."""
+        call = self.call
+        q, dy, rows = (x.at[self.warpgroup] for x in (self.a, self.b, self.rows))
+        shape = (ROWS, call.step)
+        lse, delta = compat.load_rows(rows.at[0]), compat.load_rows(rows.at[1])
+
+        def step(n, hides, sums):
+            slot = lax.rem(n, call.stages)
+            k, v = self.other_a.at[slot], self.other_b.at[slot]
+            compat.wait(self.ready.at[slot])
+
+            def products(add, read):
+                add(1, q, compat.transposed(k))
+                add(2, dy, compat.transposed(v))
+                _, graded = self.weights(read(1, 1), compat.spread_rows(lse, shape), slot, hides)
+                ds = graded * (read(2, 0) - compat.spread_rows(delta, shape))
+                add(0, compat.as_operand(ds, self.spares[0]), k)
+
+            sums = compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:1]
+            compat.arrive(self.free.at[slot])
+            return sums
+
+        return step
+
+    def weights(self, products, lse, slot, hides):
+        """p of a tile from q k^T and log2 sums, 0 where hidden; and p times the derivative of the soft cap."""
+        call = self.call
+        hide = (lambda p: self.hide(slot, p)) if hides else lambda p: p
+        if call.soft_cap is None:
+            p = hide(jnp.exp2(products * (call.scale * LOG2_E) - lse))
+            return p, p
+        # tanh from exp2: the hardware's own is too coarse for what is exponentiated next.
+        capped = 1 - 2 / (1 + jnp.exp2(products * (2 * LOG2_E * call.scale / call.soft_cap)))
+        p = hide(jnp.exp2(capped * (call.soft_cap * LOG2_E) - lse))
+        return p, p * (1 - capped * capped)
+
+    def hide(self, slot, p):
+        """p with 0 at hidden pairs."""
+        own, other = self.own_facts.at[self.warpgroup], self.other_facts.at[slot]
+        along = lambda ref: compat.spread_rows(compat.load_rows(ref), p.shape)
+        across = lambda ref: compat.spread_columns(compat.load_columns(ref), p.shape)
+        mine, theirs = along(own.at[0]), across(other.at[0])
+        values = {name: along(own.at[1 + n]) for n, name in enumerate(self.call.names(True))}
+        values |= {name: across(other.at[1 + n]) for n, name in enumerate(self.call.names(False))}
+        i, j = (theirs, mine) if self.call.keys_own else (mine, theirs)
+        return jnp.where(self.call.visible(i, j, values), p, 0.0)

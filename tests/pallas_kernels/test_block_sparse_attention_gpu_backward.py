@@ -1,0 +1,151 @@
+"""The Hopper gradients of block-sparse attention, without a GPU: against float64 in the interpreter, and through ptxas.
+
+Bound: p, ds and the results are rounded to bfloat16 (2^-9 relative) once each, which alone gives 2 to 3 in a thousand.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat
+from pallas_kernels.block_sparse_attention import gpu_backward
+
+BOUND = 5e-3
+needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
+
+
+def causal(i, j, values):
+    return j <= i
+
+
+def packed(i, j, values):
+    return (j <= i) & (values["segment"] == values["kv_segment"]) & (values["segment"] != 0)
+
+
+def walk(live, full):
+    """Owners, the rows of `live` [n, m], laid end to end."""
+    count = live.sum(1, dtype=np.int32)
+    begin = np.cumsum(count, dtype=np.int32) - count
+    return tuple(x[None, None] for x in (begin, count, np.nonzero(live)[1].astype(np.int32), full[live]))
+
+
+def attention(q, k, v, seen, scale, soft_cap):
+    """(y, lse) of the whole matrix, with seen [B, T, S]."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    score = scale * jnp.einsum("bthk,bshk->bhts", q, k)
+    if soft_cap is not None:
+        score = soft_cap * jnp.tanh(score / soft_cap)
+    weight = jnp.where(seen[:, None], jnp.exp(score), 0)
+    total = jnp.sum(weight, axis=-1)
+    some = jnp.where(total > 0, total, 1)
+    y = jnp.einsum("bhts,bshv->bthv", weight / some[..., None], v)
+    return y, jnp.where(total > 0, jnp.log(some), -jnp.inf)
+
+
+def check(shape, sizes, visible=None, segments=None, drop=(), soft_cap=None, with_lse=False):
+    """Compares the gradients with float64 ones. shape: B, T, S, H, Hk, K, V; drop: tiles that are not listed."""
+    batch, time, keys, heads, key_heads, key, value = shape
+    rng = np.random.default_rng(0)
+    draw = lambda *dims: jnp.asarray(rng.normal(size=dims), jnp.bfloat16)
+    q, k = draw(batch, time, heads, key), draw(batch, keys, key_heads, key)
+    v, dy = draw(batch, keys, key_heads, value), draw(batch, time, heads, value)
+    names = {} if segments is None else {"segment": segments[:, :, None], "kv_segment": segments[:, None]}
+    seen = np.ones((batch, time, keys), bool)
+    if visible is not None:
+        seen &= np.asarray(visible(np.arange(time)[:, None], np.arange(keys), names))
+    tiles = seen.reshape(batch, time // sizes[0], sizes[0], keys // sizes[1], sizes[1])
+    live, full = tiles.any(axis=(0, 2, 4)), tiles.all(axis=(0, 2, 4))
+    for tile in drop:
+        live[tile] = False
+    seen &= np.repeat(np.repeat(live, sizes[0], 0), sizes[1], 1)
+    scale = key**-0.5
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v)]
+        dlse = jnp.asarray(rng.normal(size=(batch, heads, time))) * with_lse
+        wide_dy = jnp.asarray(np.asarray(dy, np.float64))
+        (y, lse), pull = jax.vjp(lambda *x: attention(*x, jnp.asarray(seen), scale, soft_cap), *wide)
+        dlse = jnp.where(lse > -jnp.inf, dlse, 0)
+        wants = [np.asarray(x) for x in pull((wide_dy, dlse))]
+        delta = np.asarray(jnp.einsum("bthv,bthv->bht", wide_dy, y) - dlse, np.float32)
+        lse = np.asarray(lse, np.float32)
+    given = {}
+    if segments is not None:
+        given = {"q_data": {"segment": segments}, "k_data": {"kv_segment": segments}}
+    walks = walk(live, full), walk(live.T, full.T)
+    with compat.interpret():
+        got = gpu_backward.backward(
+            *(q, k, v, jnp.asarray(lse), dy, jnp.asarray(delta), *walks),
+            **given,
+            sizes=sizes,
+            visible=visible,
+            scale=scale,
+            soft_cap=soft_cap,
+        )
+    for one, want, of in zip(got, wants, (q, k, v), strict=True):
+        assert one.shape == of.shape and one.dtype == jnp.bfloat16
+        assert np.linalg.norm(np.asarray(one, np.float64) - want) < BOUND * np.linalg.norm(want)
+    return got
+
+
+@needs_mosaic
+def test_gradients_of_grouped_heads_under_a_causal_mask_match_float64():
+    check((1, 128, 128, 2, 1, 64, 128), (128, 64), causal, with_lse=True)
+
+
+@needs_mosaic
+def test_gradients_are_exact_with_segments_and_zero_where_nothing_is_seen():
+    segments = np.repeat(np.array([[1, 2, 0], [3, 3, 3]], np.int32), (40, 50, 38), axis=1)
+    dq, dk, dv = check((2, 128, 128, 1, 1, 64, 64), (64, 64), packed, segments, drop=[(1, 1)])
+    for one in (dq, dk, dv):
+        assert not np.any(np.asarray(one, np.float32)[0, 90:])
+
+
+@needs_mosaic
+@pytest.mark.slow
+def test_gradients_of_blocks_of_128_and_of_a_soft_cap_match_float64():
+    check((1, 256, 256, 1, 1, 64, 64), (128, 128), causal)
+    check((1, 128, 256, 1, 1, 128, 64), (64, 128), drop=[(0, 0), (1, 1)])
+    check((1, 128, 128, 1, 1, 64, 64), (128, 128), causal, soft_cap=1.5)
+
+
+@needs_mosaic
+def test_a_call_that_cannot_run_is_refused_with_one_line():
+    array = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+    q, lse = array(1, 128, 1, 64), array(1, 1, 128)
+    call = lambda **rest: gpu_backward.backward(q, q, q, lse, q, lse, (), (), scale=1.0, **rest)
+    with pytest.raises(ValueError, match=r"^sizes: expected 64 or 128 each"):
+        call(sizes=(32, 128))
+    with pytest.raises(ValueError, match=r"^slopes: expected None"):
+        call(sizes=(128, 128), slopes=jnp.ones(1))
+
+
+# Ahead of time for an H100, through ptxas, on a machine without a GPU.
+
+
+def compiled(spilled, visible, data=(), soft_cap=None, time=1024, key=128):
+    array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
+    integers = lambda length: array(1, 1, length, dtype=jnp.int32)
+    tiles = time // 128
+    lists = (integers(tiles), integers(tiles), integers(tiles**2), array(1, 1, tiles**2, dtype=jnp.bool_))
+    q, row = array(2, time, 4, key), array(2, 4, time, dtype=jnp.float32)
+    k = array(2, time, 2, key)
+    data = [{name: array(2, time, dtype=jnp.int32)} for name in data] or [{}, {}]
+
+    def run(q, k, v, lse, dy, delta, walk, turned, q_data, k_data):
+        sides = {"q_data": q_data, "k_data": k_data, "visible": visible, "soft_cap": soft_cap}
+        return gpu_backward.backward(q, k, v, lse, dy, delta, walk, turned, sizes=(128, 128), scale=1.0, **sides)
+
+    return spilled(run, q, k, k, row, q, row, lists, lists, *data)
+
+
+def test_kernels_with_a_data_mask_compile_for_an_h100_without_spills(spilled):
+    found = compiled(spilled, packed, ("segment", "kv_segment"))
+    assert found == {"block_sparse_attention_dkv": 0, "block_sparse_attention_dq": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("soft_cap", "key"), [(None, 64), (30.0, 128)])
+def test_other_kernels_compile_for_an_h100_without_spills(spilled, soft_cap, key):
+    found = compiled(spilled, causal, soft_cap=soft_cap, key=key)
+    assert found == {"block_sparse_attention_dkv": 0, "block_sparse_attention_dq": 0}
