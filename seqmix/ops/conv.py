@@ -158,15 +158,45 @@ def _around_padding(xs, weights, biases, states, run_ids):
     tokens, and back.
     """
     inside = _padding_inside(run_ids, any(state is not None for state in states))
-    time = jnp.broadcast_to(jnp.arange(run_ids.shape[1], dtype=jnp.int32), run_ids.shape)
-    *order, ids = _if(inside, _order, time, time, run_ids)
-    ys = _convolved(_moved(inside, *order, xs), weights, biases, states, ids)
-    return _moved(inside, *reversed(order), ys)
+    xs, ids, order, back = _behind(inside, run_ids, xs)
+    return _moved(inside, back, order, _convolved(xs, weights, biases, states, ids))
 
 
 def _if(wanted, function, *arrays):
     """function(*arrays) if it is wanted, else arrays: a loop of one turn or none, since a cond would copy them."""
     return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(wanted), function(*c[1])), (wanted, arrays))[1]
+
+
+@jax.custom_vjp
+def _behind(wanted, run_ids, xs):
+    """(xs, run_ids, order [B, T], its inverse), with padding moved behind the tokens if it is wanted.
+
+    The gradient takes the inverse permutation: no scatter.
+    """
+    time = jnp.broadcast_to(jnp.arange(run_ids.shape[1], dtype=jnp.int32), run_ids.shape)
+
+    def move(ids, _order, _back, *xs):
+        padding = ids == 0
+        order = jnp.argsort(padding, axis=1, stable=True).astype(jnp.int32)
+        after = jnp.sum(~padding, 1, keepdims=True) + jnp.cumsum(padding, 1)
+        back = jnp.where(padding, after, jnp.cumsum(~padding, 1)) - 1
+        return _rows(ids, order), order, back.astype(jnp.int32), *(_rows(x, order) for x in xs)
+
+    ids, order, back, *xs = _if(wanted, move, run_ids, time, time, *xs)
+    return tuple(xs), ids, order, back
+
+
+def _behind_forward(wanted, run_ids, xs):
+    found = _behind(wanted, run_ids, xs)
+    return found, (wanted, *found[2:])
+
+
+def _behind_backward(kept, cotangents):
+    wanted, order, back = kept
+    return None, None, _moved(wanted, back, order, cotangents[0])
+
+
+_behind.defvjp(_behind_forward, _behind_backward)
 
 
 @jax.custom_vjp
@@ -185,15 +215,6 @@ def _moved_backward(kept, dys):
 
 
 _moved.defvjp(_moved_forward, _moved_backward)
-
-
-def _order(_times, _same, run_ids):
-    """The times [B, T] of a row's tokens, then those of its padding; its inverse; the segments in this order."""
-    padding = run_ids == 0
-    order = jnp.argsort(padding, axis=1, stable=True).astype(jnp.int32)
-    after = jnp.sum(~padding, 1, keepdims=True) + jnp.cumsum(padding, 1)
-    back = jnp.where(padding, after, jnp.cumsum(~padding, 1)) - 1
-    return order, back.astype(jnp.int32), _rows(run_ids, order)
 
 
 def _last_tokens(x, width, state, run_ids):
