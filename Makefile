@@ -60,7 +60,7 @@ pods: $(TARGETS)/installed
 	@JAX_PLATFORMS=cpu $(TARGETS)/bin/python -m pytest -m "pods or tpu" tests/pods $(ARGS)
 
 conformance: $(VENV)/installed
-	@$(TESTS) tests/conformance $(ARGS)
+	@$(TESTS) -m "not faults and not pods" tests/conformance $(ARGS)
 
 # The peers come without their dependencies and without compiling CUDA: a few files of theirs run, on the CPU.
 peers: $(VENV)/installed

@@ -115,7 +115,7 @@ class Dataset:
         counts[-1] += -sum(counts) % batch  # the last batch is filled up with rows without text
         rows = [Rows(stream, seq, count, packed=packed) for stream, count in zip(val, counts, strict=True)]
         rows = rows[0] if len(rows) == 1 else grain.MapDataset.concatenate(rows)
-        self._val = rows.shuffle(seed=sources.VAL_SEED).batch(batch)
+        self._val = rows.shuffle(seed=sources.VAL_SEED)
         tokens = [sum(int(stream.lengths.sum()) for stream in streams) for streams in (train, val)]
         self.bytes_per_token = sum(int(part.sizes[part.val].sum()) for part in parts) / tokens[1]
         documents = sum(len(part.counts) for part in parts)
@@ -126,19 +126,25 @@ class Dataset:
 
         Raises shards.Damaged, an OSError, for a damaged record.
         """
-        batch = self._cfg.batch_size
-        if batch % hosts or not 0 <= host < hosts:
-            raise ValueError(f"hosts: expected a divisor of data.batch_size {batch} and a host below it, got {hosts}")
-        batches = Share(self._train, batch, host, hosts).batch(batch // hosts)
+        batches = self._shared(self._train, host, hosts)
         if not self._cfg.threads:
             return (batches[index] for index in itertools.count(start))
         options = grain.ReadOptions(num_threads=self._cfg.threads, prefetch_buffer_size=2 * self._cfg.threads)
         return iter(batches[start:].to_iter_dataset(options))
 
-    def val_batches(self, count=0):
-        """The first `count` validation batches of a fixed random order; 0 or more than there are: all."""
-        total = len(self._val)
-        return (self._val[index] for index in range(min(count, total) if count else total))
+    def val_batches(self, count=0, host=0, hosts=1):
+        """The first `count` validation batches of a fixed random order, as `train_batches` for each of several hosts; 0
+        or more than there are: all.
+        """
+        total = len(self._val) // self._cfg.batch_size
+        batches = self._shared(self._val, host, hosts, total)
+        return (batches[index] for index in range(min(count, total) if count else total))
+
+    def _shared(self, rows, host, hosts, count=None):
+        batch = self._cfg.batch_size
+        if batch % hosts or not 0 <= host < hosts:
+            raise ValueError(f"hosts: expected a divisor of data.batch_size {batch} and a host below it, got {hosts}")
+        return Share(rows, batch, host, hosts, count).batch(batch // hosts)
 
     def held(self):
         """Some of the validation text."""

@@ -1,7 +1,7 @@
 """Several processes as one run: how they find each other, and what process 0 decides for all.
 
-Batches and randomness are functions of the step alone. Of a training batch each process reads the rows that its
-devices hold (`share`), of a validation batch all.
+Batches and randomness are functions of the step alone. Of a batch each process reads the rows that its devices
+hold (`share`).
 """
 
 import os

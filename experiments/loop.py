@@ -95,7 +95,7 @@ class Trainer:
 
     @property
     def share(self):
-        """(h, n): of a training batch this process reads the h-th of n equal runs of rows."""
+        """(h, n): of a batch this process reads the h-th of n equal runs of rows."""
         data = self.cfg.data
         return distributed.share(self._laid((data.batch_size, data.seq_len)), (data.batch_size, data.seq_len))
 
@@ -130,9 +130,10 @@ class Trainer:
             sums = self._answers if dataset.pairs else self._nll
             self._eval = jax.jit(sums, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
         total = 0
-        for batch in dataset.val_batches(batches):
+        share = self.share
+        for batch in dataset.val_batches(batches, *share):
             with sharding.use_mesh(self.mesh):
-                total = total + np.array(self._eval(params, self.put(batch)), np.float64)
+                total = total + np.array(self._eval(params, self.put(batch, share=share)), np.float64)
             beat()
         loss = float(total[0] / total[1])
         result = {"loss": loss, "tokens": float(total[1])}

@@ -89,14 +89,17 @@ class Rows(grain.MapDataset):
 
 
 class Share(grain.MapDataset):
-    """The rows that host h of n reads of endless rows: of every `batch` rows the h-th of n equal runs."""
+    """The rows that host h of n reads of endless rows, or of so many batches: of every `batch` rows the h-th of n equal
+    runs.
+    """
 
-    def __init__(self, rows, batch, host, hosts):
+    def __init__(self, rows, batch, host, hosts, batches=None):
         super().__init__([rows])
         self.whole, self.host, self.each = batch, host, batch // hosts
+        self.length = MOST if batches is None else batches * self.each
 
     def __len__(self):
-        return MOST
+        return self.length
 
     def __getitem__(self, index):
         if isinstance(index, slice):

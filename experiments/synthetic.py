@@ -31,21 +31,19 @@ class Dataset:
 
     def train_batches(self, start=0, host=0, hosts=1):
         """Batches start, start + 1, ... without end; of several hosts, each gets its own batch_size / hosts rows."""
-        each = self._rows // hosts
-        own = slice(host * each, (host + 1) * each)
-        batches = (self._batch(self._seed, index) for index in itertools.count(start))
-        return ({key: value[own] for key, value in batch.items()} for batch in batches)
+        return (self._batch(self._seed, index, host, hosts) for index in itertools.count(start))
 
-    def val_batches(self, count=0):
-        """The first `count` batches of a fixed sequence; 0: 64 of them."""
-        return (self._batch(VAL_SEED, index) for index in range(count or VAL_BATCHES))
+    def val_batches(self, count=0, host=0, hosts=1):
+        """The first `count` batches of a fixed sequence; 0: 64 of them. Of several hosts, each gets its own rows."""
+        return (self._batch(VAL_SEED, index, host, hosts) for index in range(count or VAL_BATCHES))
 
-    def _batch(self, seed, index):
+    def _batch(self, seed, index, host, hosts):
         drawn = jax.device_get(_draw(self._task, self._rows, np.uint32(seed), index))
         rows, time = drawn["tokens"].shape
         drawn["segment_ids"] = np.ones((rows, time), np.int32)
         drawn["positions"] = np.broadcast_to(np.arange(time, dtype=np.int32), (rows, time))
-        return drawn
+        each = rows // hosts
+        return {key: value[host * each : (host + 1) * each] for key, value in drawn.items()}
 
 
 def key(seed, index):

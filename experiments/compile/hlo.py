@@ -126,14 +126,17 @@ class Program:
         known = re.search(r'"?known_trip_count"?[:=]\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        compares = [o for o in self.computations[loop.called("condition")[0]].values() if o.op == "compare"]
+        condition = self.computations[loop.called("condition")[0]]
+        compares = [one for one in condition.values() if one.op == "compare"]
         if len(compares) == 1 and "direction=LT" in compares[0].attributes:
-            limit = self._constant(compares[0].operands[1], self.computations[loop.called("condition")[0]], loop, here)
+            limit = self._constant(compares[0].operands[1], condition, loop, here)
             if limit is not None:
                 return limit
         lists = [a.dims[0] for a in loop.shape if a.dtype == "s32" and len(a.dims) == 2 and a.dims[1] == 2]
         where = re.search(r'op_name="([^"]*)"', loop.attributes)
-        times = max(lists, default=1)
+        # What a flag alone keeps going is there for rows that a packer does not make.
+        flag = all(one.op in ("parameter", "get-tuple-element", "copy", "bitcast") for one in condition.values())
+        times = 0 if flag else max(lists, default=1)
         total.guessed[where[1] if where else loop.name] = times
         return times
 

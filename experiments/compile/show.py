@@ -11,7 +11,7 @@ def report(found):
     mesh = " ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
     print(f"{found['config']} for {found['topology']}: {found['chips']} chips, mesh {mesh}, remat={found['remat']}")
     rows = f"{found['batch_size']} x {found['seq_len']:,} tokens a step in {found['accumulate']} microbatches"
-    print(f"{rows}; compiled in {found['compile_seconds']} s, not run")
+    print(f"{rows}; compiled in {found['compile_seconds']} s ({found['compile_cpu_seconds']} s of CPU), not run")
     memory = found["memory"]
     kinds = [(kind, _gib(size)) for kind, size in memory["kinds"].items()]
     total = [("all", _gib(memory["total"])), ("the chip has", _gib(memory["chip"]))]
@@ -26,7 +26,7 @@ def report(found):
     for name, count in found["kernels"].items():
         print(f"kernel {name}: {count:.0f} times a step")
     for where, length in found["loops_of_unknown_length"].items():
-        print(f"loop {where}: counted {length} times, the data may make it shorter")
+        print(f"loop {where}: counted {length} times; its length depends on the data")
     if found["involuntary_resharding"]:
         print(f"warning: the compiler reshards against the layout {found['involuntary_resharding']} times")
 

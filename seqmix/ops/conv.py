@@ -30,8 +30,8 @@ def short_conv(x, weight, bias=None, *, state=None, segment_ids=None):
         y like x, and the state after it: the last W-1 tokens of each row's last segment, in the dtype of
         `state` (x.dtype without one). A row of padding alone keeps its state.
 
-    Without a state, rows that have no padding within a segment (all that a packer makes) take shifts of x.
-    Those that do, and prefills with segments, gather each token's predecessors.
+    Taps are shifts of x. Where padding stands within a segment of some row (no packer puts it there), or before the
+    first segment of rows with a state, it is first moved behind the row's tokens, and back in the end.
     Raises ValueError for shapes or trees that disagree.
     """
     xs, tree = jax.tree.flatten(x)
@@ -51,15 +51,8 @@ def short_conv(x, weight, bias=None, *, state=None, segment_ids=None):
         pairs = [conv_context.run(lay, short_conv, _last_tokens, *leaves, run_ids) for lay, *leaves in each]
         return tree.unflatten([y for y, _ in pairs]), tree.unflatten([last for _, last in pairs])
 
-    def convolve(form):
-        return lambda: [form(*leaves, run_ids) for leaves in zip(xs, weights, biases, states, strict=True)]
-
-    if run_ids is None:
-        ys = convolve(_shifts)()
-    elif state is None:
-        ys = jax.lax.cond(_padding_inside(run_ids), convolve(_gathers), convolve(_shifts))
-    else:
-        ys = convolve(_gathers)()
+    run = _convolved if run_ids is None else _around_padding
+    ys = run(tuple(xs), weights, biases, states, run_ids)
     lasts = [_last_tokens(x, len(w), s, run_ids) for x, w, s in zip(xs, weights, states, strict=True)]
     lasts = [last if s is None else last.astype(s.dtype) for last, s in zip(lasts, states, strict=True)]
     return tree.unflatten(ys), tree.unflatten(lasts)
@@ -118,31 +111,32 @@ def _as_rows(mask, x):
     return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
 
 
-def _weigh(taps, weight, bias, run_ids, dtype):
-    """bias + sum of weighted taps (an iterable, current token first), 0 at padding, in dtype."""
-    acc = jnp.promote_types(dtype, jnp.float32)
-    y = sum(w.astype(acc) * tap.astype(acc) for w, tap in zip(weight[::-1], taps, strict=True))
-    y = y if bias is None else y + bias.astype(acc)
+def _finish(y, bias, run_ids, dtype):
+    """y + bias, 0 at padding, in dtype."""
+    y = y if bias is None else y + bias.astype(y.dtype)
     y = y if run_ids is None else jnp.where(_as_rows(run_ids != 0, y), y, 0)
     return y.astype(dtype)
 
 
-# Both forms are recomputed by the backward pass: else every tap would be kept for it, in float32, and a cond
-# would keep those of both its branches.
-
-
+# Recomputed by the backward pass: else every tap would be kept for it, in float32.
 @jax.checkpoint
+def _convolved(xs, weights, biases, states, run_ids):
+    return tuple(_shifts(*leaves, run_ids) for leaves in zip(xs, weights, biases, states, strict=True))
+
+
 def _shifts(x, weight, bias, state, run_ids):
     """The convolution where a segment's tokens are contiguous, or without segments."""
+    acc = jnp.promote_types(x.dtype, jnp.float32)
 
-    def taps():
-        for j in range(len(weight)):
-            tap = _delay(x, j, state)
-            if run_ids is not None:
-                tap = jnp.where(_as_rows(run_ids == _delay(run_ids, j), tap), tap, 0)
-            yield tap
+    def tap(j):
+        delayed = _delay(x, j, state)
+        if run_ids is not None:
+            # The state is of a row's first segment.
+            first = None if state is None else jnp.ones((len(run_ids), len(weight) - 1), run_ids.dtype)
+            delayed = jnp.where(_as_rows(run_ids == _delay(run_ids, j, first), delayed), delayed, 0)
+        return weight[len(weight) - 1 - j].astype(acc) * delayed.astype(acc)
 
-    return _weigh(taps(), weight, bias, run_ids, x.dtype)
+    return _finish(sum(tap(j) for j in range(len(weight))), bias, run_ids, x.dtype)
 
 
 def _delay(x, steps, state=None):
@@ -159,18 +153,68 @@ def _delay(x, steps, state=None):
 
 
 @jax.checkpoint
-def _gathers(x, weight, bias, state, run_ids):
-    """The convolution wherever the padding is: follows each token back through its predecessors."""
-    width = len(weight)
-    full, before = _prepend(x, width, state), _predecessors(run_ids, width)
+def _around_padding(xs, weights, biases, states, run_ids):
+    """The convolutions wherever the padding is: where a shift would take it for a token, it is moved behind the row's
+    tokens, and back.
+    """
+    inside = _padding_inside(run_ids, any(state is not None for state in states))
+    xs, ids, order, back = _behind(inside, run_ids, xs)
+    return _moved(inside, back, order, _convolved(xs, weights, biases, states, ids))
 
-    def taps():
-        index = jnp.broadcast_to(jnp.arange(width, full.shape[1]), run_ids.shape)
-        for _ in range(width):
-            yield _rows(full, index)
-            index = _rows(before, index)
 
-    return _weigh(taps(), weight, bias, run_ids, x.dtype)
+def _if(wanted, function, *arrays):
+    """function(*arrays) if it is wanted, else arrays: a loop of one turn or none, since a cond would copy them."""
+    return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(wanted), function(*c[1])), (wanted, arrays))[1]
+
+
+@jax.custom_vjp
+def _behind(wanted, run_ids, xs):
+    """(xs, run_ids, order [B, T], its inverse), with padding moved behind the tokens if it is wanted.
+
+    The gradient takes the inverse permutation: no scatter.
+    """
+    time = jnp.broadcast_to(jnp.arange(run_ids.shape[1], dtype=jnp.int32), run_ids.shape)
+
+    def move(ids, _order, _back, *xs):
+        padding = ids == 0
+        order = jnp.argsort(padding, axis=1, stable=True).astype(jnp.int32)
+        after = jnp.sum(~padding, 1, keepdims=True) + jnp.cumsum(padding, 1)
+        back = jnp.where(padding, after, jnp.cumsum(~padding, 1)) - 1
+        return _rows(ids, order), order, back.astype(jnp.int32), *(_rows(x, order) for x in xs)
+
+    ids, order, back, *xs = _if(wanted, move, run_ids, time, time, *xs)
+    return tuple(xs), ids, order, back
+
+
+def _behind_forward(wanted, run_ids, xs):
+    found = _behind(wanted, run_ids, xs)
+    return found, (wanted, *found[2:])
+
+
+def _behind_backward(kept, cotangents):
+    wanted, order, back = kept
+    return None, None, _moved(wanted, back, order, cotangents[0])
+
+
+_behind.defvjp(_behind_forward, _behind_backward)
+
+
+@jax.custom_vjp
+def _moved(wanted, order, back, xs):
+    """x[b, order[b, t]] for each x if it is wanted; back: the inverse permutation, which the gradient takes."""
+    return _if(wanted, lambda *xs: tuple(_rows(x, order) for x in xs), *xs)
+
+
+def _moved_forward(wanted, order, back, xs):
+    return _moved(wanted, order, back, xs), (wanted, order, back)
+
+
+def _moved_backward(kept, dys):
+    wanted, order, back = kept
+    return None, None, None, _moved(wanted, back, order, dys)
+
+
+_moved.defvjp(_moved_forward, _moved_backward)
 
 
 def _last_tokens(x, width, state, run_ids):
@@ -209,9 +253,12 @@ def _rows(x, index):
     return jax.vmap(lambda one, i: one[i])(x, index)
 
 
-def _padding_inside(run_ids):
-    """Whether some padding has tokens of one segment on both sides."""
+def _padding_inside(run_ids, state):
+    """Whether some padding has tokens of one segment on both sides; with a state, which is of the first, before them
+    too.
+    """
     far = jnp.iinfo(run_ids.dtype).max
     before = jax.lax.cummax(run_ids, axis=1)
+    before = jnp.maximum(before, 1) if state else before
     after = jax.lax.cummin(jnp.where(run_ids != 0, run_ids, far), axis=1, reverse=True)
     return jnp.any((run_ids == 0) & (before == after))

@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import checkpoint, manifest, process
-from experiments.config import Checkpoint
+from experiments import checkpoint, loop, manifest, process
+from experiments.config import Checkpoint, Data, Mesh, Optim, Train
+from seqmix.mixers.dense.attention import Attention
+from seqmix.mixers.recurrent.mamba2 import Mamba2
+from seqmix.models import LM
 from tests import runs
 
 SMALL = {"w": np.arange(4.0)}
@@ -108,6 +111,53 @@ def test_the_average_is_a_tree_of_its_own(tmp_path):
     assert saved.restore(like, weights="ema")[1]["w"].tolist() == [2, 2, 2]
     _, params, rest, _ = saved.restore(like, abstract({"step": np.int32(0), "ema": {"w": np.ones(3)}}))
     assert params["w"].tolist() == [1, 1, 1] and rest["ema"]["w"].tolist() == [2, 2, 2] and int(rest["step"]) == 1
+
+
+MESHES = {
+    "one": dict(data=1),
+    "fsdp": dict(data=1, fsdp=8),
+    "mixed": dict(data=1, fsdp=2, context=2, model=2),
+}
+
+
+@pytest.fixture(scope="module")
+def trainers():
+    """A trainer on each of MESHES, of one config but for its mesh."""
+    made, mixers = {}, (Attention(heads=4, kv_heads=2, head_dim=8), Mamba2(d_state=4, head_dim=8))
+    for name, mesh in MESHES.items():
+        cfg = Train(
+            name="tiny",
+            model=LM(vocab=64, d_model=16, n_layers=2, mixers=mixers),
+            data=Data(path="none", seq_len=16, batch_size=8),
+            optim=Optim(peak_lr=0.01, ema=0.9, spike_sigma=3.0),
+            mesh=Mesh(**mesh),
+            steps=4,
+        )
+        made[name] = loop.Trainer(cfg, loop.make_mesh(cfg))
+    return made
+
+
+@pytest.mark.parametrize("source", MESHES)
+def test_a_restore_on_another_mesh_has_every_bit(tmp_path, trainers, source):
+    """Weights, moments, average, spikes, step and randomness, each leaf laid as the new mesh wants it."""
+    saves, rng = trainers[source], np.random.default_rng(3)
+    draw = lambda leaf: np.frombuffer(rng.bytes(leaf.size * leaf.dtype.itemsize), leaf.dtype).reshape(leaf.shape)
+    finite = lambda x: np.where(np.isfinite(x), x, 1) if x.dtype.kind == "f" else x
+    state = {"params": saves.params, **saves.rest}
+    values = jax.tree.map(lambda leaf: finite(draw(leaf)), state)
+    laid = jax.tree.map(lambda value, leaf: jax.device_put(value, leaf.sharding), values, state)
+    kept = checkpoint.Checkpoints(tmp_path, Checkpoint(background=False))
+    kept.save(1, laid.pop("params"), laid, {})
+    for name, takes in trainers.items():
+        _, params, rest, _ = kept.restore(takes.params, takes.rest)
+        found, expected = {"params": params, **rest}, {"params": takes.params, **takes.rest}
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), found, values)
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(*map(jax.tree.leaves, (jax.device_get(found), values))))
+        for leaf, like in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
+        moments = [leaf for leaf in jax.tree.leaves(rest["opt_state"]) if leaf.ndim > 1]
+        ways = max(leaf.size // leaf.addressable_shards[0].data.size for leaf in moments)
+        assert ways == {"one": 1, "fsdp": 8, "mixed": 4}[name]
 
 
 def test_a_step_that_is_not_there_is_refused(tmp_path):

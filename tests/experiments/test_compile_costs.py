@@ -44,6 +44,14 @@ def test_a_loop_as_long_as_the_data_says_counts_as_often_as_its_list_is_long():
     assert list(found.guessed.values()) == [7]
 
 
+def test_what_a_flag_alone_keeps_going_is_not_counted():
+    def once(flag, x, w):
+        return jax.lax.while_loop(lambda c: c[0], lambda c: (False, jnp.tanh(c[1] @ w)), (flag, x))[1]
+
+    found = cost(once, jax.ShapeDtypeStruct((), jnp.bool_), f32(8, 32), f32(32, 32))
+    assert found.flops == 0 and list(found.guessed.values()) == [0]
+
+
 def test_a_loop_reads_its_slice_of_the_stacked_weights_only():
     layers, width = 50, 64
     scan = lambda x, w: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]

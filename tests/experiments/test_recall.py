@@ -77,6 +77,10 @@ def test_a_batch_depends_on_seed_and_index_alone():
     other = synthetic.Dataset(dataclasses.replace(tiny().data, seed=1), 64)
     assert not np.array_equal(next(iter(other.train_batches()))["tokens"], batches[0])
     assert other.fingerprint != first.fingerprint == again.fingerprint
+    own = [next(iter(first.train_batches(2, host, 2)))["tokens"] for host in range(2)]
+    np.testing.assert_array_equal(np.concatenate(own), batches[2])
+    own = [next(iter(first.val_batches(1, host, 2)))["tokens"] for host in range(2)]
+    np.testing.assert_array_equal(np.concatenate(own), next(iter(first.val_batches(1)))["tokens"])
 
 
 def test_a_lane_is_the_run_of_its_learning_rate_and_seed():

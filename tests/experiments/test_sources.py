@@ -44,6 +44,11 @@ def alike(left, right):
     return len(left) == len(right) and all(same(a, b) for a, b in zip(left, right, strict=True))
 
 
+def joined(parts):
+    """The batches of all hosts, from each host's."""
+    return [{key: np.concatenate([b[key] for b in batch]) for key in batch[0]} for batch in zip(*parts, strict=True)]
+
+
 def targets(batches):
     return np.concatenate([batch["targets"][batch["mask"] == 1] for batch in batches]).tolist()
 
@@ -74,8 +79,13 @@ def test_the_order_does_not_depend_on_hosts_and_threads(corpus, other, hosts, mi
     for threads in (1, 3):
         assert alike(whole, take(dataclasses.replace(cfg, threads=threads), 0, 30))
     parts = [take(dataclasses.replace(cfg, threads=host), 7, 23, host, hosts) for host in range(hosts)]
-    joined = [{key: np.concatenate([b[key] for b in batch]) for key in batch[0]} for batch in zip(*parts, strict=True)]
-    assert alike(whole[7:], joined)
+    assert alike(whole[7:], joined(parts))
+    loaded = data.load(cfg, 260)
+    whole = list(loaded.val_batches())
+    assert len(whole) > 2 and all(len(batch["tokens"]) == 4 for batch in whole)
+    for count in (0, 2):
+        parts = [list(loaded.val_batches(count, host, hosts)) for host in range(hosts)]
+        assert alike(whole[: count or None], joined(parts))
 
 
 def test_hosts_that_do_not_divide_a_batch_are_refused(corpus):
@@ -83,6 +93,8 @@ def test_hosts_that_do_not_divide_a_batch_are_refused(corpus):
     for host, hosts in ((0, 3), (2, 2), (-1, 2)):
         with pytest.raises(ValueError, match="hosts: expected a divisor of data.batch_size 4"):
             loaded.train_batches(0, host, hosts)
+        with pytest.raises(ValueError, match="hosts: expected a divisor of data.batch_size 4"):
+            loaded.val_batches(0, host, hosts)
 
 
 def test_batches_are_functions_of_their_index(corpus, other):
