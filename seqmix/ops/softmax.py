@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
-from seqmix.ops import scored, softmax_context
+from seqmix.ops import scored, softmax_context, softmax_library
 from seqmix.ops.dispatch import pick
 from seqmix.ops.mesh import layout
 from seqmix.ops.softmax_chunked import block_pairs, block_sizes, chunked
@@ -105,10 +105,14 @@ def attention(
     form = None
     if lay is not None and lay.time and implementation != "reference":
         form = softmax_context.choose(lay, rules, d, order, context)
-    name = pick("attention", implementation, {"chunked": None, "reference": None})
+    libraries = softmax_library.reasons(lay, form, rules, q, k, v, sink_logits, order, return_lse)
+    name = pick("attention", implementation, libraries | {"chunked": None, "reference": None})
     if form:
         call = (rules, d, q, k, v, sink_logits, tokens)
-        y, lse = softmax_context.run(lay, form, *call, order=order, block=block, need_lse=return_lse)
+        options = dict(order=order, block=block, need_lse=return_lse, library=name if name in libraries else None)
+        y, lse = softmax_context.run(lay, form, *call, **options)
+    elif name in libraries:
+        return softmax_library.run(name, lay, rules, q, k, v, tokens[0] if order == "runs" else None)
     elif name == "chunked":
         y, lse = chunked(rules, q, k, v, sink_logits, *tokens, order=order, block=block)
     else:
