@@ -105,7 +105,8 @@ def attention(
     form = None
     if lay is not None and lay.time and implementation != "reference":
         form = softmax_context.choose(lay, rules, d, order, context)
-    libraries = softmax_library.reasons(lay, form, rules, q, k, v, sink_logits, order, return_lse)
+    asked = implementation, lay, form, rules, q, k, v, sink_logits, order, return_lse
+    libraries = softmax_library.reasons(*asked)
     name = pick("attention", implementation, libraries | {"chunked": None, "reference": None})
     if form:
         call = (rules, d, q, k, v, sink_logits, tokens)

@@ -6,8 +6,8 @@
 | "tokamax" | `tokamax.dot_product_attention` (extra `tokamax`) | Hopper GPUs | dense; causal; window; soft cap |
 | "splash" | `jax.experimental.pallas.ops.tpu.splash_attention` | TPUs | dense; causal; window; soft cap; segment ids |
 
-None of them takes given positions, `kv_segment_ids`, `sinks`, sink logits, or a call that wants lse: what they give of it
-is rounded to bfloat16 or has no gradient. Public names of the libraries only: those of tokamax say nothing of segments.
+None of them takes given positions, `kv_segment_ids`, `sinks`, sink logits, or a call that wants lse: what they give of
+it is rounded to bfloat16 or has no gradient. Public names of the libraries only: those of tokamax know no segments.
 Key heads may be fewer than query heads everywhere. With implementation None a call that one of them takes here goes to
 it, any other one to the chunked form.
 """
@@ -25,7 +25,7 @@ NAMES = ("cudnn", "tokamax", "splash")
 TILE = 128  # of splash: numbers of queries and keys are multiples of it
 BLOCKS = 512, 256, 128  # queries and keys that splash works on at once, the largest that fits
 WIDEST = {"cudnn": 256, "tokamax": 128, "splash": 256}  # K and V
-DTYPES = {name: (jnp.bfloat16, jnp.float16) for name in NAMES} | {"splash": (jnp.bfloat16,)}
+DTYPES = dict.fromkeys(NAMES, (jnp.bfloat16, jnp.float16)) | {"splash": (jnp.bfloat16,)}
 TAKES = {
     "soft_cap": ("tokamax", "splash"),
     "a window that looks ahead": ("tokamax", "splash"),
@@ -37,20 +37,23 @@ TAKES = {
 }
 
 
-def reasons(lay, form, rules, q, k, v, sink_logits, order, return_lse) -> dict:
+def reasons(implementation, lay, form, rules, q, k, v, sink_logits, order, return_lse) -> dict:
     """For each library why it cannot run this call here, in a few words, or None if it can.
 
-    lay: of the mesh, or None; form: of the context (`softmax_context`), or None; order: as of `block_pairs`.
+    With an implementation named, no other is looked at. lay: of the mesh, or None; form: of the context
+    (`softmax_context`), or None; order: as of `block_pairs`.
     """
+    unasked = dict.fromkeys(NAMES, "was not asked for")
+    names = [name for name in NAMES if implementation in (None, name)]
     if lay is None:
-        return {name: _unsupported(name, rules, q, k, v, sink_logits, order, return_lse) for name in NAMES}
+        return unasked | {n: _unsupported(n, rules, q, k, v, sink_logits, order, return_lse) for n in names}
     if lay.time and form != "heads":
         why = f"has no form for time cut over a mesh by {form!r}" if form else "needs keys that are cut as queries are"
         return dict.fromkeys(NAMES, f"{why}; context='heads' leaves time whole")
-    names = ("batch", None, "heads", None), *(("batch", None, "key_heads", None),) * 2
-    local = [lay.share(x, *name) for x, name in zip((q, k, v), names, strict=True)]
+    dims = ("batch", None, "heads", None), *(("batch", None, "key_heads", None),) * 2
+    local = [lay.share(x, *dim) for x, dim in zip((q, k, v), dims, strict=True)]
     with sharding.shares(lay.mesh):
-        return {name: _unsupported(name, rules, *local, sink_logits, order, return_lse) for name in NAMES}
+        return unasked | {n: _unsupported(n, rules, *local, sink_logits, order, return_lse) for n in names}
 
 
 def _unsupported(name, rules, q, k, v, sink_logits, order, return_lse) -> str | None:
