@@ -2,8 +2,8 @@
 
     TPU_SKIP_MDS_QUERY=1 python -m tools.tpu_attention
 
-It needs libtpu in its Python; tests/pallas_kernels/test_attention_libraries.py runs it in a process of its own. For each
-call: on which chips, how many kinds of splash attention's three kernels are in the compiled gradient, and whether
+It needs libtpu in its Python; tests/pallas_kernels/test_attention_libraries.py runs it in a process of its own. For
+each call: on which chips, how many kinds of splash attention's three kernels are in the compiled gradient, and whether
 tokens cross devices.
 """
 

@@ -125,10 +125,10 @@ def _window(rules, time, keys):
 
 
 def _refused(rules, q, k, v) -> str | None:
-    """What jax.nn itself says against a call: it knows the versions of cuDNN, and what the GPU can do."""
+    """What jax.nn itself says against a call and its gradient: it knows the version of cuDNN and what the GPU can do."""
     arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     try:
-        jax.eval_shape(functools.partial(_cudnn, rules), *arrays)
+        jax.eval_shape(lambda *arrays: jax.vjp(functools.partial(_cudnn, rules), *arrays)[0], *arrays)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         return f"is refused by jax.nn: {str(error).splitlines()[0]}"
     return None
