@@ -74,14 +74,17 @@ def attention(
       block: number of queries and of keys whose scores exist at once in the chunked form.
       context: where the mesh in force cuts time, how each device's queries meet all keys: "ring", "zigzag", "heads",
         "gather" (`softmax_context`) or None, the best for the call. It changes neither result nor layout.
-      implementation: None, "chunked" (memory linear in T and S; differentiable once) or "reference" (dense).
+      implementation: None, the best for the call; "cudnn", "tokamax" (GPUs) or "splash" (TPUs; compiled, not run on a
+        chip), which take a part of the calls (`softmax_library`; docs/attention.md says which goes where);
+        "chunked" (memory linear in T and S) or "reference" (dense). All but the last are differentiable once.
 
     Returns:
       y [B, T, H, V] in v.dtype, or (y, lse [B, H, T] in acc). A row that sees no key, padding above all, has
       y = 0 and lse = -inf (with a sink: its logit), and passes no gradient to q, k and v.
 
     Raises:
-      ValueError: for shapes, dtypes and numbers that are not as above, and for a context that the call cannot take.
+      ValueError: for shapes, dtypes and numbers that are not as above, and for a context or an implementation that
+        cannot take the call.
     """
     given = segment_ids, kv_segment_ids, q_positions, kv_positions
     d = _check(q, k, v, sink_logits, *given)
@@ -93,6 +96,7 @@ def attention(
     if any(x is not None for x in (mask, data, bias, slopes)) or normalizer != "softmax":
         if context is not None:
             raise ValueError(f"context: expected None beside mask, bias, slopes and normalizer, got {context!r}")
+        softmax_library.no_scoring(implementation)
         scored.check(q, k, rules, mask, bias, slopes, normalizer, sink_logits, return_lse, data)
         if slopes is not None and q_positions is not None:
             raise ValueError("slopes: expected no given positions beside them; add -slope |i - j| as a bias, got both")

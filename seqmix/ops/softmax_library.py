@@ -8,8 +8,9 @@
 
 None of them takes given positions, `kv_segment_ids`, `sinks`, sink logits, or a call that wants lse: what they give of
 it is rounded to bfloat16 or has no gradient. Public names of the libraries only: those of tokamax know no segments.
-Key heads may be fewer than query heads everywhere. With implementation None a call that one of them takes here goes to
-it, any other one to the chunked form.
+Key heads may be fewer than query heads everywhere, and float32 stays with the chunked form. With implementation None a
+call goes to the first of them, in this order, that takes it here, any other one to the chunked form; so does a window
+that is short beside T, rather than to tokamax (docs/attention.md says why, and what was measured).
 """
 
 import functools
@@ -19,11 +20,13 @@ import jax.numpy as jnp
 
 from seqmix.core import sharding
 from seqmix.ops import targets
+from seqmix.ops.dispatch import pick
 from seqmix.ops.mesh import on_shares
 
 NAMES = ("cudnn", "tokamax", "splash")
 TILE = 128  # of splash: numbers of queries and keys are multiples of it
 BLOCKS = 512, 256, 128  # queries and keys that splash works on at once, the largest that fits
+WASTEFUL = 8  # times the window: rows longer than that are faster in chunks than by tokamax, forward and backward
 WIDEST = {"cudnn": 256, "tokamax": 128, "splash": 256}  # K and V
 DTYPES = dict.fromkeys(NAMES, (jnp.bfloat16, jnp.float16)) | {"splash": (jnp.bfloat16,)}
 TAKES = {
@@ -43,17 +46,26 @@ def reasons(implementation, lay, form, rules, q, k, v, sink_logits, order, retur
     With an implementation named, no other is looked at. lay: of the mesh, or None; form: of the context
     (`softmax_context`), or None; order: as of `block_pairs`.
     """
-    unasked = dict.fromkeys(NAMES, "was not asked for")
-    names = [name for name in NAMES if implementation in (None, name)]
+    call = sink_logits, order, return_lse
     if lay is None:
-        return unasked | {n: _unsupported(n, rules, q, k, v, sink_logits, order, return_lse) for n in names}
+        return _each(implementation, rules, q, k, v, *call)
     if lay.time and form != "heads":
         why = f"has no form for time cut over a mesh by {form!r}" if form else "needs keys that are cut as queries are"
         return dict.fromkeys(NAMES, f"{why}; context='heads' leaves time whole")
     dims = ("batch", None, "heads", None), *(("batch", None, "key_heads", None),) * 2
     local = [lay.share(x, *dim) for x, dim in zip((q, k, v), dims, strict=True)]
     with sharding.shares(lay.mesh):
-        return unasked | {n: _unsupported(n, rules, *local, sink_logits, order, return_lse) for n in names}
+        return _each(implementation, rules, *local, *call)
+
+
+def _each(implementation, rules, q, k, v, *call):
+    """`reasons` on one device."""
+    found = dict.fromkeys(NAMES, "was not asked for")
+    found |= {name: _unsupported(name, rules, q, k, v, *call) for name in NAMES if implementation in (None, name)}
+    window = _window(rules, q.shape[1], k.shape[1])
+    if implementation is None and window is not None and q.shape[1] > WASTEFUL * window:
+        found["tokamax"] = "is slow where a window is short: its gradient goes through all keys"
+    return found
 
 
 def _unsupported(name, rules, q, k, v, sink_logits, order, return_lse) -> str | None:
@@ -87,6 +99,12 @@ def _unsupported(name, rules, q, k, v, sink_logits, order, return_lse) -> str | 
     if name == "splash" and (time % TILE or keys % TILE):
         return f"needs multiples of {TILE} queries and keys, got T={time}, S={keys}"
     return _refused(rules, q, k, v) if name == "cudnn" else None
+
+
+def no_scoring(implementation):
+    """Raises ValueError where a library is named for a call that `ops.scored` takes."""
+    if implementation in NAMES:
+        pick("attention", implementation, {implementation: "has no form for mask, bias, slopes and normalizer"})
 
 
 def _absent(name, time) -> str | None:
@@ -125,7 +143,7 @@ def _window(rules, time, keys):
 
 
 def _refused(rules, q, k, v) -> str | None:
-    """What jax.nn itself says against a call and its gradient: it knows the version of cuDNN and what the GPU can do."""
+    """What jax.nn says against a call and its gradient: it knows the version of cuDNN and what the GPU can do."""
     arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
     try:
         jax.eval_shape(lambda *arrays: jax.vjp(functools.partial(_cudnn, rules), *arrays)[0], *arrays)
@@ -141,13 +159,13 @@ def run(name, lay, rules, q, k, v, ids):
     """
     if lay is None:
         return on_one(name, rules, q, k, v, ids)
+    key_heads = k.shape[2]
     queries, keys = ("batch", None, "heads", None), ("batch", None, "key_heads", None)
 
     def local(q, k, v, ids):
         k, v = (lay.local_key_heads(x, key_heads) for x in (k, v))
         return on_one(name, rules, q, k, v, ids)
 
-    key_heads = k.shape[2]
     return on_shares(lay, local, (q, k, v, ids), (queries, keys, keys, ("batch", None)), queries)
 
 

@@ -20,7 +20,8 @@ PACKED = jnp.asarray([[0] * 10 + [3] * 40 + [0] * 4 + [3] * 20 + [7] * 40 + [0] 
 
 def tensors(time=T, keys=T, heads=2, key_heads=1, key_dim=8, value_dim=8, dtype=jnp.bfloat16, batch=2):
     shapes = (batch, time, heads, key_dim), (batch, keys, key_heads, key_dim), (batch, keys, key_heads, value_dim)
-    return [jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype) for i, shape in enumerate(shapes)]
+    draw = lambda seed, shape: np.random.default_rng(seed).normal(size=shape).astype(dtype)
+    return [jnp.asarray(draw(seed, shape)) for seed, shape in enumerate(shapes)]
 
 
 def pulled(q, k, v, **options):
@@ -99,6 +100,22 @@ def test_what_a_library_does_not_take_is_refused_in_a_line_and_goes_to_the_chunk
         assert hopper == []
 
 
+def test_a_mask_of_the_language_goes_to_no_library(hopper):
+    with pytest.raises(ValueError, match="cannot run 'cudnn': has no form for mask, bias, slopes and normalizer$"):
+        attention(*tensors(), bias=jnp.zeros((1, 1, T, T)), implementation="cudnn")
+
+
+def test_by_itself_a_call_goes_to_cudnn_then_to_tokamax_and_there_in_no_short_window(hopper):
+    def called(**options):
+        hopper.clear()
+        jax.eval_shape(lambda: attention(*tensors(), **options))
+        return hopper[-1] if hopper else "chunked"
+
+    assert called() == called(window=7) == "cudnn"
+    assert called(window=8, causal=False) == "mosaic"
+    assert called(window=7, causal=False) == "chunked"
+
+
 def test_a_jax_without_cudnn_is_found_out_before_the_call(hopper, monkeypatch):
     def absent(*arrays, **options):
         raise RuntimeError("cuDNN is not detected.\nInstall it.")
@@ -160,11 +177,15 @@ def test_splash_agrees_with_the_reference_and_keeps_padding_out():
 def test_splash_takes_windows_and_soft_caps_without_segments():
     q, k, v = tensors(128, 128, key_dim=32, value_dim=16, batch=1)
     options = {"window": 30, "soft_cap": 2.0, "causal": False}
+
+    def called(name, *arrays):
+        run = jax.jit(lambda *a: attention(*a, implementation=name, **options), compiler_options=QUICK)
+        return np.asarray(run(*arrays), np.float64)
+
     with compat.interpret():
-        got = attention(q, k, v, implementation="splash", **options)
+        got = called("splash", q, k, v)
         with pytest.raises(ValueError, match="padding within a segment is no token"):
             attention(q, k, v, implementation="splash", segment_ids=PACKED, window=30)
         with pytest.raises(ValueError, match="multiples of 128 queries and keys, got T=100, S=100"):
             attention(*tensors(100, 100), implementation="splash")
-    want = attention(*(x.astype(jnp.float32) for x in (q, k, v)), implementation="reference", **options)
-    close([np.asarray(got, np.float64)], [np.asarray(want, np.float64)], 5e-3)
+    close([got], [called("reference", *(x.astype(jnp.float32) for x in (q, k, v)))], 5e-3)
