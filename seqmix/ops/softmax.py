@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
-from seqmix.ops import block_sparse_kernels, scored, softmax_context
+from seqmix.ops import block_sparse_kernels, scored, softmax_context, softmax_library
 from seqmix.ops.dispatch import pick
 from seqmix.ops.mesh import layout
 from seqmix.ops.softmax_chunked import block_pairs, block_sizes, chunked
@@ -75,15 +75,18 @@ def attention(
       block: number of queries and of keys whose scores exist at once in the chunked form.
       context: where the mesh in force cuts time, how each device's queries meet all keys: "ring", "zigzag", "heads",
         "gather" (`softmax_context`) or None, the best for the call. It changes neither result nor layout.
-      implementation: None (the best for the call), "gpu" (Hopper kernels: bfloat16, K and V of 64 or 128, no bias, no
-        normalizer but softmax), "chunked" (memory linear in T and S; both differentiable once) or "reference" (dense).
+      implementation: None, the best for the call; "gpu" (Hopper kernels: bfloat16, K and V of 64 or 128), "cudnn",
+        "tokamax" (GPUs) or "splash" (TPUs; compiled, not run on a chip), which take a part of the calls
+        (`softmax_library`; docs/attention.md says which goes where); "chunked" (memory linear in T and S) or
+        "reference" (dense). All but the last are differentiable once.
 
     Returns:
       y [B, T, H, V] in v.dtype, or (y, lse [B, H, T] in acc). A row that sees no key, padding above all, has
       y = 0 and lse = -inf (with a sink: its logit), and passes no gradient to q, k and v.
 
     Raises:
-      ValueError: for shapes, dtypes and numbers that are not as above, and for a context that the call cannot take.
+      ValueError: for shapes, dtypes and numbers that are not as above, and for a context or an implementation that
+        cannot take the call.
     """
     given = segment_ids, kv_segment_ids, q_positions, kv_positions
     d = _check(q, k, v, sink_logits, *given)
@@ -95,6 +98,7 @@ def attention(
     if any(x is not None for x in (mask, data, bias, slopes)) or normalizer != "softmax":
         if context is not None:
             raise ValueError(f"context: expected None beside mask, bias, slopes and normalizer, got {context!r}")
+        softmax_library.no_scoring(implementation)
         scored.check(q, k, rules, mask, bias, slopes, normalizer, sink_logits, return_lse, data)
         if slopes is not None and q_positions is not None:
             raise ValueError("slopes: expected no given positions beside them; add -slope |i - j| as a bias, got both")
@@ -107,19 +111,23 @@ def attention(
     form = None
     if lay is not None and lay.time and implementation != "reference":
         form = softmax_context.choose(lay, rules, d, order, context)
-    reason = "has no form for time cut over a mesh"
+    libraries = softmax_library.reasons(implementation, lay, form, rules, q, k, v, sink_logits, order, return_lse)
+    kernel = "has no form for time cut over a mesh"
     if not form:
         mask, data = scored.visibility(rules, None, tokens, order, None)
         sizes = (SPARSE, SPARSE)
-        reason = block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=sizes, scale=rules.scale)
-    name = pick("attention", implementation, {"gpu": reason, "chunked": None, "reference": None})
+        kernel = block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=sizes, scale=rules.scale)
+    name = pick("attention", implementation, libraries | {"gpu": kernel, "chunked": None, "reference": None})
     if name == "gpu":
         options = {"mask": mask, "data": data, "block": SPARSE, "implementation": name}
         scoring = {"bias": None, "slopes": None, "normalizer": normalizer}
         y, lse = scored.attend(rules, q, k, v, sink_logits, **scoring, **options)
     elif form:
         call = (rules, d, q, k, v, sink_logits, tokens)
-        y, lse = softmax_context.run(lay, form, *call, order=order, block=block, need_lse=return_lse)
+        options = dict(order=order, block=block, need_lse=return_lse, library=name if name in libraries else None)
+        y, lse = softmax_context.run(lay, form, *call, **options)
+    elif name in libraries:
+        return softmax_library.run(name, lay, rules, q, k, v, tokens[0] if order == "runs" else None)
     elif name == "chunked":
         y, lse = chunked(rules, q, k, v, sink_logits, *tokens, order=order, block=block)
     else:

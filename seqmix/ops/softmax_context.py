@@ -10,7 +10,7 @@ gather   each device gathers all keys and values
 import jax
 import jax.numpy as jnp
 
-from seqmix.ops import masks
+from seqmix.ops import masks, softmax_library
 from seqmix.ops.mesh import Layout, on_shares
 from seqmix.ops.softmax_chunked import chunked
 from seqmix.ops.softmax_reference import Rules
@@ -59,8 +59,11 @@ def _table(rules, time, keys, ways, order):
     return mask.tiles(time // ways, keys // ways, time, keys) != masks.EMPTY
 
 
-def run(lay: Layout, form: str, rules, d, q, k, v, sink_logits, tokens, *, order: str, block: int, need_lse: bool):
-    """(y, lse) of `attention`, lse None unless needed, on each device's share; tokens and `order` as of `chunked`."""
+def run(lay: Layout, form: str, rules, d, q, k, v, sink_logits, tokens, *, order, block, need_lse, library=None):
+    """(y, lse) of `attention`, lse None unless needed, on each device's share; tokens and `order` as of `chunked`.
+
+    library: of `softmax_library`, which then attends over all of time in the form "heads".
+    """
     axis = lay.time[0] if len(lay.time) == 1 else lay.time
     around = _legs(form, rules, d.T, d.S, lay.ways("time"), order)
     travel = Travel(rules, axis, around, min(block, _halved(form, d.T // lay.ways("time"))))
@@ -71,7 +74,7 @@ def run(lay: Layout, form: str, rules, d, q, k, v, sink_logits, tokens, *, order
     def local(q, k, v, sink, q_places, k_places):
         k, v = (lay.local_key_heads(x, d.Hk) for x in (k, v))
         call = _by_heads if form == "heads" else _travelled
-        options = dict(order=order, block=block) if form == "heads" else dict(zigzag=form == "zigzag")
+        options = dict(order=order, block=block, library=library) if form == "heads" else dict(zigzag=form == "zigzag")
         return call(travel, q, k, v, sink, q_places, k_places, need_lse=need_lse, **options)
 
     queries, keys = ("batch", "time", "heads", None), ("batch", "time", "key_heads", None)
@@ -111,7 +114,7 @@ def _travelled(travel, q, k, v, sink, q_places, k_places, *, zigzag, need_lse):
     return y, lse
 
 
-def _by_heads(travel, q, k, v, sink, q_places, k_places, *, order, block, need_lse):
+def _by_heads(travel, q, k, v, sink, q_places, k_places, *, order, block, need_lse, library):
     """Each device attends over all of time with its part of the heads."""
     axis, ways = travel.axis, jax.lax.axis_size(travel.axis)
     if k.shape[2] % ways:  # fewer key heads than devices: each device takes the one that its heads read
@@ -128,6 +131,9 @@ def _by_heads(travel, q, k, v, sink, q_places, k_places, *, order, block, need_l
         q_places = jax.lax.all_gather(q_places, axis, axis=2, tiled=True)
         k_places = q_places if k_places is None else jax.lax.all_gather(k_places, axis, axis=2, tiled=True)
         tokens = q_places[0], k_places[0], q_places[1], k_places[1]
+    if library is not None:
+        y = softmax_library.on_one(library, travel.rules, q, k, v, tokens[0] if order == "runs" else None)
+        return turn(y, 1, 2), None
     y, lse = chunked(travel.rules, q, k, v, sink, *tokens, order=order, block=block)
     return turn(y, 1, 2), turn(lse, 2, 1) if need_lse else None
 

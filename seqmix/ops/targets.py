@@ -3,6 +3,7 @@
 from seqmix.core import sharding
 
 TARGETS = ("gpu", "tpu")
+SCATTERED = "needs one device, or rules that cut its arrays over a mesh (core/sharding.use_mesh)"
 LEAST = 64  # tokens; below it (decoding) the plain forms read no more than they must
 
 
@@ -19,7 +20,7 @@ def unsupported(target: str, length: int) -> str | None:
     if length < LEAST:
         return f"needs at least {LEAST} tokens, got T={length}"
     if not sharding.on_one_device() and not compat.interpreting():
-        return "needs one device, or rules that cut its arrays over a mesh (core/sharding.use_mesh)"
+        return SCATTERED
     return compat.unavailable() if target == "gpu" else None
 
 
