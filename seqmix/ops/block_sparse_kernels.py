@@ -41,16 +41,17 @@ def block_sizes(sizes, listed: bool) -> tuple[int, int]:
 def reason(lay, q, k, v, *, mask, data, sizes, scale) -> str | None:
     """Why the kernels cannot run this call here, in a few words; None if they can. sizes: of `block_sizes`."""
     if lay is None:
-        return _unsupported(q, k, v, mask, data, sizes, scale)
+        return unsupported(q, k, v, mask, data, sizes, scale)
     if lay.time:
         return "has no form for time cut over a mesh"
     queries, keys = ("batch", "time", "heads", None), ("batch", "time", "key_heads", None)
     with sharding.shares(lay.mesh):
         local = [lay.share(x, *names) for x, names in ((q, queries), (k, keys), (v, keys))]
-        return _unsupported(*local, mask, data, sizes, scale)
+        return unsupported(*local, mask, data, sizes, scale)
 
 
-def _unsupported(q, k, v, mask, data, sizes, scale):
+def unsupported(q, k, v, mask, data, sizes, scale) -> str | None:
+    """`reason` on one device."""
     found = targets.unsupported("gpu", q.shape[1])
     if found is not None:
         return found
@@ -88,8 +89,33 @@ def run(lay, config, q, k, v, slopes, data, lists, sizes):
     return on_shares(lay, local, arrays, names, (queries, ("batch", "heads", None)))
 
 
+def part(config, q, k, v, data, sizes):
+    """(y, lse) of queries over the keys that config.mask shows, differentiable, on one device."""
+    return _local(config, q, k, v, None, data, _lists(config, data, sizes), sizes)
+
+
+def part_gradients(config, q, k, v, data, sizes, lse, dy, delta):
+    """Gradients of q, k and v from each other, where lse [B, H, T] may be over more keys than these.
+
+    delta: [B, H, T], the sums over channels of dy y, less lse's gradient.
+    """
+    call, walks = _prepared(config, _lists(config, data, sizes), sizes)
+    return _by_kernel(call, q, k, v, data, walks, lse, dy, delta)
+
+
+def _lists(config, data, sizes):
+    index = block_lists.of_mask(config.mask, sizes, config.time, config.keys)
+    return block_lists.lists(config.mask, index, sizes, config.time, config.keys, data)
+
+
 def _local(config, q, k, v, slopes, data, lists, sizes):
     """The call on one device."""
+    call, walks = _prepared(config, lists, sizes)
+    return _attend(call, q, k, v, slopes, data, walks)
+
+
+def _prepared(config, lists, sizes):
+    """`Call`, and the lists laid end to end and transposed."""
     static = isinstance(lists.full, np.ndarray)
     seen = config.mask
     if static and (lists.full | (lists.index < 0)).all():
@@ -99,7 +125,7 @@ def _local(config, q, k, v, slopes, data, lists, sizes):
     full = bool(lists.full.any()) if static else True
     call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, (config.time, config.keys), full)
     walks = block_lists.forward(lists), block_lists.transposed(lists, -(-config.keys // sizes[1]))
-    return _attend(call, q, k, v, slopes, data, walks)
+    return call, walks
 
 
 def _options(call, data):
@@ -139,7 +165,8 @@ def _attend_backward(call, saved, cotangents):
     q, k, v, slopes, data, walks, y, lse = saved
     dy, dlse = cotangents
     if slopes is None and _has_backward():
-        return (*_by_kernel(call, q, k, v, data, walks, y, lse, dy, dlse), None, None, None)
+        delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=lse.dtype) - dlse
+        return (*_by_kernel(call, q, k, v, data, walks, lse, dy, delta), None, None, None)
     config = block_sparse_chunked.Config(call.scale, call.soft_cap, call.mask, *call.lengths, call.full)
     call = (config, q, k, v, slopes, data, walks, call.sizes)
     return (*block_sparse_chunked.gradients(*call, y, lse, dy, dlse), None, None)
@@ -152,13 +179,12 @@ def _has_backward() -> bool:
     return importlib.util.find_spec("pallas_kernels.block_sparse_attention.gpu_backward") is not None
 
 
-def _by_kernel(call, q, k, v, data, walks, y, lse, dy, dlse):
+def _by_kernel(call, q, k, v, data, walks, lse, dy, delta):
     """Gradients of q, k and v by the backward kernels."""
     from pallas_kernels.block_sparse_attention import gpu_backward
 
     time, keys = q.shape[1], k.shape[1]
     bq, bk = call.sizes
-    delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=lse.dtype) - dlse
     lse = jnp.where(lse > -jnp.inf, lse, jnp.inf)  # rows that see nothing have weights 0, and so have those filled up
     rows = _filled(lse, bq, 2, jnp.inf), _filled(dy, bq), _filled(delta, bq, 2)
     arrays = _filled(q, bq), _filled(k, bk), _filled(v, bk), *rows

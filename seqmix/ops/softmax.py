@@ -112,19 +112,20 @@ def attention(
     if lay is not None and lay.time and implementation != "reference":
         form = softmax_context.choose(lay, rules, d, order, context)
     libraries = softmax_library.reasons(implementation, lay, form, rules, q, k, v, sink_logits, order, return_lse)
-    kernel = "has no form for time cut over a mesh"
-    if not form:
+    if form:
+        kernel = softmax_context.kernel_reason(lay, rules, q, k, v, order)
+    else:
         mask, data = scored.visibility(rules, None, tokens, order, None)
         sizes = (SPARSE, SPARSE)
         kernel = block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=sizes, scale=rules.scale)
     name = pick("attention", implementation, libraries | {"gpu": kernel, "chunked": None, "reference": None})
-    if name == "gpu":
+    if name == "gpu" and not form:
         options = {"mask": mask, "data": data, "block": SPARSE, "implementation": name}
         scoring = {"bias": None, "slopes": None, "normalizer": normalizer}
         y, lse = scored.attend(rules, q, k, v, sink_logits, **scoring, **options)
     elif form:
         call = (rules, d, q, k, v, sink_logits, tokens)
-        options = dict(order=order, block=block, need_lse=return_lse, library=name if name in libraries else None)
+        options = dict(order=order, block=block, need_lse=return_lse, library=None if name == "chunked" else name)
         y, lse = softmax_context.run(lay, form, *call, **options)
     elif name in libraries:
         return softmax_library.run(name, lay, rules, q, k, v, tokens[0] if order == "runs" else None)
