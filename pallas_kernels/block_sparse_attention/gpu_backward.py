@@ -22,9 +22,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
+from pallas_kernels.block_sparse_attention.plan import BLOCKS, Visibility
 
 ROWS = 64  # of a warpgroup
 FETCHING, COMPUTING = 24, 240  # registers of a thread
+DEEP = 12  # operations of a mask, above which a tile of 128 keys needs too many registers
 LOG2_E = math.log2(math.e)
 SHARED_BYTES = 225 * 1024
 
@@ -35,8 +37,8 @@ class Call:
 
     scale: float
     soft_cap: float | None
-    visible: object  # None, or visible(i, j, values)
-    inputs: tuple  # names of `values`, those of queries and those of keys
+    seen: Visibility | None
+    inputs: tuple  # names of what `seen` needs of queries, and of keys
     own: int  # tokens of an owner's block
     other: int  # tokens of a listed block
     step: int  # tokens that are fetched at a time, a part of `other`
@@ -54,8 +56,8 @@ class Call:
         return self.other // self.step
 
     def names(self, own: bool) -> tuple[str, ...]:
-        """Inputs of `visible` for the owners or for what they list."""
-        return self.inputs[own != self.keys_own]
+        """Inputs of the mask for the owners or for what they list."""
+        return self.inputs[own == self.keys_own]
 
 
 def backward(
@@ -89,25 +91,26 @@ def backward(
     """
     if slopes is not None:
         raise ValueError("slopes: expected None, got slopes, whose gradients these kernels do not compute")
-    if any(size not in (64, 128) for size in sizes) or q.shape[1] % sizes[0] or k.shape[1] % sizes[1]:
+    if any(size not in BLOCKS for size in sizes) or q.shape[1] % sizes[0] or k.shape[1] % sizes[1]:
         shapes = f"{tuple(sizes)} for T={q.shape[1]}, S={k.shape[1]}"
         raise ValueError(f"sizes: expected 64 or 128 each, of which T and S are multiples, got {shapes}")
     some = lse > -jnp.inf
     # A row that sees nothing gets p = exp(-inf) = 0 from a sum that is infinite.
     rows = jnp.stack([jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0)], axis=2)
-    data = (q_data or {}, k_data or {})
-    inputs = tuple(tuple(x) for x in data)
-    shared = dict(scale=scale, soft_cap=soft_cap, visible=visible, inputs=inputs, ratio=q.shape[2] // k.shape[2])
-    facts = None
+    data, seen, facts = (dict(q_data or {}), dict(k_data or {})), None, None
+    lengths = q.shape[1], k.shape[1]
     if visible is not None:
-        facts = [_facts(x.values(), length) for x, length in zip(data, (q.shape[1], k.shape[1]))]
+        seen, *data = Visibility(visible, *data).prepared(*data, *lengths)
+        facts = [_facts(x.values(), length) for x, length in zip(data, lengths)]
+    inputs = tuple(tuple(x) for x in data)
+    shared = dict(scale=scale, soft_cap=soft_cap, seen=seen, inputs=inputs, ratio=q.shape[2] // k.shape[2])
     dq = _gradients(_cut(shared, sizes, False, q, v), walk, (q, dy), (k, v), rows, facts)[0]
     dk, dv = _gradients(_cut(shared, sizes, True, q, v), turned, (k, v), (q, dy), rows, facts)
     return dq, dk, dv
 
 
 def _facts(values, length):
-    """What `visible` may ask of one side's tokens, [B or 1, 1 + inputs, length] int32: their indices, then inputs."""
+    """What a mask may ask of one side's tokens, [B or 1, 1 + inputs, length] int32: their indices, then inputs."""
     rows = [jnp.arange(length, dtype=jnp.int32)[None], *(jnp.asarray(x, jnp.int32) for x in values)]
     batch = max(x.shape[0] for x in rows)
     return jnp.stack([jnp.broadcast_to(x, (batch, length)) for x in rows], axis=1)
@@ -116,7 +119,8 @@ def _facts(values, length):
 def _cut(shared, sizes, keys_own, q, v, step=None, stages=None):
     """How one of the kernels cuts its work."""
     own, other = sizes[::-1] if keys_own else sizes
-    step = step or (64 if keys_own or shared["soft_cap"] is not None else other)
+    deep = shared["soft_cap"] is not None or (shared["seen"] is not None and shared["seen"].root.cost > DEEP)
+    step = step or (64 if keys_own or deep else other)  # as many as registers hold the scores of
     width = 2 * (q.shape[-1] + v.shape[-1])  # bytes of a token
     stages = stages or min(4, (SHARED_BYTES - own * width) // (step * (width + 8)))
     return Call(own=own, other=other, step=step, stages=stages, keys_own=keys_own, **shared)
@@ -135,7 +139,7 @@ def _gradients(call: Call, walk, own, others, rows, facts):
     names = ["a", "b", "other_a", "other_b", "rows", "order", "begin", "count", "entries"]
     entries = 2 * other + full  # number of the block and whether it is full
     arrays = [*own, *others, rows, _heavy_first(count), begin, count, entries.astype(np.int32)]
-    if call.visible is not None:
+    if call.seen is not None:
         names += ["own_facts", "other_facts"]
         arrays += facts[::-1] if call.keys_own else facts
     outs = own if call.keys_own else own[:1]
@@ -146,7 +150,7 @@ def _gradients(call: Call, walk, own, others, rows, facts):
         _Block(call, given, results, *refs[len(names) + len(outs) :]).run()
 
     a, b = (x.shape[-1] for x in own)
-    hides = call.visible is not None
+    hides = call.seen is not None
     scratch = [
         compat.tile(call.warpgroups, ROWS, a),
         compat.tile(call.warpgroups, ROWS, b),
@@ -183,8 +187,8 @@ class _Block:
         self.a, self.b, self.other_a, self.other_b, self.rows = a, b, other_a, other_b, rows
         self.loaded, self.ready, self.free = loaded, ready, free
         self.warpgroup = compat.warpgroup(call.warpgroups)
-        self.own_facts, self.other_facts = more[:2] if call.visible is not None else (None, None)
-        spares = more[2 * (call.visible is not None) :]
+        self.own_facts, self.other_facts = more[:2] if call.seen is not None else (None, None)
+        spares = more[2 * (call.seen is not None) :]
         self.spares = [spare.at[self.warpgroup] for spare in spares] or [None, None]
 
     def locate(self):
@@ -240,7 +244,7 @@ class _Block:
             compat.fetch(given["b"].at[row, tokens, self.head], self.b.at[unit], self.loaded.at[0])
             if not call.keys_own:
                 compat.fetch(given["rows"].at[row, self.head, :, tokens], self.rows.at[unit], self.loaded.at[0])
-            if call.visible is not None:
+            if call.seen is not None:
                 facts = given["own_facts"]
                 compat.fetch(facts.at[self.row_of(facts), :, tokens], self.own_facts.at[unit], self.loaded.at[0])
 
@@ -253,7 +257,7 @@ class _Block:
             compat.fetch(given["other_b"].at[row, tokens, head], self.other_b.at[slot], self.ready.at[slot])
             if call.keys_own:
                 compat.fetch(given["rows"].at[row, head, :, tokens], self.rows.at[slot], self.ready.at[slot])
-            if call.visible is not None:
+            if call.seen is not None:
                 facts = given["other_facts"]
                 compat.fetch(facts.at[self.row_of(facts), :, tokens], self.other_facts.at[slot], self.ready.at[slot])
 
@@ -269,14 +273,13 @@ class _Block:
         widths = [x.shape[-1] for x in ((self.a, self.b) if call.keys_own else (self.a,))]
         sums = [compat.zeros((ROWS, width)) for width in widths]
         step = self.keys_step if call.keys_own else self.queries_step()
-        if call.visible is None:
+        if call.seen is None:
             sums = lax.fori_loop(0, self.steps, lambda n, sums: step(n, False, sums), sums)
         else:
-            last = jnp.maximum(self.steps - 1, 0)
 
             def masked(n, carry):
                 entry, sums = carry
-                following = self.entry(jnp.minimum(n + 1, last))
+                following = self.entry(n + 1)  # one past the end is not looked at
                 # Two copies of the step: a branch around the mask alone costs registers while products are running.
                 plain, hiding = (lambda sums, hides=hides: step(n, hides, sums) for hides in (False, True))
                 return following, lax.cond((entry & 1) == 1, plain, hiding, sums)
@@ -356,10 +359,13 @@ class _Block:
     def hide(self, slot, p):
         """p with 0 at hidden pairs."""
         own, other = self.own_facts.at[self.warpgroup], self.other_facts.at[slot]
-        along = lambda ref: compat.spread_rows(compat.load_rows(ref), p.shape)
-        across = lambda ref: compat.spread_columns(compat.load_columns(ref), p.shape)
-        mine, theirs = along(own.at[0]), across(other.at[0])
-        values = {name: along(own.at[1 + n]) for n, name in enumerate(self.call.names(True))}
-        values |= {name: across(other.at[1 + n]) for n, name in enumerate(self.call.names(False))}
-        i, j = (theirs, mine) if self.call.keys_own else (mine, theirs)
-        return jnp.where(self.call.visible(i, j, values), p, 0.0)
+        vectors = {"own": lambda n: lambda: compat.load_rows(own.at[n])}
+        vectors["other"] = lambda n: lambda: compat.load_columns(other.at[n])
+        values = {}
+        for side, names in (("own", self.call.names(True)), ("other", self.call.names(False))):
+            values |= {name: vectors[side](1 + n) for n, name in enumerate(names)}
+        i, j = (vectors[side](0) for side in ("own", "other"))
+        if self.call.keys_own:
+            i, j = j, i
+        sizes = p.shape[::-1] if self.call.keys_own else p.shape
+        return jnp.where(self.call.seen(i, j, values, sizes, turned=self.call.keys_own), p, 0.0)
