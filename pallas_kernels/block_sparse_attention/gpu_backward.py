@@ -22,9 +22,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
+from pallas_kernels.block_sparse_attention.plan import BLOCKS, Visibility
 
 ROWS = 64  # of a warpgroup
+WARPGROUPS = 2  # that compute, in a thread block
 FETCHING, COMPUTING = 24, 240  # registers of a thread
+DEEP = 12  # operations of a mask, above which a tile of 128 keys needs too many registers
 LOG2_E = math.log2(math.e)
 SHARED_BYTES = 225 * 1024
 
@@ -35,8 +38,8 @@ class Call:
 
     scale: float
     soft_cap: float | None
-    visible: object  # None, or visible(i, j, values)
-    inputs: tuple  # names of `values`, those of queries and those of keys
+    seen: Visibility | None
+    inputs: tuple  # names of what `seen` needs of queries, and of keys
     own: int  # tokens of an owner's block
     other: int  # tokens of a listed block
     step: int  # tokens that are fetched at a time, a part of `other`
@@ -45,8 +48,14 @@ class Call:
     ratio: int  # query heads to a key head
 
     @property
-    def warpgroups(self) -> int:
+    def units(self) -> int:
+        """Warpgroups of an owner."""
         return self.own // ROWS
+
+    @property
+    def owners(self) -> int:
+        """Owners of a thread block; each has its own list and tiles, one warpgroup could not keep the chip busy."""
+        return WARPGROUPS // self.units
 
     @property
     def parts(self) -> int:
@@ -54,8 +63,8 @@ class Call:
         return self.other // self.step
 
     def names(self, own: bool) -> tuple[str, ...]:
-        """Inputs of `visible` for the owners or for what they list."""
-        return self.inputs[own != self.keys_own]
+        """Inputs of the mask for the owners or for what they list."""
+        return self.inputs[own == self.keys_own]
 
 
 def backward(
@@ -89,25 +98,26 @@ def backward(
     """
     if slopes is not None:
         raise ValueError("slopes: expected None, got slopes, whose gradients these kernels do not compute")
-    if any(size not in (64, 128) for size in sizes) or q.shape[1] % sizes[0] or k.shape[1] % sizes[1]:
+    if any(size not in BLOCKS for size in sizes) or q.shape[1] % sizes[0] or k.shape[1] % sizes[1]:
         shapes = f"{tuple(sizes)} for T={q.shape[1]}, S={k.shape[1]}"
         raise ValueError(f"sizes: expected 64 or 128 each, of which T and S are multiples, got {shapes}")
     some = lse > -jnp.inf
     # A row that sees nothing gets p = exp(-inf) = 0 from a sum that is infinite.
     rows = jnp.stack([jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0)], axis=2)
-    data = (q_data or {}, k_data or {})
-    inputs = tuple(tuple(x) for x in data)
-    shared = dict(scale=scale, soft_cap=soft_cap, visible=visible, inputs=inputs, ratio=q.shape[2] // k.shape[2])
-    facts = None
+    data, seen, facts = (dict(q_data or {}), dict(k_data or {})), None, None
+    lengths = q.shape[1], k.shape[1]
     if visible is not None:
-        facts = [_facts(x.values(), length) for x, length in zip(data, (q.shape[1], k.shape[1]))]
+        seen, *data = Visibility(visible, *data).prepared(*data, *lengths)
+        facts = [_facts(x.values(), length) for x, length in zip(data, lengths)]
+    inputs = tuple(tuple(x) for x in data)
+    shared = dict(scale=scale, soft_cap=soft_cap, seen=seen, inputs=inputs, ratio=q.shape[2] // k.shape[2])
     dq = _gradients(_cut(shared, sizes, False, q, v), walk, (q, dy), (k, v), rows, facts)[0]
     dk, dv = _gradients(_cut(shared, sizes, True, q, v), turned, (k, v), (q, dy), rows, facts)
     return dq, dk, dv
 
 
 def _facts(values, length):
-    """What `visible` may ask of one side's tokens, [B or 1, 1 + inputs, length] int32: their indices, then inputs."""
+    """What a mask may ask of one side's tokens, [B or 1, 1 + inputs, length] int32: their indices, then inputs."""
     rows = [jnp.arange(length, dtype=jnp.int32)[None], *(jnp.asarray(x, jnp.int32) for x in values)]
     batch = max(x.shape[0] for x in rows)
     return jnp.stack([jnp.broadcast_to(x, (batch, length)) for x in rows], axis=1)
@@ -116,17 +126,24 @@ def _facts(values, length):
 def _cut(shared, sizes, keys_own, q, v, step=None, stages=None):
     """How one of the kernels cuts its work."""
     own, other = sizes[::-1] if keys_own else sizes
-    step = step or (64 if keys_own or shared["soft_cap"] is not None else other)
+    deep = shared["soft_cap"] is not None or (shared["seen"] is not None and shared["seen"].root.cost > DEEP)
+    small = keys_own or deep or own == ROWS
+    step = step or (64 if small else other)  # as many as registers and shared memory hold
     width = 2 * (q.shape[-1] + v.shape[-1])  # bytes of a token
-    stages = stages or min(4, (SHARED_BYTES - own * width) // (step * (width + 8)))
+    rings = WARPGROUPS * ROWS // own
+    stages = stages or min(4, (SHARED_BYTES - WARPGROUPS * ROWS * width) // (rings * step * (width + 8)))
     return Call(own=own, other=other, step=step, stages=stages, keys_own=keys_own, **shared)
 
 
-def _heavy_first(count):
-    """Owners, those with the longest lists first."""
+def _heavy_first(count, multiple):
+    """Owners, those with the longest lists first, then -1 up to a multiple."""
     if isinstance(count, np.ndarray):
-        return np.argsort(-count.max((0, 1)), kind="stable").astype(np.int32)
-    return jnp.argsort(-jnp.max(count, axis=(0, 1)), stable=True).astype(jnp.int32)
+        order = np.argsort(-count.max((0, 1)), kind="stable")
+    else:
+        order = jnp.argsort(-jnp.max(count, axis=(0, 1)), stable=True)
+    missing = -order.size % multiple
+    order = order.astype(np.int32)
+    return jnp.pad(order, (0, missing), constant_values=-1) if missing else order
 
 
 def _gradients(call: Call, walk, own, others, rows, facts):
@@ -134,8 +151,9 @@ def _gradients(call: Call, walk, own, others, rows, facts):
     begin, count, other, full = walk
     names = ["a", "b", "other_a", "other_b", "rows", "order", "begin", "count", "entries"]
     entries = 2 * other + full  # number of the block and whether it is full
-    arrays = [*own, *others, rows, _heavy_first(count), begin, count, entries.astype(np.int32)]
-    if call.visible is not None:
+    order = _heavy_first(count, call.owners)
+    arrays = [*own, *others, rows, order, begin, count, entries.astype(np.int32)]
+    if call.seen is not None:
         names += ["own_facts", "other_facts"]
         arrays += facts[::-1] if call.keys_own else facts
     outs = own if call.keys_own else own[:1]
@@ -146,154 +164,147 @@ def _gradients(call: Call, walk, own, others, rows, facts):
         _Block(call, given, results, *refs[len(names) + len(outs) :]).run()
 
     a, b = (x.shape[-1] for x in own)
-    hides = call.visible is not None
+    hides, slots = call.seen is not None, call.owners * call.stages
     scratch = [
-        compat.tile(call.warpgroups, ROWS, a),
-        compat.tile(call.warpgroups, ROWS, b),
-        compat.tile(call.stages, call.step, a),
-        compat.tile(call.stages, call.step, b),
-        compat.vector(call.stages, 2, call.step) if call.keys_own else compat.vector(call.warpgroups, 2, ROWS),
-        compat.barriers(1, call.warpgroups * (2 + (not call.keys_own) + hides)),
-        compat.barriers(call.stages, 2 + call.keys_own + hides),
-        compat.barriers(call.stages, call.warpgroups),
+        compat.tile(WARPGROUPS, ROWS, a),
+        compat.tile(WARPGROUPS, ROWS, b),
+        compat.tile(slots, call.step, a),
+        compat.tile(slots, call.step, b),
+        compat.vector(slots, 2, call.step) if call.keys_own else compat.vector(WARPGROUPS, 2, ROWS),
+        compat.barrier(WARPGROUPS * (2 + (not call.keys_own) + hides)),
+        compat.barriers(slots, 2 + call.keys_own + hides),
+        compat.barriers(slots, call.units),
     ]
     if hides:
         scratch += [
-            compat.vector(call.warpgroups, 1 + len(call.names(True)), ROWS, dtype=jnp.int32),
-            compat.vector(call.stages, 1 + len(call.names(False)), call.step, dtype=jnp.int32),
+            compat.vector(WARPGROUPS, 1 + len(call.names(True)), ROWS, dtype=jnp.int32),
+            compat.vector(slots, 1 + len(call.names(False)), call.step, dtype=jnp.int32),
         ]
     if compat.interpreting():
-        scratch += [compat.tile(call.warpgroups, ROWS, call.step)] * 2
+        scratch += [compat.tile(WARPGROUPS, ROWS, call.step)] * 2
     return compat.kernel(
         body,
-        grid=(begin.shape[-1], own[0].shape[2], own[0].shape[0]),
+        grid=(order.size // call.owners, own[0].shape[2], own[0].shape[0]),
         names=("owner", "head", "row"),
         out=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs),
         scratch=scratch,
-        warpgroups=call.warpgroups,
+        warpgroups=WARPGROUPS,
         name="block_sparse_attention_dkv" if call.keys_own else "block_sparse_attention_dq",
     )(*map(jnp.asarray, arrays))
 
 
 class _Block:
-    """One thread block of either kernel: an owner's block of tokens of one row and head."""
+    """One thread block of either kernel: a block or two of tokens of one row and head."""
 
     def __init__(self, call, given, results, a, b, other_a, other_b, rows, loaded, ready, free, *more):
         self.call, self.given, self.results = call, given, results
         self.a, self.b, self.other_a, self.other_b, self.rows = a, b, other_a, other_b, rows
         self.loaded, self.ready, self.free = loaded, ready, free
-        self.warpgroup = compat.warpgroup(call.warpgroups)
-        self.own_facts, self.other_facts = more[:2] if call.visible is not None else (None, None)
-        spares = more[2 * (call.visible is not None) :]
+        self.warpgroup = compat.warpgroup(WARPGROUPS)
+        self.own_facts, self.other_facts = more[:2] if call.seen is not None else (None, None)
+        spares = more[2 * (call.seen is not None) :]
         self.spares = [spare.at[self.warpgroup] for spare in spares] or [None, None]
 
-    def locate(self):
-        """Reads which block this is. By each warpgroup for itself: values from before their ways part are spilled."""
-        call, given = self.call, self.given
-        self.row, self.head = lax.axis_index("row"), lax.axis_index("head")
-        self.owner = given["order"][lax.axis_index("owner")]
-        lead = self.place("begin", self.head if call.keys_own else self.head // call.ratio)
-        self.begin = given["begin"][*lead, self.owner]
-        self.heads = call.ratio if call.keys_own else 1  # query heads that are walked
-        self.steps = given["count"][*lead, self.owner] * (self.heads * call.parts)
-        self.entries = given["entries"].at[*lead]
+    def run(self):
+        fetches = compat.fetching_warpgroup(WARPGROUPS)
 
-    def place(self, name, head):
-        """Row and head in an array [b, h, ...] whose first axes may have length 1."""
-        b, h = self.given[name].shape[:2]
-        return (self.row if b > 1 else 0), (head if h > 1 else 0)
+        @pl.when(fetches)
+        def _():
+            compat.registers(FETCHING, more=False)
+            self.fetch()
+
+        @pl.when(jnp.logical_not(fetches))
+        def _():
+            compat.registers(COMPUTING, more=True)
+            self.compute()
+
+    # Read wherever they are needed, as lists are: what is known before the warpgroups' ways part would be spilled.
+    row = property(lambda self: lax.axis_index("row"))
+    head = property(lambda self: lax.axis_index("head"))
 
     def row_of(self, ref):
         return self.row if ref.shape[0] > 1 else 0
 
-    def entry(self, step):
-        place = self.begin + step // (self.heads * self.call.parts)
-        return self.entries[
-            jnp.minimum(place, self.given["entries"].shape[-1] - 1)
-        ]  # an empty list may begin at the end
-
-    def other_start(self, entry, step):
-        """First token of a step."""
-        part = (step // self.heads) % self.call.parts
-        return (entry >> 1) * self.call.other + part * self.call.step
-
-    def run(self):
-        call = self.call
-
-        @pl.when(compat.fetching_warpgroup(call.warpgroups))
-        def _():
-            compat.registers(FETCHING, more=False)
-            self.locate()
-            self.fetch()
-
-        @pl.when(jnp.logical_not(compat.fetching_warpgroup(call.warpgroups)))
-        def _():
-            compat.registers(COMPUTING, more=True)
-            self.locate()
-            self.compute()
-
     def fetch(self):
-        call, given, row = self.call, self.given, self.row
-        for unit in range(call.warpgroups):
-            tokens = pl.ds(self.owner * call.own + unit * ROWS, ROWS)
-            compat.fetch(given["a"].at[row, tokens, self.head], self.a.at[unit], self.loaded.at[0])
-            compat.fetch(given["b"].at[row, tokens, self.head], self.b.at[unit], self.loaded.at[0])
+        call, given, row, head = self.call, self.given, self.row, self.head
+        lists = [_List(self, place) for place in range(call.owners)]
+        for unit in range(WARPGROUPS):
+            mine = lists[unit // call.units]
+            tokens = pl.ds(mine.start + unit % call.units * ROWS, ROWS)
+            copies = [(given["a"].at[row, tokens, head], self.a), (given["b"].at[row, tokens, head], self.b)]
             if not call.keys_own:
-                compat.fetch(given["rows"].at[row, self.head, :, tokens], self.rows.at[unit], self.loaded.at[0])
-            if call.visible is not None:
+                copies.append((given["rows"].at[row, head, :, tokens], self.rows))
+            if call.seen is not None:
                 facts = given["own_facts"]
-                compat.fetch(facts.at[self.row_of(facts), :, tokens], self.own_facts.at[unit], self.loaded.at[0])
+                copies.append((facts.at[self.row_of(facts), :, tokens], self.own_facts))
+            for source, target in copies:
+                compat.fetch(source, target.at[unit], self.loaded)
 
         def step(n, _):
-            slot = lax.rem(n, call.stages)
-            head = self.head * call.ratio + n % self.heads if call.keys_own else self.head // call.ratio
-            tokens = pl.ds(self.other_start(self.entry(n), n), call.step)
-            compat.wait(self.free.at[slot])
-            compat.fetch(given["other_a"].at[row, tokens, head], self.other_a.at[slot], self.ready.at[slot])
-            compat.fetch(given["other_b"].at[row, tokens, head], self.other_b.at[slot], self.ready.at[slot])
-            if call.keys_own:
-                compat.fetch(given["rows"].at[row, head, :, tokens], self.rows.at[slot], self.ready.at[slot])
-            if call.visible is not None:
-                facts = given["other_facts"]
-                compat.fetch(facts.at[self.row_of(facts), :, tokens], self.other_facts.at[slot], self.ready.at[slot])
+            for mine in lists:
+                if call.owners == 1:
+                    self.fetch_step(mine, n)
+                else:
+                    pl.when(n < mine.steps)(lambda mine=mine: self.fetch_step(mine, n))
 
-        lax.fori_loop(0, self.steps, step, None)
-        for slot in range(call.stages):  # no arrival is left behind
+        steps = lists[0].steps
+        for mine in lists[1:]:
+            steps = jnp.maximum(steps, mine.steps)
+        lax.fori_loop(0, steps, step, None)
+        for slot in range(call.owners * call.stages):  # no arrival is left behind
             compat.wait(self.free.at[slot])
+
+    def fetch_step(self, mine, n):
+        call, given, row = self.call, self.given, self.row
+        slot = mine.slot(n)
+        head = self.head * call.ratio + n % mine.heads if call.keys_own else self.head // call.ratio
+        tokens = pl.ds(mine.other_start(mine.entry(n), n), call.step)
+        copies = [(given["other_a"].at[row, tokens, head], self.other_a)]
+        copies.append((given["other_b"].at[row, tokens, head], self.other_b))
+        if call.keys_own:
+            copies.append((given["rows"].at[row, head, :, tokens], self.rows))
+        if call.seen is not None:
+            facts = given["other_facts"]
+            copies.append((facts.at[self.row_of(facts), :, tokens], self.other_facts))
+        compat.wait(self.free.at[slot])
+        for source, target in copies:
+            compat.fetch(source, target.at[slot], self.ready.at[slot])
 
     def compute(self):
         call = self.call
+        place = self.warpgroup if call.owners > 1 else 0
+        self.list = mine = _List(self, place)
         for slot in range(call.stages):
-            compat.arrive(self.free.at[slot])
-        compat.wait(self.loaded.at[0])
+            compat.arrive(self.free.at[place * call.stages + slot])
+        compat.wait(self.loaded)
         widths = [x.shape[-1] for x in ((self.a, self.b) if call.keys_own else (self.a,))]
         sums = [compat.zeros((ROWS, width)) for width in widths]
         step = self.keys_step if call.keys_own else self.queries_step()
-        if call.visible is None:
-            sums = lax.fori_loop(0, self.steps, lambda n, sums: step(n, False, sums), sums)
+        if call.seen is None:
+            sums = lax.fori_loop(0, mine.steps, lambda n, sums: step(n, False, sums), sums)
         else:
-            last = jnp.maximum(self.steps - 1, 0)
 
             def masked(n, carry):
                 entry, sums = carry
-                following = self.entry(jnp.minimum(n + 1, last))
+                following = mine.entry(n + 1)  # one past the end is not looked at
                 # Two copies of the step: a branch around the mask alone costs registers while products are running.
                 plain, hiding = (lambda sums, hides=hides: step(n, hides, sums) for hides in (False, True))
                 return following, lax.cond((entry & 1) == 1, plain, hiding, sums)
 
-            _, sums = lax.fori_loop(0, self.steps, masked, (self.entry(0), sums))
-        self.locate()  # again, so that nothing of it has to be kept through the loop
-        tokens = pl.ds(self.owner * call.own + self.warpgroup * ROWS, ROWS)
+            _, sums = lax.fori_loop(0, mine.steps, masked, (mine.entry(0), sums))
+        mine = _List(self, place)  # again, so that nothing of it has to be kept through the loop
+        tokens = pl.ds(mine.start + (self.warpgroup if call.owners == 1 else 0) * ROWS, ROWS)
         for total, staged, out, scale in zip(sums, (self.a, self.b), self.results, (call.scale, 1.0)):
             staged[self.warpgroup] = (total * scale).astype(jnp.bfloat16)
             compat.publish()
-            compat.store(staged.at[self.warpgroup], out.at[self.row, tokens, self.head])
+            source, target = staged.at[self.warpgroup], out.at[self.row, tokens, self.head]
+            compat.store(source, target, None if call.owners == 1 else mine.exists)
         compat.stores_done()
 
     def keys_step(self, n, hides, sums):
         """dk and dv of 64 keys after one more tile of queries; tiles here are [keys, queries]."""
         call = self.call
-        slot = lax.rem(n, call.stages)
+        slot = self.list.slot(n)
         k, v = self.a.at[self.warpgroup], self.b.at[self.warpgroup]
         q, dy, rows = self.other_a.at[slot], self.other_b.at[slot], self.rows.at[slot]
         shape = (ROWS, call.step)
@@ -324,7 +335,7 @@ class _Block:
         lse, delta = compat.load_rows(rows.at[0]), compat.load_rows(rows.at[1])
 
         def step(n, hides, sums):
-            slot = lax.rem(n, call.stages)
+            slot = self.list.slot(n)
             k, v = self.other_a.at[slot], self.other_b.at[slot]
             compat.wait(self.ready.at[slot])
 
@@ -356,10 +367,49 @@ class _Block:
     def hide(self, slot, p):
         """p with 0 at hidden pairs."""
         own, other = self.own_facts.at[self.warpgroup], self.other_facts.at[slot]
-        along = lambda ref: compat.spread_rows(compat.load_rows(ref), p.shape)
-        across = lambda ref: compat.spread_columns(compat.load_columns(ref), p.shape)
-        mine, theirs = along(own.at[0]), across(other.at[0])
-        values = {name: along(own.at[1 + n]) for n, name in enumerate(self.call.names(True))}
-        values |= {name: across(other.at[1 + n]) for n, name in enumerate(self.call.names(False))}
-        i, j = (theirs, mine) if self.call.keys_own else (mine, theirs)
-        return jnp.where(self.call.visible(i, j, values), p, 0.0)
+        vectors = {"own": lambda n: lambda: compat.load_rows(own.at[n])}
+        vectors["other"] = lambda n: lambda: compat.load_columns(other.at[n])
+        values = {}
+        for side, names in (("own", self.call.names(True)), ("other", self.call.names(False))):
+            values |= {name: vectors[side](1 + n) for n, name in enumerate(names)}
+        i, j = (vectors[side](0) for side in ("own", "other"))
+        if self.call.keys_own:
+            i, j = j, i
+        sizes = p.shape[::-1] if self.call.keys_own else p.shape
+        return jnp.where(self.call.seen(i, j, values, sizes, turned=self.call.keys_own), p, 0.0)
+
+
+class _List:
+    """An owner of a thread block and its list, as one warpgroup reads it."""
+
+    def __init__(self, block, place):
+        call, given = block.call, block.given
+        self.call, self.place = call, place
+        owner = given["order"][lax.axis_index("owner") * call.owners + place]
+        if call.owners > 1:
+            self.exists = owner >= 0
+            owner = jnp.maximum(owner, 0)
+        head = block.head if call.keys_own else block.head // call.ratio
+        b, h = given["begin"].shape[:2]
+        lead = (block.row if b > 1 else 0), (head if h > 1 else 0)
+        self.start = owner * call.own
+        self.heads = call.ratio if call.keys_own else 1  # query heads that are walked
+        self.begin = given["begin"][*lead, owner]
+        self.steps = given["count"][*lead, owner] * (self.heads * call.parts)
+        if call.owners > 1:
+            self.steps = jnp.where(self.exists, self.steps, 0)
+        self.entries = given["entries"].at[*lead]
+
+    def entry(self, step):
+        """What is listed for a step: twice the block's number, and 1 if it is full."""
+        last = self.entries.shape[-1] - 1  # where an empty list may begin past
+        return self.entries[jnp.minimum(self.begin + step // (self.heads * self.call.parts), last)]
+
+    def other_start(self, entry, step):
+        """First token of a step."""
+        part = (step // self.heads) % self.call.parts
+        return (entry >> 1) * self.call.other + part * self.call.step
+
+    def slot(self, step):
+        """Where in shared memory a step's tiles lie."""
+        return self.place * self.call.stages + lax.rem(step, self.call.stages)

@@ -50,7 +50,9 @@ def check(shape, sizes, visible=None, segments=None, drop=(), soft_cap=None, wit
     draw = lambda *dims: jnp.asarray(rng.normal(size=dims), jnp.bfloat16)
     q, k = draw(batch, time, heads, key), draw(batch, keys, key_heads, key)
     v, dy = draw(batch, keys, key_heads, value), draw(batch, time, heads, value)
-    names = {} if segments is None else {"segment": segments[:, :, None], "kv_segment": segments[:, None]}
+    names = {}
+    if segments is not None:
+        names = {"segment": segments[0][:, :, None], "kv_segment": segments[1][:, None]}
     seen = np.ones((batch, time, keys), bool)
     if visible is not None:
         seen &= np.asarray(visible(np.arange(time)[:, None], np.arange(keys), names))
@@ -71,7 +73,7 @@ def check(shape, sizes, visible=None, segments=None, drop=(), soft_cap=None, wit
         lse = np.asarray(lse, np.float32)
     given = {}
     if segments is not None:
-        given = {"q_data": {"segment": segments}, "k_data": {"kv_segment": segments}}
+        given = {"q_data": {"segment": segments[0]}, "k_data": {"kv_segment": segments[1]}}
     walks = walk(live, full), walk(live.T, full.T)
     with compat.interpret():
         got = gpu_backward.backward(
@@ -96,9 +98,12 @@ def test_gradients_of_grouped_heads_under_a_causal_mask_match_float64():
 @needs_mosaic
 def test_gradients_are_exact_with_segments_and_zero_where_nothing_is_seen():
     segments = np.repeat(np.array([[1, 2, 0], [3, 3, 3]], np.int32), (40, 50, 38), axis=1)
-    dq, dk, dv = check((2, 128, 128, 1, 1, 64, 64), (64, 64), packed, segments, drop=[(1, 1)])
-    for one in (dq, dk, dv):
-        assert not np.any(np.asarray(one, np.float32)[0, 90:])
+    keys = np.where(np.arange(128) < 30, 1, segments)
+    keys[1, 100:] = 5
+    dq, dk, dv = check((2, 128, 128, 1, 1, 64, 64), (64, 64), packed, (segments, keys), drop=[(1, 0)])
+    assert not np.any(np.asarray(dq, np.float32)[0, 90:])
+    for one in (dk, dv):
+        assert not np.any(np.asarray(one, np.float32)[0, 90:]) and not np.any(np.asarray(one, np.float32)[1, 100:])
 
 
 @needs_mosaic
