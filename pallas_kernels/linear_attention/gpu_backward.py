@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
+from pallas_kernels.linear_attention import gates
 from pallas_kernels.linear_attention import plan as planning
 from pallas_kernels.linear_attention.gpu import (
     COLUMNS,
@@ -67,13 +68,13 @@ def backward(
     blocks = batch * heads * value // (COLUMNS * units)
     plan = planning.make_plan(q, v, blocks, splits, multiple=anchor)
     lanes = Lanes(plan, units)
-    decays = planning.chunk_decays(log_decay, log_write, run_ids, plan)
+    decays = gates.chunk_decays(log_decay, log_write, run_ids, plan)
     segments = planning.chunk_segments(run_ids, plan)
     ends = back_ends = left = None
     if plan.splits > 1:
         ends = split_states(lanes, k, v, decays, segments)
         back_ends = split_states(lanes, q, dy, decays, segments, reverse=True, scale=scale)
-        left = planning.split_decays(decays, segments, plan)
+        left = gates.split_decays(decays, segments, plan)
     given = {"decays": decays, "segments": segments, "q": flat(q), "k": flat(k), "v": flat(v), "dy": flat(dy)}
     keep = anchor if need_decay else None
     parts, *walk = _walk_forward(lanes, given | {"state": state, "ends": ends, "left": left}, scale, keep)
@@ -130,7 +131,7 @@ def _heads_of(lanes, block, decay_tile, segment, start, shift):
     """For each head of the block: the factors of its tokens, and its columns within the block's value tile."""
     width = COLUMNS * lanes.units // lanes.block_heads
     for index in range(lanes.block_heads):
-        yield index, Tokens(decay_tile.at[index], segment, start, shift=shift), pl.ds(index * width, width)
+        yield index, Tokens(decay_tile.at[:, index], segment, start, shift=shift), pl.ds(index * width, width)
 
 
 def _value_columns(lanes, block):
@@ -177,7 +178,7 @@ def _walk_forward(lanes: Lanes, given, scale, anchor):
             states, weighted, queries = (compat.unhoisted(buffer, now) for buffer in buffers)
             v_mine, dy_mine = v_tile.at[:, mine], dy_tile.at[:, mine]
             own = Tokens(
-                decay_tile.at[unit if lanes.block_heads > 1 else 0],
+                decay_tile.at[:, unit if lanes.block_heads > 1 else 0],
                 *(seg or [None]),
                 now * CHUNK,
                 shift=math.log2(scale),
@@ -333,7 +334,7 @@ def _walk_backward(lanes: Lanes, given, scale, anchor, weighs):
             states, weighted, dv_staged, dk_staged, sums = (compat.unhoisted(buffer, now) for buffer in buffers)
             state_of = lambda unit: states.at[unit if shared else warpgroup]
             here = list(_heads_of(lanes, block, decay_tile, *(seg or [None]), now * CHUNK, math.log2(scale)))
-            own = Tokens(decay_tile.at[unit if count > 1 else 0], *(seg or [None]), now * CHUNK, shift=math.log2(scale))
+            own = Tokens(decay_tile.at[:, unit if count > 1 else 0], *(seg or [None]), now * CHUNK, shift=math.log2(scale))
             compat.stores_read()
             compat.wait(free)
             states[warpgroup] = carry.astype(jnp.bfloat16)
