@@ -2,7 +2,7 @@
 
 With l the decays and w the weights in log2, a chunk's tokens get g_i = sum of l_t over t <= i and c_j = g_j - log2 w_j.
 The sums are products with a triangle of ones on the tensor cores, which also turn [tokens, heads] into [heads, tokens];
-what is summed goes in as three bf16 parts, which hold all 24 bits of a float32.
+what is summed goes in as two bf16 parts, which hold the first 16 of a float32's 24 bits: decays change by 2^-17 of themselves.
 """
 
 import math
@@ -16,7 +16,7 @@ from pallas_kernels import compat
 from pallas_kernels.linear_attention.plan import CHUNK, LEAST_LOG2, LOG2_E, Plan
 
 ROWS = 64  # heads, or heads of several chunks, of a thread block
-PARTS = 3
+PARTS = 2
 
 
 def chunk_decays(log_decay, log_write, run_ids, plan: Plan):
@@ -55,7 +55,6 @@ def _sums(given, shape):
     def body(*refs):
         sources, (out, parts, factors) = refs[: len(given)], refs[len(given) :]
         row, group, tile = (lax.axis_index(name) for name in ("row", "group", "tile"))
-        pairs = []
         for kind, source in enumerate(sources):
             value = compat.load_tile(source.at[row, group, :, pl.ds(tile * ROWS, ROWS)], shared=False) * LOG2_E
             value = -value if kind else jnp.maximum(value, LEAST_LOG2)
@@ -66,6 +65,7 @@ def _sums(given, shape):
             time, target = (compat.iota((CHUNK, CHUNK), axis) for axis in (0, 1))
             factors[kind] = jnp.where(time == target if kind else time <= target, 1.0, 0.0).astype(jnp.bfloat16)
         compat.publish()
+        pairs = []
         for kind in range(len(sources)):
             pairs += [(compat.transposed(parts.at[kind, part]), factors.at[kind]) for part in reversed(range(PARTS))]
             out[row, kind, group if tiles == 1 else group * tiles + tile] = compat.matmul(*pairs)

@@ -26,10 +26,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels import compat
 from pallas_kernels.linear_attention import gates
 from pallas_kernels.linear_attention import plan as planning
-from pallas_kernels.linear_attention.plan import CHUNK, SEGMENT_LANES, Plan
+from pallas_kernels.linear_attention.plan import CHUNK, COLUMNS, SEGMENT_LANES, Plan
 
-COLUMNS = 64  # value columns of a warpgroup
-STAGES = 3
 import os
 VARIANT = int(os.environ.get('VARIANT', '0'))
 
@@ -71,6 +69,7 @@ class Lanes:
 
     plan: Plan
     units: int
+    stages: int
 
     @property
     def blocks(self) -> int:
@@ -93,12 +92,6 @@ class Lanes:
         return first // self.plan.value, pl.ds(first % self.plan.value, COLUMNS)
 
 
-def units_for(heads: int, key_heads: int, value: int) -> int:
-    """Units of 64 value columns in a thread block: two where they share their keys, else one."""
-    shared = value > COLUMNS or (heads // key_heads) % 2 == 0
-    return 2 if shared else 1
-
-
 def forward(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, *, scale=1.0, splits=None):
     """Linear attention, (y [B, T, H, V] bfloat16, final state [B, H, K, V] float32).
 
@@ -109,15 +102,15 @@ def forward(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, *
     weights of k v^T in the state, [B, T, H], or None for 1. scale: a number above 0. splits: into how many stretches
     to cut time, None to choose. The call must be one that `supports` accepts.
     """
-    batch, time, key_heads, _ = q.shape
+    batch, time = q.shape[:2]
     heads, value = v.shape[2:]
     if time % 8:  # TMA cuts time in eights; what it reads past the end is 0, which changes nothing
         q, k, v, log_decay, run_ids, log_write = pad_time(q, k, v, log_decay, run_ids, log_write)
-    units = units_for(heads, key_heads, value)
-    plan = planning.make_plan(q, v, batch * heads * value // (COLUMNS * units), splits)
+    config = planning.config("forward", q, v, splits)
+    plan = planning.make_plan(q, v, batch * heads * value // (COLUMNS * config.units), config.splits)
     decays = gates.chunk_decays(log_decay, log_write, run_ids, plan)
     segments = planning.chunk_segments(run_ids, plan)
-    lanes = Lanes(plan, units)
+    lanes = Lanes(plan, config.units, config.stages)
     ends = None
     if plan.splits > 1:
         ends = split_states(lanes, k, v, decays, segments)
@@ -278,7 +271,7 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
         at = lambda i: split * plan.steps + (steps - 1 - i if reverse else plan.steps - steps + i)
         tiles = ((plan.key, lanes.key_head(block)), (COLUMNS * units, block))
         specs = specs_of(lanes, block, row, decays, segments, at, *tiles)
-        stages = min(STAGES + 1, plan.steps)
+        stages = min(4, plan.steps)
         compat.pipeline(chunk, steps=steps, specs=specs, stages=stages, warpgroups=units, around=around)(*refs)
 
     shape = (plan.batch, plan.splits, plan.heads, plan.key, plan.value)
@@ -319,9 +312,14 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
                 shift=math.log2(scale),
             )
             v_mine = v_tile.at[:, mine]
-            states[unit] = carry.astype(jnp.bfloat16)
             values = compat.load_tile(v_mine).astype(jnp.float32)
-            weighted[unit] = scaled_rows(values, tokens.carry_out()).astype(jnp.bfloat16)
+            if VARIANT >= 6:
+                values = scaled_rows(values, tokens.carry_out()).astype(jnp.bfloat16)
+                states[unit] = carry.astype(jnp.bfloat16)
+                weighted[unit] = values
+            else:
+                states[unit] = carry.astype(jnp.bfloat16)
+                weighted[unit] = scaled_rows(values, tokens.carry_out()).astype(jnp.bfloat16)
             compat.publish()
             write = (compat.transposed(k_tile), weighted.at[unit])
             place = pl.ds(head * plan.value + columns.start, COLUMNS)
@@ -332,22 +330,27 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
                 compat.publish()
                 compat.store(outputs.at[unit], y_ref.at[row, pl.ds(at(indices[0]) * CHUNK, CHUNK), place])
 
-            if VARIANT == 0:
+            if VARIANT >= 4 and not compat.interpreting():
+                q_tile = compat.load_tile(q_tile)
+            if VARIANT in (0, 4, 6, 7):
                 scores = compat.matmul((q_tile, compat.transposed(k_tile))) * tokens.pairs()
                 scores = compat.as_operand(scores, spare[0].at[unit] if spare else None)
                 y = scaled_rows(compat.matmul((q_tile, states.at[unit])), tokens.carry_in())
+                if VARIANT == 7:
+                    y = compat.matmul((scores, v_mine), start=y)
+                    return compat.added(carry * tokens.kept(), [write], lambda: finish(y))
                 finish(compat.matmul((scores, v_mine), start=y))
                 return compat.matmul(write, start=carry * tokens.kept())
 
             def factors():
                 return tokens.pairs(), tokens.carry_in()
 
-            if VARIANT in (1, 3):
+            if VARIANT in (1, 3, 5):
                 jobs = [(q_tile, compat.transposed(k_tile))], [(q_tile, states.at[unit])]
                 (scores, y), (pairs, reads) = compat.products(*jobs, meanwhile=factors)
                 scores = compat.as_operand(scores * pairs, spare[0].at[unit] if spare else None)
                 y = scaled_rows(y, reads)
-                if VARIANT == 3:
+                if VARIANT in (3, 5):
                     finish(compat.matmul((scores, v_mine), start=y))
                     return compat.matmul(write, start=carry * tokens.kept())
                 y, after = compat.matmuls(([(scores, v_mine)], y), ([write], carry * tokens.kept()))
@@ -375,7 +378,7 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
 
         tiles = [(plan.key, lanes.key_head(block))] * 2 + [(COLUMNS * units, block)]
         specs = specs_of(lanes, block, row, decays, segments, at, *tiles)
-        run = compat.pipeline(chunk, steps=plan.steps, specs=specs, stages=STAGES, warpgroups=units, around=around)
+        run = compat.pipeline(chunk, steps=plan.steps, specs=specs, stages=lanes.stages, warpgroups=units, around=around)
         run(*[refs[name] for name in ("decays", "segments", "q", "k", "v") if refs[name] is not None])
 
     tile = compat.tile(units, CHUNK, COLUMNS)
