@@ -24,11 +24,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
+from pallas_kernels.linear_attention import gates
 from pallas_kernels.linear_attention import plan as planning
-from pallas_kernels.linear_attention.plan import CHUNK, SEGMENT_LANES, Plan
+from pallas_kernels.linear_attention.plan import CHUNK, COLUMNS, SEGMENT_LANES, Plan
 
-COLUMNS = 64  # value columns of a warpgroup
-STAGES = 3
+import os
+
+VARIANT = int(os.environ.get("VARIANT", "0"))
 
 
 def supports(
@@ -68,6 +70,7 @@ class Lanes:
 
     plan: Plan
     units: int
+    stages: int
 
     @property
     def blocks(self) -> int:
@@ -90,12 +93,6 @@ class Lanes:
         return first // self.plan.value, pl.ds(first % self.plan.value, COLUMNS)
 
 
-def units_for(heads: int, key_heads: int, value: int) -> int:
-    """Units of 64 value columns in a thread block: two where they share their keys, else one."""
-    shared = value > COLUMNS or (heads // key_heads) % 2 == 0
-    return 2 if shared else 1
-
-
 def forward(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, *, scale=1.0, splits=None):
     """Linear attention, (y [B, T, H, V] bfloat16, final state [B, H, K, V] float32).
 
@@ -106,15 +103,15 @@ def forward(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, *
     weights of k v^T in the state, [B, T, H], or None for 1. scale: a number above 0. splits: into how many stretches
     to cut time, None to choose. The call must be one that `supports` accepts.
     """
-    batch, time, key_heads, _ = q.shape
+    batch, time = q.shape[:2]
     heads, value = v.shape[2:]
     if time % 8:  # TMA cuts time in eights; what it reads past the end is 0, which changes nothing
         q, k, v, log_decay, run_ids, log_write = pad_time(q, k, v, log_decay, run_ids, log_write)
-    units = units_for(heads, key_heads, value)
-    plan = planning.make_plan(q, v, batch * heads * value // (COLUMNS * units), splits)
-    decays = planning.chunk_decays(log_decay, log_write, run_ids, plan)
+    config = planning.config("forward", q, v, splits)
+    plan = planning.make_plan(q, v, batch * heads * value // (COLUMNS * config.units), config.splits)
+    decays = gates.chunk_decays(log_decay, log_write, run_ids, plan)
     segments = planning.chunk_segments(run_ids, plan)
-    lanes = Lanes(plan, units)
+    lanes = Lanes(plan, config.units, config.stages)
     ends = None
     if plan.splits > 1:
         ends = split_states(lanes, k, v, decays, segments)
@@ -164,7 +161,8 @@ class Tokens:
 
     def __init__(self, decays, segments, start, shift=0.0):
         # Of tokens that read, and of tokens that write: the same where all write with weight 1.
-        self.decays, self.sources = decays.at[0], decays.at[decays.shape[0] - 1]
+        zero = start * 0
+        self.decays, self.sources = decays.at[zero], decays.at[zero + decays.shape[0] - 1]
         self.start = start
         self.last = decays[0, CHUNK - 1]
         self.shift = shift
@@ -218,8 +216,8 @@ def specs_of(lanes, block, row, decays, segments, chunk_at, *arrays):
     decay_row = row if decays.shape[0] > 1 else 0
     specs = [
         compat.vector_spec(
-            (None, lanes.block_heads, decays.shape[2], CHUNK),
-            lambda i: (decay_row, lanes.decay_block(block), 0, chunk_at(i)),
+            (None, decays.shape[1], None, lanes.block_heads, CHUNK),
+            lambda i: (decay_row, 0, chunk_at(i), lanes.decay_block(block), 0),
         )
     ]
     if segments is not None:
@@ -239,22 +237,25 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
 
     Forward the weights are what is left of a token's write at the split's end; the last split is left out, since
     nothing follows it. reverse: the same for the state's gradient, of queries and output gradients: weights are what
-    a token reads of the split's incoming state, and the first split is left out (its slot is not written).
+    a token reads of the split's incoming state, and the first split is left out (its slot is not written). Chunks of
+    which nothing is left at that end are not visited.
     """
     plan, units = lanes.plan, lanes.units
     inputs = [x for x in (decays, segments, flat(keys), flat(values)) if x is not None]
+    counts = gates.reaching(decays, segments, plan, lanes.block_heads, reverse)
 
-    def body(*args):
+    def body(counts, *args):
         refs, (out_ref, weighted) = args[: len(inputs)], args[len(inputs) :]
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
         split = split + 1 if reverse else split
+        steps = counts[row if counts.shape[0] > 1 else 0, split, lanes.decay_block(block)]
         unit = compat.warpgroup(units)
         head, columns = lanes.head_and_columns(block, unit)
 
         def chunk(indices, decay_tile, *tiles):
             *seg, key_tile, value_tile, carry = tiles
             tokens = Tokens(
-                decay_tile.at[unit if lanes.block_heads > 1 else 0],
+                decay_tile.at[:, unit if lanes.block_heads > 1 else unit * 0],
                 *(seg or [None]),
                 at(indices[0]) * CHUNK,
                 shift=math.log2(scale),
@@ -268,11 +269,11 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
         def around(run):
             out_ref[row, split, head, :, columns] = run(compat.zeros((plan.key, COLUMNS)))
 
-        last = plan.steps - 1
-        at = lambda i: split * plan.steps + (last - i if reverse else i)
+        at = lambda i: split * plan.steps + (steps - 1 - i if reverse else plan.steps - steps + i)
         tiles = ((plan.key, lanes.key_head(block)), (COLUMNS * units, block))
         specs = specs_of(lanes, block, row, decays, segments, at, *tiles)
-        compat.pipeline(chunk, steps=plan.steps, specs=specs, stages=STAGES + 1, warpgroups=units, around=around)(*refs)
+        stages = min(4, plan.steps)
+        compat.pipeline(chunk, steps=steps, specs=specs, stages=stages, warpgroups=units, around=around)(*refs)
 
     shape = (plan.batch, plan.splits, plan.heads, plan.key, plan.value)
     return compat.kernel(
@@ -283,13 +284,13 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
         scratch=[compat.tile(units, CHUNK, COLUMNS)],
         warpgroups=units,
         name="linear_attention_states",
-    )(*inputs)
+    )(counts, *inputs)
 
 
 def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
     """Outputs and final state; every split starts from `state` carried through the `ends` of those before it."""
     plan, units = lanes.plan, lanes.units
-    left = None if ends is None else planning.split_decays(decays, segments, plan)
+    left = None if ends is None else gates.split_decays(decays, segments, plan)
     given = {"decays": decays, "segments": segments, "q": flat(q), "k": flat(k), "v": flat(v)}
     given |= {"state": state, "ends": ends, "left": left}
     names = [name for name, x in given.items() if x is not None]
@@ -306,27 +307,64 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
         def chunk(indices, decay_tile, *tiles):
             *seg, q_tile, k_tile, v_tile, carry = tiles
             tokens = Tokens(
-                decay_tile.at[unit if lanes.block_heads > 1 else 0],
+                decay_tile.at[:, unit if lanes.block_heads > 1 else unit * 0],
                 *(seg or [None]),
                 at(indices[0]) * CHUNK,
                 shift=math.log2(scale),
             )
             v_mine = v_tile.at[:, mine]
-            states[unit] = carry.astype(jnp.bfloat16)
             values = compat.load_tile(v_mine).astype(jnp.float32)
-            weighted[unit] = scaled_rows(values, tokens.carry_out()).astype(jnp.bfloat16)
+            if VARIANT >= 6:
+                values = scaled_rows(values, tokens.carry_out()).astype(jnp.bfloat16)
+                states[unit] = carry.astype(jnp.bfloat16)
+                weighted[unit] = values
+            else:
+                states[unit] = carry.astype(jnp.bfloat16)
+                weighted[unit] = scaled_rows(values, tokens.carry_out()).astype(jnp.bfloat16)
             compat.publish()
-            scores = compat.matmul((q_tile, compat.transposed(k_tile))) * tokens.pairs()
-            scores = compat.as_operand(scores, spare[0].at[unit] if spare else None)
-            y = scaled_rows(compat.matmul((q_tile, states.at[unit])), tokens.carry_in())
-            y = compat.matmul((scores, v_mine), start=y)
-            compat.stores_read()
-            outputs[unit] = y.astype(jnp.bfloat16)
-            compat.publish()
-            place = pl.ds(head * plan.value + columns.start, COLUMNS)
-            compat.store(outputs.at[unit], y_ref.at[row, pl.ds(at(indices[0]) * CHUNK, CHUNK), place])
             write = (compat.transposed(k_tile), weighted.at[unit])
-            return compat.matmul(write, start=carry * tokens.kept())
+            place = pl.ds(head * plan.value + columns.start, COLUMNS)
+
+            def finish(y):
+                compat.stores_read()
+                outputs[unit] = y.astype(jnp.bfloat16)
+                compat.publish()
+                compat.store(outputs.at[unit], y_ref.at[row, pl.ds(at(indices[0]) * CHUNK, CHUNK), place])
+
+            if VARIANT >= 4 and not compat.interpreting():
+                q_tile = compat.load_tile(q_tile)
+            if VARIANT in (0, 4, 6, 7):
+                scores = compat.matmul((q_tile, compat.transposed(k_tile))) * tokens.pairs()
+                scores = compat.as_operand(scores, spare[0].at[unit] if spare else None)
+                y = scaled_rows(compat.matmul((q_tile, states.at[unit])), tokens.carry_in())
+                if VARIANT == 7:
+                    y = compat.matmul((scores, v_mine), start=y)
+                    return compat.added(carry * tokens.kept(), [write], lambda: finish(y))
+                finish(compat.matmul((scores, v_mine), start=y))
+                return compat.matmul(write, start=carry * tokens.kept())
+
+            def factors():
+                return tokens.pairs(), tokens.carry_in()
+
+            if VARIANT in (1, 3, 5):
+                jobs = [(q_tile, compat.transposed(k_tile))], [(q_tile, states.at[unit])]
+                (scores, y), (pairs, reads) = compat.products(*jobs, meanwhile=factors)
+                scores = compat.as_operand(scores * pairs, spare[0].at[unit] if spare else None)
+                y = scaled_rows(y, reads)
+                if VARIANT in (3, 5):
+                    finish(compat.matmul((scores, v_mine), start=y))
+                    return compat.matmul(write, start=carry * tokens.kept())
+                y, after = compat.matmuls(([(scores, v_mine)], y), ([write], carry * tokens.kept()))
+                finish(y)
+                return after
+
+            def read():
+                jobs = [(q_tile, compat.transposed(k_tile))], [(q_tile, states.at[unit])]
+                (scores, y), (pairs, reads) = compat.products(*jobs, meanwhile=factors)
+                scores = compat.as_operand(scores * pairs, spare[0].at[unit] if spare else None)
+                finish(compat.matmul((scores, v_mine), start=scaled_rows(y, reads)))
+
+            return compat.added(carry * tokens.kept(), [write], read)
 
         def around(run):
             where = (pl.ds(0, plan.key), columns)
@@ -341,7 +379,9 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
 
         tiles = [(plan.key, lanes.key_head(block))] * 2 + [(COLUMNS * units, block)]
         specs = specs_of(lanes, block, row, decays, segments, at, *tiles)
-        run = compat.pipeline(chunk, steps=plan.steps, specs=specs, stages=STAGES, warpgroups=units, around=around)
+        run = compat.pipeline(
+            chunk, steps=plan.steps, specs=specs, stages=lanes.stages, warpgroups=units, around=around
+        )
         run(*[refs[name] for name in ("decays", "segments", "q", "k", "v") if refs[name] is not None])
 
     tile = compat.tile(units, CHUNK, COLUMNS)

@@ -26,9 +26,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
+from pallas_kernels.linear_attention import gates
 from pallas_kernels.linear_attention import plan as planning
 from pallas_kernels.linear_attention.gpu import (
-    COLUMNS,
     Lanes,
     Tokens,
     carried_state,
@@ -37,12 +37,10 @@ from pallas_kernels.linear_attention.gpu import (
     scaled_rows,
     specs_of,
     split_states,
-    units_for,
 )
-from pallas_kernels.linear_attention.plan import CHUNK
+from pallas_kernels.linear_attention.plan import CHUNK, COLUMNS
 
-ANCHOR = 8  # chunks between states that are kept
-STAGES = 2
+KEPT_LOG2 = -12.0  # less than 2^-12 left of the state is nothing to the decays' gradient: bf16 rounds to 2^-9
 
 
 def backward(
@@ -59,21 +57,21 @@ def backward(
     time, given_decay = q.shape[1], log_decay
     if time % 8:
         q, k, v, log_decay, run_ids, log_write, dy = pad_time(q, k, v, log_decay, run_ids, log_write, dy)
-    batch, padded, key_heads, _ = q.shape
+    batch, padded = q.shape[:2]
     heads, value = v.shape[2:]
-    units = units_for(heads, key_heads, value)
+    config = planning.config("backward", q, v, splits)
     need_decay = need_decay and log_decay is not None
-    anchor = min(ANCHOR, -(-padded // CHUNK))
-    blocks = batch * heads * value // (COLUMNS * units)
-    plan = planning.make_plan(q, v, blocks, splits, multiple=anchor)
-    lanes = Lanes(plan, units)
-    decays = planning.chunk_decays(log_decay, log_write, run_ids, plan)
+    anchor = min(config.anchor, -(-padded // CHUNK))
+    blocks = batch * heads * value // (COLUMNS * config.units)
+    plan = planning.make_plan(q, v, blocks, config.splits, multiple=anchor)
+    lanes = Lanes(plan, config.units, config.stages)
+    decays = gates.chunk_decays(log_decay, log_write, run_ids, plan)
     segments = planning.chunk_segments(run_ids, plan)
     ends = back_ends = left = None
     if plan.splits > 1:
         ends = split_states(lanes, k, v, decays, segments)
         back_ends = split_states(lanes, q, dy, decays, segments, reverse=True, scale=scale)
-        left = planning.split_decays(decays, segments, plan)
+        left = gates.split_decays(decays, segments, plan)
     given = {"decays": decays, "segments": segments, "q": flat(q), "k": flat(k), "v": flat(v), "dy": flat(dy)}
     keep = anchor if need_decay else None
     parts, *walk = _walk_forward(lanes, given | {"state": state, "ends": ends, "left": left}, scale, keep)
@@ -89,7 +87,7 @@ def backward(
     dlog = dwrite = None
     if need_decay:
         start = None if state is None else jnp.sum(state * first, axis=(2, 3))
-        dlog = by_token(_decay_gradient(plan, anchor, segments, start, walk, back))
+        dlog = by_token(_decay_gradient(plan, anchor, decays, segments, start, walk, back))
         dlog = jnp.sum(dlog, axis=(0, 1)) if given_decay.ndim == 1 else dlog
     if totals is not None:
         dwrite = by_token(jnp.sum(totals, axis=0))
@@ -101,7 +99,7 @@ def _add_parts(parts, shape):
     return total.astype(parts.dtype).reshape(shape)
 
 
-def _decay_gradient(plan, anchor, segments, start, walk, back):
+def _decay_gradient(plan, anchor, decays, segments, start, walk, back):
     """Gradient of the log decays, float32 [B, H, ...] with time last, from the sums that the kernels wrote."""
     pairs, reads, states = walk
     writes, gradients = back
@@ -113,24 +111,47 @@ def _decay_gradient(plan, anchor, segments, start, walk, back):
     anchors = jnp.where(jnp.arange(anchors.shape[1])[:, None] == 0, start[:, None], anchors).swapaxes(1, 2)
     by_block = (plan.batch, plan.heads, plan.chunks // anchor, anchor)
     read, written = (jnp.sum(x, axis=-1).reshape(by_block) for x in (reads, writes))
-    stays = jnp.ones((1, 1, *by_block[2:]), bool)
-    if segments is not None:
-        stays = (segments[:, :, CHUNK] == segments[:, :, CHUNK + 1]).reshape(plan.batch, 1, *by_block[2:])
-    before, kept = anchors, []
-    for chunk in range(anchor):
-        kept.append(jnp.where(stays[..., chunk], before - read[..., chunk], 0.0))
-        before = kept[-1] + written[..., chunk]
-    kept = jnp.stack(kept, axis=-1).reshape(*shape[:3], 1)
+    left = jnp.moveaxis(gates.ends_of_chunks(decays, segments, plan), 3, 1)
+    kept = kept_through(anchors, read, written, left.reshape(-1, *by_block[1:]) > KEPT_LOG2)
+    kept = kept.reshape(*shape[:3], 1)
     later = planning.cumulate("bhcs,st->bhct", reads, lambda source, target: source >= target)
     earlier = planning.cumulate("bhcs,st->bhct", writes, lambda source, target: source < target)
     return pairs + later + earlier + kept
+
+
+def kept_through(anchors, read, written, stays):
+    """<S, D> of what is kept through each chunk, [B, H, blocks, chunks], from its values at the blocks' starts.
+
+    <S, D> at a chunk's start less what the chunk reads of S is what is kept; that plus what the chunk writes is <S, D>
+    at its end. Each step adds the rounding errors of one sum, so the walk goes both ways, from a block's start and from
+    the next one's, and the two values are weighted by how many sums the other is made of. Where `stays` is false nothing
+    is kept, and both ways start anew.
+    """
+    count = read.shape[-1]
+    known = jnp.arange(anchors.shape[2]) < anchors.shape[2] - 1
+    ends = jnp.where(known, jnp.roll(anchors, -1, axis=2), 0.0)
+    first = anchors, jnp.ones(anchors.shape)
+    last = ends, jnp.broadcast_to(jnp.where(known, 1.0, 1e9), anchors.shape)
+
+    def walk(start, order, lost, gained):
+        value, sums = start
+        found = [None] * count
+        for chunk in order:
+            value = jnp.where(stays[..., chunk], value - lost[..., chunk], 0.0)
+            sums = jnp.where(stays[..., chunk], sums + 1, 0.0)
+            found[chunk] = value, sums
+            value, sums = value + gained[..., chunk], sums + 1
+        return found
+
+    ways = zip(walk(first, range(count), read, written), walk(last, reversed(range(count)), written, read))
+    return jnp.stack([(a * m + b * n) / jnp.maximum(n + m, 1.0) for (a, n), (b, m) in ways], axis=-1)
 
 
 def _heads_of(lanes, block, decay_tile, segment, start, shift):
     """For each head of the block: the factors of its tokens, and its columns within the block's value tile."""
     width = COLUMNS * lanes.units // lanes.block_heads
     for index in range(lanes.block_heads):
-        yield index, Tokens(decay_tile.at[index], segment, start, shift=shift), pl.ds(index * width, width)
+        yield index, Tokens(decay_tile.at[:, index], segment, start, shift=shift), pl.ds(index * width, width)
 
 
 def _value_columns(lanes, block):
@@ -177,7 +198,7 @@ def _walk_forward(lanes: Lanes, given, scale, anchor):
             states, weighted, queries = (compat.unhoisted(buffer, now) for buffer in buffers)
             v_mine, dy_mine = v_tile.at[:, mine], dy_tile.at[:, mine]
             own = Tokens(
-                decay_tile.at[unit if lanes.block_heads > 1 else 0],
+                decay_tile.at[:, unit if lanes.block_heads > 1 else 0],
                 *(seg or [None]),
                 now * CHUNK,
                 shift=math.log2(scale),
@@ -297,7 +318,7 @@ def _run(lanes, refs, block, row, at, chunk, around, warpgroups):
     tiles = [(plan.key, lanes.key_head(block))] * 2 + [(COLUMNS * lanes.units, block)] * 2
     specs = specs_of(lanes, block, row, refs["decays"], refs["segments"], at, *tiles)
     names = ("decays", "segments", "q", "k", "v", "dy")
-    compat.pipeline(chunk, steps=plan.steps, specs=specs, stages=STAGES, warpgroups=warpgroups, around=around)(
+    compat.pipeline(chunk, steps=plan.steps, specs=specs, stages=lanes.stages, warpgroups=warpgroups, around=around)(
         *[refs[name] for name in names if refs[name] is not None]
     )
 
@@ -333,7 +354,9 @@ def _walk_backward(lanes: Lanes, given, scale, anchor, weighs):
             states, weighted, dv_staged, dk_staged, sums = (compat.unhoisted(buffer, now) for buffer in buffers)
             state_of = lambda unit: states.at[unit if shared else warpgroup]
             here = list(_heads_of(lanes, block, decay_tile, *(seg or [None]), now * CHUNK, math.log2(scale)))
-            own = Tokens(decay_tile.at[unit if count > 1 else 0], *(seg or [None]), now * CHUNK, shift=math.log2(scale))
+            own = Tokens(
+                decay_tile.at[:, unit if count > 1 else 0], *(seg or [None]), now * CHUNK, shift=math.log2(scale)
+            )
             compat.stores_read()
             compat.wait(free)
             states[warpgroup] = carry.astype(jnp.bfloat16)

@@ -2,11 +2,17 @@
 
 import dataclasses
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tuned
+
+TABLE = pathlib.Path(__file__).with_name("tuned.json")
 CHUNK = 64  # tokens that are mixed by one matrix product
+COLUMNS = 64  # value columns of a warpgroup
+SHARED_BYTES = 227 * 2**10  # of shared memory that one thread block can have
 SEGMENT_LANES = 128  # per chunk: 64 run ids, the carry's run before and after it, padding
 SMS = 132  # multiprocessors of an H100 or H200; only the choice of splits depends on it
 LOG2_E = math.log2(math.e)
@@ -37,6 +43,60 @@ def wrong_rest(q, v, log_decay, run_ids, scale, state, log_write) -> str | None:
     if isinstance(scale, jax.core.Tracer) or not scale > 0:
         return "needs a scale that is a Python number above 0"
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is chosen of a Hopper kernel's call, by a table, by a rule or by `tuned.forcing`."""
+
+    units: int  # of 64 value columns in a thread block, 1 or 2
+    stages: int  # chunks of inputs that lie in shared memory at once
+    splits: int | None = None  # stretches of time that run side by side; None: what `make_plan` reckons to be fastest
+    anchor: int = 8  # backward: chunks between states that are kept; fewer make the decays' gradient more exact
+
+
+def config(kernel: str, q, v, splits: int | None = None) -> Config:
+    """The choices for a call of kernel "forward" or "backward"; splits, where given, goes before all others."""
+    batch, time, key_heads, key = q.shape
+    heads, value = v.shape[2:]
+    most = _units(q, v)
+    found = {"units": most[-1], "stages": 3 if kernel == "forward" else 2}
+    sizes = dict(Hk=key_heads, H=heads, K=key, V=value)
+    found |= tuned.choices(TABLE, f"linear_attention.{kernel}", batch, time, **sizes)
+    found = Config(**found | ({} if splits is None else {"splits": splits}))
+    if found.units not in most:
+        raise ValueError(f"units: expected one of {most} for H={heads}, Hk={key_heads}, V={value}, got {found.units}")
+    return found
+
+
+def candidates(kernel: str, q, v) -> list[Config]:
+    """Configs worth timing for a call of kernel "forward" or "backward": those whose tiles fit in shared memory."""
+    chunks = max(1, -(-q.shape[1] // CHUNK))
+    found = []
+    for units in _units(q, v):
+        for stages in (2, 3, 4):
+            if shared_bytes(kernel, q, v, units, stages) > SHARED_BYTES:
+                continue
+            for splits in (1, 2, 4, 8, 16):
+                if splits == 1 or splits <= chunks // 8:
+                    found.append(Config(units, stages, splits))
+    return found
+
+
+def shared_bytes(kernel: str, q, v, units: int, stages: int) -> int:
+    """Shared memory of a thread block of the largest of a call's kernels, its short vectors left out."""
+    key, width = q.shape[3], units * COLUMNS
+    if kernel == "forward":
+        return 2 * (stages * CHUNK * (2 * key + width) + key * width + 2 * CHUNK * width)
+    inputs = stages * CHUNK * 2 * (key + width)
+    forward = key * width + CHUNK * (width + units * key + CHUNK)
+    return 2 * (inputs + max(forward, 2 * COLUMNS * (key + CHUNK) + CHUNK * (width + key)))
+
+
+def _units(q, v) -> tuple[int, ...]:
+    """Units of 64 value columns that a thread block can have: two where they share their keys, else one."""
+    shared = v.shape[3] > COLUMNS or (v.shape[2] // q.shape[2]) % 2 == 0
+    return (1, 2) if shared else (1,)
 
 
 @dataclasses.dataclass(frozen=True)

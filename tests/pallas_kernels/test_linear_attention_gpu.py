@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.linear_attention import cost, gpu, gpu_backward
+from pallas_kernels.linear_attention import cost, gates, gpu, gpu_backward
 from pallas_kernels.linear_attention import plan as planning
 
 BOUND = 5e-3
@@ -167,6 +167,56 @@ def test_decays_are_cumulated_in_chunks_and_stand_still_at_padding_and_past_the_
     assert per_head.shape[0] == 1
     np.testing.assert_array_equal(np.broadcast_to(per_head, spread.shape), spread)
     assert not np.any(planning.chunk_decays(None, None, None, plan))
+
+
+@needs_mosaic
+def test_the_kernels_decays_are_those_of_xla_to_the_bits_that_it_keeps():
+    """Two bf16 parts keep 16 bits of each logarithm, so sums of one sign are off by less than 2^-16 of themselves."""
+    plan = planning.Plan(batch=2, time=133, key_heads=1, heads=3, key=64, value=64, splits=1, steps=3)
+    random = np.random.default_rng(0)
+    log_decay = -random.exponential(size=(2, 133, 3)).astype(np.float32)
+    log_decay[0, 5] = -np.inf
+    log_write = jnp.asarray(np.log(random.uniform(1e-6, 2, size=log_decay.shape)), jnp.float32)
+    with compat.interpret():
+        got = gates.chunk_decays(jnp.asarray(log_decay), log_write, packed(133), plan)[:, :, :3]
+    want = planning.chunk_decays(jnp.asarray(log_decay), log_write, packed(133), plan)
+    want = np.moveaxis(np.asarray(want).reshape(2, 3, 2, 3, 64), (2, 3), (1, 2))
+    assert np.all(np.abs(got - want) <= 2.0**-16 * (np.abs(want[:, :1]) + np.abs(want)))
+
+
+def test_chunks_of_which_nothing_is_left_at_a_split_end_are_not_counted():
+    plan = planning.Plan(batch=1, time=512, key_heads=1, heads=2, key=64, value=64, splits=2, steps=4)
+    left = np.zeros((1, 8, 2), np.float32)  # log2 of what is left of a state after each chunk
+    left[0, :, 1] = [-60, -60, -60, -60, 0, -200, 0, 0]
+    decays = jnp.zeros((1, 1, 8, 2, 64)).at[:, 0, :, :, -1].set(left)
+    assert gates.reaching(decays, None, plan, heads=1).tolist() == [[[4, 3], [4, 3]]]
+    assert gates.reaching(decays, None, plan, heads=2).tolist() == [[[4], [4]]]
+    assert gates.reaching(decays, None, plan, heads=1, reverse=True).tolist() == [[[4, 3], [4, 2]]]
+    segments = np.ones((1, 8, planning.SEGMENT_LANES), np.int32)
+    segments[0, 2:, planning.CHUNK + 1] = 2  # another run begins in the third chunk
+    segments[0, 3:, planning.CHUNK] = 2
+    assert gates.reaching(decays, jnp.asarray(segments), plan, heads=1).tolist() == [[[2, 2], [4, 3]]]
+
+
+def test_what_is_kept_through_chunks_is_found_from_both_sides_and_is_nothing_where_all_decays():
+    random = np.random.default_rng(0)
+    read, written = random.normal(size=(2, 1, 2000, 3, 8))
+    stays = random.uniform(size=read.shape) < 0.95
+    before, kept = np.zeros(read.shape), np.zeros(read.shape)
+    value = random.normal(size=read.shape[:2])
+    for block in range(3):
+        for chunk in range(8):
+            place = (..., block, chunk)
+            read[place] = np.where(stays[place], read[place], value)
+            before[place], kept[place] = value, np.where(stays[place], value - read[place], 0)
+            value = kept[place] + written[place]
+    exact = gpu_backward.kept_through(before[..., 0], read, written, stays)
+    np.testing.assert_allclose(exact, kept, atol=1e-4)
+    noisy = [x + 0.01 * random.normal(size=x.shape) for x in (read, written)]
+    error = np.asarray(gpu_backward.kept_through(before[..., 0], *noisy, stays)) - kept
+    # From one side the errors would have added up to 0.026.
+    assert np.all(error[~stays] == 0)
+    assert np.std(error[..., :2, :]) < 0.017
 
 
 # Ahead of time for an H100, through ptxas, on a machine without a GPU.
