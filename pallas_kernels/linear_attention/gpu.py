@@ -103,6 +103,27 @@ def forward(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, *
     weights of k v^T in the state, [B, T, H], or None for 1. scale: a number above 0. splits: into how many stretches
     to cut time, None to choose. The call must be one that `supports` accepts.
     """
+    return begun(q, k, v, log_decay, run_ids, log_write, scale=scale, splits=splits).finish(state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A call of `forward` of which all is known but the state that enters it."""
+
+    time: int
+    call: tuple
+    ends: jax.Array | None
+    end: jax.Array | None  # the final state from a state of zeros, where it was asked for
+    scale: float
+
+    def finish(self, state):
+        """`forward`'s results."""
+        y, last = _fused(*self.call, state, self.ends, self.scale)
+        return y[:, : self.time], last
+
+
+def begun(q, k, v, log_decay, run_ids, log_write, *, scale, splits=None, need_end=False) -> Begun:
+    """What `forward` does before it needs the state; need_end: also the final state that comes from zeros."""
     batch, time = q.shape[:2]
     heads, value = v.shape[2:]
     if time % 8:  # TMA cuts time in eights; what it reads past the end is 0, which changes nothing
@@ -112,11 +133,25 @@ def forward(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, *
     decays = gates.chunk_decays(log_decay, log_write, run_ids, plan)
     segments = planning.chunk_segments(run_ids, plan)
     lanes = Lanes(plan, config.units, config.stages)
-    ends = None
-    if plan.splits > 1:
-        ends = split_states(lanes, k, v, decays, segments)
-    y, last = _fused(lanes, q, k, v, decays, segments, state, ends, scale)
-    return y[:, :time], last
+    ends = end = None
+    if plan.splits > 1 or need_end:
+        ends = split_states(lanes, k, v, decays, segments, every=need_end)
+    if need_end:
+        end = summed(ends, gates.split_decays(decays, segments, plan))
+    ends = ends if plan.splits > 1 else None
+    return Begun(time, (lanes, q, k, v, decays, segments), ends, end, scale)
+
+
+def summed(ends, left, reverse=False):
+    """What all splits add to the state at the end of time, [B, H, K, V]; reverse: to its gradient at the start.
+
+    ends: [B, splits, H, K, V], what each adds at its own end; left: [B or 1, H, splits], what each leaves of a state.
+    """
+    steps = range(ends.shape[1])
+    total = jnp.zeros_like(ends[:, 0])
+    for split in reversed(steps) if reverse else steps:
+        total = total * left[:, :, split, None, None] + ends[:, split]
+    return total
 
 
 def pad_time(q, k, v, log_decay, run_ids, *more):
@@ -232,13 +267,13 @@ def flat(x):
     return x.reshape(*x.shape[:2], -1)
 
 
-def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False, scale=1.0):
+def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False, scale=1.0, every=False):
     """What each split of time adds to the state: keys^T (weights * values), float32 [B, splits, H, K, V].
 
     Forward the weights are what is left of a token's write at the split's end; the last split is left out, since
     nothing follows it. reverse: the same for the state's gradient, of queries and output gradients: weights are what
-    a token reads of the split's incoming state, and the first split is left out (its slot is not written). Chunks of
-    which nothing is left at that end are not visited.
+    a token reads of the split's incoming state, and the first split is left out (its slot is not written). every: no
+    split is left out. Chunks of which nothing is left at that end are not visited.
     """
     plan, units = lanes.plan, lanes.units
     inputs = [x for x in (decays, segments, flat(keys), flat(values)) if x is not None]
@@ -247,7 +282,7 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
     def body(counts, *args):
         refs, (out_ref, weighted) = args[: len(inputs)], args[len(inputs) :]
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
-        split = split + 1 if reverse else split
+        split = split + 1 if reverse and not every else split
         steps = counts[row if counts.shape[0] > 1 else 0, split, lanes.decay_block(block)]
         unit = compat.warpgroup(units)
         head, columns = lanes.head_and_columns(block, unit)
@@ -278,7 +313,7 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
     shape = (plan.batch, plan.splits, plan.heads, plan.key, plan.value)
     return compat.kernel(
         body,
-        grid=(lanes.blocks, plan.splits - 1, plan.batch),
+        grid=(lanes.blocks, plan.splits - (not every), plan.batch),
         names=("block", "split", "row"),
         out=jax.ShapeDtypeStruct(shape, jnp.float32),
         scratch=[compat.tile(units, CHUNK, COLUMNS)],

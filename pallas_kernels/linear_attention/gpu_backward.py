@@ -18,6 +18,7 @@ tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through i
 except for the last, which is walked from anchors, ANCHOR chunks at a time.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -37,6 +38,7 @@ from pallas_kernels.linear_attention.gpu import (
     scaled_rows,
     specs_of,
     split_states,
+    summed,
 )
 from pallas_kernels.linear_attention.plan import CHUNK, COLUMNS
 
@@ -54,7 +56,53 @@ def backward(
     float32, also where state is None; dlog_write float32, None if log_write is None. Every result is the same in every
     run.
     """
-    time, given_decay = q.shape[1], log_decay
+    options = dict(scale=scale, need_decay=need_decay, splits=splits)
+    return begun(q, k, v, log_decay, run_ids, log_write, dy, **options).finish(state, dstate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A call of `backward` of which all is known but the state and the final state's gradient."""
+
+    given: tuple  # time, log_decay, run_ids and log_write of the call
+    lanes: Lanes
+    anchor: int | None
+    arrays: dict
+    shapes: tuple
+    ends: tuple  # of the splits, forward and backward, and what each leaves
+    start: jax.Array | None  # the state's gradient if the final state's is 0, where it was asked for
+    scale: float
+
+    def finish(self, state, dstate):
+        """`backward`'s results."""
+        (time, log_decay, run_ids, log_write), lanes, keep = self.given, self.lanes, self.anchor
+        batch, heads = lanes.plan.batch, lanes.plan.heads
+        ends, back_ends, left = self.ends
+        given = self.arrays | {"state": state, "ends": ends, "left": left}
+        parts, *walk = _walk_forward(lanes, given, self.scale, keep)
+        dq = _add_parts(parts, self.shapes[0])[:, :time]
+        given |= {"state": dstate, "ends": back_ends}
+        dv, parts, first, *back, totals = _walk_backward(lanes, given, self.scale, keep, log_write is not None)
+        dk, dv = (x[:, :time] for x in (_add_parts(parts, self.shapes[1]), dv.reshape(self.shapes[2])))
+
+        def by_token(x):
+            x = x.reshape(batch, heads, -1).swapaxes(1, 2)[:, :time]
+            return x if run_ids is None else jnp.where(run_ids[:, :time, None] != 0, x, 0.0)
+
+        dlog = dwrite = None
+        if keep is not None:
+            start = None if state is None else jnp.sum(state * first, axis=(2, 3))
+            facts = self.arrays["decays"], self.arrays["segments"]
+            dlog = by_token(_decay_gradient(lanes.plan, keep, *facts, start, walk, back))
+            dlog = jnp.sum(dlog, axis=(0, 1)) if log_decay.ndim == 1 else dlog
+        if totals is not None:
+            dwrite = by_token(jnp.sum(totals, axis=0))
+        return dq, dk, dv, dlog, first, dwrite
+
+
+def begun(q, k, v, log_decay, run_ids, log_write, dy, *, scale, need_decay=True, splits=None, need_start=False):
+    """What `backward` does before it needs the states; need_start: also the state's gradient if the final one's is 0."""
+    time, call = q.shape[1], (q.shape[1], log_decay, run_ids, log_write)
     if time % 8:
         q, k, v, log_decay, run_ids, log_write, dy = pad_time(q, k, v, log_decay, run_ids, log_write, dy)
     batch, padded = q.shape[:2]
@@ -67,31 +115,20 @@ def backward(
     lanes = Lanes(plan, config.units, config.stages)
     decays = gates.chunk_decays(log_decay, log_write, run_ids, plan)
     segments = planning.chunk_segments(run_ids, plan)
-    ends = back_ends = left = None
+    ends = back_ends = left = start = None
+    if plan.splits > 1 or need_start:
+        left = gates.split_decays(decays, segments, plan)
+        back_ends = split_states(lanes, q, dy, decays, segments, reverse=True, scale=scale, every=need_start)
+    if need_start:
+        start = summed(back_ends, left, reverse=True)
     if plan.splits > 1:
         ends = split_states(lanes, k, v, decays, segments)
-        back_ends = split_states(lanes, q, dy, decays, segments, reverse=True, scale=scale)
-        left = gates.split_decays(decays, segments, plan)
-    given = {"decays": decays, "segments": segments, "q": flat(q), "k": flat(k), "v": flat(v), "dy": flat(dy)}
+    else:
+        back_ends = left = None
+    arrays = {"decays": decays, "segments": segments, "q": flat(q), "k": flat(k), "v": flat(v), "dy": flat(dy)}
+    shapes = q.shape, k.shape, v.shape
     keep = anchor if need_decay else None
-    parts, *walk = _walk_forward(lanes, given | {"state": state, "ends": ends, "left": left}, scale, keep)
-    dq = _add_parts(parts, q.shape)[:, :time]
-    given |= {"state": dstate, "ends": back_ends, "left": left}
-    dv, parts, first, *back, totals = _walk_backward(lanes, given, scale, keep, log_write is not None)
-    dk, dv = _add_parts(parts, k.shape)[:, :time], dv.reshape(v.shape)[:, :time]
-
-    def by_token(x):
-        x = x.reshape(batch, heads, -1).swapaxes(1, 2)[:, :time]
-        return x if run_ids is None else jnp.where(run_ids[:, :time, None] != 0, x, 0.0)
-
-    dlog = dwrite = None
-    if need_decay:
-        start = None if state is None else jnp.sum(state * first, axis=(2, 3))
-        dlog = by_token(_decay_gradient(plan, anchor, decays, segments, start, walk, back))
-        dlog = jnp.sum(dlog, axis=(0, 1)) if given_decay.ndim == 1 else dlog
-    if totals is not None:
-        dwrite = by_token(jnp.sum(totals, axis=0))
-    return dq, dk, dv, dlog, first, dwrite
+    return Begun(call, lanes, keep, arrays, shapes, (ends, back_ends, left), start, scale)
 
 
 def _add_parts(parts, shape):

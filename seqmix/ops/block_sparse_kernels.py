@@ -105,6 +105,9 @@ def part_gradients(config, q, k, v, data, sizes, lse, dy, delta):
 
 def _lists(config, data, sizes):
     index = block_lists.of_mask(config.mask, sizes, config.time, config.keys)
+    if data and index.shape[3] == -(-config.keys // sizes[1]) and (index >= 0).all():
+        # Every tile may hold a visible pair: an iota, where the array would be a constant of the program.
+        index = jnp.broadcast_to(jnp.arange(index.shape[3], dtype=jnp.int32), index.shape)
     return block_lists.lists(config.mask, index, sizes, config.time, config.keys, data)
 
 

@@ -1,9 +1,16 @@
-"""Linear attention with time cut over a mesh: states pass from one stretch to the next (`seqmix.ops.context`)."""
+"""Linear attention with time cut over a mesh: states pass from one stretch to the next (`seqmix.ops.context`).
+
+The Hopper kernels cut a stretch further, so that it fills the chip, and need what each part adds to the state before
+they begin. Summed, that is what the stretch adds: it is handed on, and nothing is gone through twice. The backward pass
+does the same, where the states' gradients come the other way.
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from seqmix.core import sharding
+from seqmix.core import packing, sharding
 from seqmix.ops import linear_kernels, targets
 from seqmix.ops.context import enter
 from seqmix.ops.mesh import on_shares
@@ -24,7 +31,7 @@ def run(lay, op, d, acc, q, k, v, log_decay, state, runs, write, *, normalize, *
     """`linear_attention`'s result, with `op`, itself, on each device's share.
 
     The arguments are the op's, `d` its sizes, `acc` the states' dtype. Where time is cut, a stretch is gone through
-    twice, the first time for its state alone.
+    twice, the first time for its state alone, but by the Hopper kernels.
     """
     keys, _, tokens, decays = _names(log_decay)
     whole = ("batch", "heads", None, None)
@@ -40,12 +47,51 @@ def run(lay, op, d, acc, q, k, v, log_decay, state, runs, write, *, normalize, *
         call = lambda state: op(q, k, v, log_decay, write=write, state=state, segment_ids=runs, **fixed)
         if not lay.time:
             return call(state)
+        if options["implementation"] == "gpu" and getattr(log_decay, "ndim", 0) < 4:
+            log_write = linear_kernels.log_writes(write)
+            return _stretch(lay.time, options["scale"], q, k, v, log_decay, state, runs, log_write)
         end = call(None)[1]
         entering, state = enter(lay.time, end, total_decay(log_decay, q.shape[1], runs, acc), _decayed, state, runs)
         return call(entering)[0], state
 
     names = (keys, keys, tokens, decays, tokens[:3], states, ("batch", "time"))
     return on_shares(lay, local, (q, k, v, log_decay, write, state, runs), names, (tokens, states))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _stretch(axis, scale, q, k, v, log_decay, state, runs, log_write):
+    """(y, state after all stretches) of this device's stretch, by the Hopper kernels."""
+    return _forward(axis, scale, q, k, v, log_decay, state, runs, log_write)[0]
+
+
+def _forward(axis, scale, q, k, v, log_decay, state, runs, log_write):
+    from pallas_kernels.linear_attention import gpu
+
+    local = None if runs is None else packing.runs(runs)
+    begun = gpu.begun(q, k, v, log_decay, local, log_write, scale=scale, need_end=True)
+    total = total_decay(log_decay, q.shape[1], runs, state.dtype)
+    entering, last = enter(axis, begun.end, total, _decayed, state, runs)
+    y, _ = begun.finish(entering)
+    return (y, last), (q, k, v, log_decay, state, runs, log_write, entering)
+
+
+def _backward(axis, scale, saved, cotangents):
+    from pallas_kernels.linear_attention import gpu_backward
+
+    q, k, v, log_decay, state, runs, log_write, entering = saved
+    dy, dlast = cotangents
+    local = None if runs is None else packing.runs(runs)
+    begun = gpu_backward.begun(q, k, v, log_decay, local, log_write, dy, scale=scale, need_start=True)
+    total = total_decay(log_decay, q.shape[1], runs, state.dtype)
+    # The chain is linear in ends and state. Its gradient by the decays is within that of the stretch, whose final
+    # state, of the entering one, has the gradient of its end.
+    _, back = jax.vjp(lambda end, state: enter(axis, end, total, _decayed, state, runs), entering, state)
+    dend, dstate = back((begun.start, dlast))
+    dq, dk, dv, dlog, _, dwrite = begun.finish(entering, dend)
+    return dq, dk, dv, dlog if dlog is None else dlog.astype(log_decay.dtype), dstate, None, dwrite
+
+
+_stretch.defvjp(_forward, _backward)
 
 
 def _names(log_decay):

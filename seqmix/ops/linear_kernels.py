@@ -52,11 +52,15 @@ def _modules(target):
 
 def run(target, q, k, v, log_decay, state, runs, write, scale):
     """(y [B, T, H, V], state [B, H, K, V]) of a call that the target has no reason against."""
-    log_write = None
-    if write is not None:  # the kernels take logarithms; near 0 they are of a weight too small to see
-        write = write.astype(jnp.float32)
-        log_write = jnp.log(write + jnp.where(write < LEAST_WRITE, LEAST_WRITE, 0.0))
-    return _run(q, k, v, log_decay, state, runs, log_write, scale, target)
+    return _run(q, k, v, log_decay, state, runs, log_writes(write), scale, target)
+
+
+def log_writes(write):
+    """What the kernels take of weights of writes: logarithms; near 0 they are of a weight too small to see."""
+    if write is None:
+        return None
+    write = write.astype(jnp.float32)
+    return jnp.log(write + jnp.where(write < LEAST_WRITE, LEAST_WRITE, 0.0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
