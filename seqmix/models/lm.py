@@ -12,6 +12,7 @@ stacked over the n_layers / period repeats.
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -125,21 +126,44 @@ class LM:
 
     def _period_forward(self, carry, xs, segment_ids, positions, capture):
         (x, shared), (layers, key) = carry, xs
-        auxes, seen = [], {name: [] for name in capture}
-        for i, mixer in enumerate(self.period):
-            p = layers[str(i)]
-            rng = None if key is None else jax.random.fold_in(key, i)
+
+        def layer(i, carry, xs):
+            (x, shared), (p, index) = carry, xs
+            mixer, rng = self.period[i], None if key is None else jax.random.fold_in(key, index)
             inputs = {"shared": shared} if "shared" in mixer.takes else {}
             h = self._norm(p["mixer_norm"], x)
             y, aux = mixer.forward(p["mixer"], h, segment_ids=segment_ids, positions=positions, rng=rng, **inputs)
             aux = dict(aux)
             shared = shared | aux.pop("shared", {})
             x = self._add_mlp(p, x + y.astype(x.dtype))
-            auxes.append(aux)
             values = {"block_outputs": x, "mixer_outputs": y.astype(x.dtype)}
-            for name in capture:
-                seen[name].append(values[name])
-        return (x, shared), (tuple(auxes), {name: jnp.stack(v) for name, v in seen.items()})
+            return (x, shared), (aux, {name: values[name] for name in capture})
+
+        carry, found = (x, shared), []
+        for run in self._runs():
+            weights = [layers[str(i)] for i in run]
+            if len(run) == 1:
+                carry, one = layer(run[0], carry, (weights[0], run[0]))
+                found.append(one)
+                continue
+            stacked = jax.tree.map(lambda *w: jnp.stack(w), *weights)
+            carry, some = jax.lax.scan(partial(layer, run[0]), carry, (stacked, jnp.array(run, jnp.int32)))
+            found += [jax.tree.map(lambda a, n=n: a[n], some) for n in range(len(run))]
+        auxes, seen = zip(*found, strict=True)
+        return carry, (auxes, {name: jnp.stack([values[name] for values in seen]) for name in capture})
+
+    def _runs(self) -> list[list[int]]:
+        """Positions of the period in groups of equal neighbours, which are one loop and so one program to compile.
+
+        Each is alone without remat, since the loops' stacks of weights would be kept, and where layers share.
+        """
+        alone, groups = self.remat == "none" or any("shared" in m.takes for m in self.mixers), []
+        for i, kind in enumerate(zip(self.period, self.mlp_widths, strict=True)):
+            if groups and not alone and kind == groups[-1][0]:
+                groups[-1][1].append(i)
+            else:
+                groups.append((kind, [i]))
+        return [positions for _, positions in groups]
 
     def _add_mlp(self, p, x):
         if "mlp" in p:

@@ -28,26 +28,29 @@ def enter(axis, end, factor, apply, state, runs, reverse=False):
         recurrence (`packing.runs`), 0 for padding, or None.
       reverse: stretches are met from the last to the first.
     """
-    ranks = jax.lax.axis_size(axis)
     bounds = None if runs is None else _bounds(runs)
     ends, factors, bounds = jax.lax.all_gather((end, factor, bounds), axis)
-    at = lambda tree, rank: jax.tree.map(lambda x: x[rank], tree)
-    entering, current = [None] * ranks, None if runs is None else jnp.ones(runs.shape[0], runs.dtype)
-    for rank in reversed(range(ranks)) if reverse else range(ranks):
+
+    def chain(carry, stretch):
+        state, current = carry
+        end, factor, bounds = stretch
         kept = state
         if runs is not None:
-            first, last = at(bounds, rank)
+            first, last = bounds
             kept = _where(first == current, state, jax.tree.map(jnp.zeros_like, state))
-        entering[rank] = kept
-        passed = kept if factor is None else apply(at(factors, rank), kept)
+        passed = kept if factor is None else apply(factor, kept)
         if runs is not None:
             passed = _where(first == last, passed, jax.tree.map(jnp.zeros_like, passed))
-        new = jax.tree.map(jnp.add, passed, at(ends, rank))
-        state = new if runs is None else _where(last == 0, state, new)
-        current = None if runs is None else jnp.maximum(current, last)
+        new = jax.tree.map(jnp.add, passed, end)
+        if runs is None:
+            return (new, None), kept
+        return (_where(last == 0, state, new), jnp.maximum(current, last)), kept
+
+    # A loop over the stretches: unrolled over many, it would be most of a layer's program.
+    current = None if runs is None else jnp.ones(runs.shape[0], runs.dtype)
+    (state, _), entering = jax.lax.scan(chain, (state, current), (ends, factors, bounds), reverse=reverse)
     index = jax.lax.axis_index(axis)
-    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *entering)
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), stacked), state
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), entering), state
 
 
 def _bounds(runs):

@@ -38,21 +38,25 @@ def short_conv(x, weight, bias=None, *, state=None, segment_ids=None):
     weights = _leaves("weight", weight, tree)
     biases = _leaves("bias", bias, tree)
     states = _leaves("state", state, tree)
-    for leaves in zip(xs, weights, biases, states, strict=True):
-        _check(*leaves)
+    for leaf in zip(xs, weights, biases, states, strict=True):
+        _check(*leaf)
     run_ids = None
     if segment_ids is not None:
         packing.check(segment_ids, *xs[0].shape[:2])
         run_ids = packing.runs(segment_ids)
 
+    leaves = tuple(map(tuple, (xs, weights, biases, states)))
     cuts = [layout(*x.shape[:2], *x.shape[2:3]) for x in xs]
     if cuts[0] is not None and cuts[0].time and all(len(w) > 1 for w in weights):
-        each = zip(cuts, xs, weights, biases, states, strict=True)
-        pairs = [conv_context.run(lay, short_conv, _last_tokens, *leaves, run_ids) for lay, *leaves in each]
-        return tree.unflatten([y for y, _ in pairs]), tree.unflatten([last for _, last in pairs])
+        if len({len(w) for w in weights}) > 1:
+            each = [short_conv(*leaf, state=s, segment_ids=run_ids) for *leaf, s in zip(*leaves, strict=True)]
+            ys, lasts = zip(*each, strict=True)
+        else:
+            ys, lasts = conv_context.run(cuts, short_conv, _last_tokens, *leaves, run_ids)
+        return tree.unflatten(ys), tree.unflatten(lasts)
 
     run = _convolved if run_ids is None else _around_padding
-    ys = run(tuple(xs), weights, biases, states, run_ids)
+    ys = run(*leaves, run_ids)
     lasts = [_last_tokens(x, len(w), s, run_ids) for x, w, s in zip(xs, weights, states, strict=True)]
     lasts = [last if s is None else last.astype(s.dtype) for last, s in zip(lasts, states, strict=True)]
     return tree.unflatten(ys), tree.unflatten(lasts)

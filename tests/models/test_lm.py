@@ -97,6 +97,15 @@ class Reader(Decay):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Noisy(Decay):
+    """Adds noise of its own."""
+
+    def forward(self, params, x, *, rng=None, **kwargs):
+        y, aux = super().forward(params, x, **kwargs)
+        return y + (0 if rng is None else 0.1 * jax.random.normal(rng, y.shape, y.dtype)), aux
+
+
+@dataclass(frozen=True, kw_only=True)
 class TwoSided(Decay):
     causal: ClassVar[bool] = False
 
@@ -165,15 +174,37 @@ def test_packed_equals_separate():
     close(packed[:, 7:], model.forward(params, tokens[:, 7:])[0])
 
 
+NEIGHBOURS = (Decay(), Decay(), Decay(rate=0.3), Noisy(), Noisy(), Noisy())
+
+
 @pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_changes_nothing(remat):
-    model = small()
+@pytest.mark.parametrize("fields", [{}, dict(mixers=NEIGHBOURS, n_layers=12, mlp_hidden=(24, 24, 0, 8, 8, 0))])
+def test_remat_changes_nothing(remat, fields):
+    """Nor does it that equal neighbours are then a loop."""
+    model = small(**fields)
     params, tokens = setup(model)
+    params["layers"] = jax.tree.map(
+        lambda w: w + 0.1 * jnp.arange(1, w.size + 1).reshape(w.shape) / w.size, params["layers"]
+    )
 
     def grads(m):
-        return jax.grad(lambda p: m.loss(p, tokens, tokens, jnp.ones((2, 12)))[0])(params)
+        def loss(p):
+            rng = jax.random.key(3)
+            hidden, aux = m.forward(p, tokens, rng=rng, capture=("block_outputs", "mixer_outputs"))
+            return m.loss(p, tokens, tokens, jnp.ones((2, 12)), rng=rng)[0], (hidden, aux)
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
 
     jax.tree.map(close, grads(model), grads(dataclasses.replace(model, remat=remat)))
+
+
+def test_equal_neighbours_are_a_loop_where_remat_keeps_no_weights():
+    runs = lambda **fields: small(**dict(n_layers=6, mixers=NEIGHBOURS, mlp_hidden=0) | fields)._runs()
+    assert runs(remat="full") == [[0, 1], [2], [3, 4, 5]]
+    assert runs(remat="full", mlp_hidden=(8, 24, 0, 0, 0, 8)) == [[0], [1], [2], [3, 4], [5]]
+    assert runs() == [[0], [1], [2], [3], [4], [5]]
+    shares = small(mixers=(Writer(), Decay(), Decay(), Reader()), remat="full", mlp_hidden=0)
+    assert shares._runs() == [[0], [1], [2], [3]]
 
 
 def test_loss_is_the_mean_nll_and_its_terms():

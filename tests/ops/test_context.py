@@ -85,6 +85,12 @@ def conv(width, state):
     return lambda x, w, b, s, ids: ops.short_conv(x, w, b, state=s, segment_ids=ids), args
 
 
+def convs(second):
+    """Of two arrays, of which the mesh cuts the heads of one; `second`: the width of the other's weights."""
+    args = (normal(B, T, H, 2), normal(B, T, 1, 3), normal(3, H, 2), normal(second, 1, 3))
+    return lambda x, z, w, v, ids: ops.short_conv({"x": x, "z": z}, {"x": w, "z": v}, segment_ids=ids), args
+
+
 def log_linear(kind, length=False):
     decay = {"none": None, "head": -uniform(H), "channel": -5 * uniform(B, T, H, K)}[kind]
     args = (normal(B, T, HK, K), normal(B, T, HK, K), normal(B, T, H, V), normal(B, T, H, 7), decay)
@@ -137,6 +143,8 @@ CASES = {
     "complex linear scan in reverse": scan(True),
     "selective scan": selective(),
     "short convolution": conv(3, True),
+    "short convolution, of two arrays": convs(3),
+    "short convolution, of two arrays and widths": convs(2),
     "short convolution, wider than a stretch": conv(7, False),
     "running softmax": running_softmax(),
 }
