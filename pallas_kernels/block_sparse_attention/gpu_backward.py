@@ -26,7 +26,7 @@ from pallas_kernels.block_sparse_attention.plan import BLOCKS, Visibility
 
 ROWS = 64  # of a warpgroup
 WARPGROUPS = 2  # that compute, in a thread block
-FETCHING, COMPUTING = 24, 240  # registers of a thread
+FETCHING, COMPUTING = 32, 240  # registers of a thread
 DEEP = 12  # operations of a mask, above which a tile of 128 keys needs too many registers
 LOG2_E = math.log2(math.e)
 SHARED_BYTES = 225 * 1024
@@ -44,6 +44,7 @@ class Call:
     other: int  # tokens of a listed block
     step: int  # tokens that are fetched at a time, a part of `other`
     stages: int
+    deep: bool  # scores take more registers than usual on their way to p
     keys_own: bool  # the owners are blocks of keys
     ratio: int  # query heads to a key head
 
@@ -132,7 +133,7 @@ def _cut(shared, sizes, keys_own, q, v, step=None, stages=None):
     width = 2 * (q.shape[-1] + v.shape[-1])  # bytes of a token
     rings = WARPGROUPS * ROWS // own
     stages = stages or min(4, (SHARED_BYTES - WARPGROUPS * ROWS * width) // (rings * step * (width + 8)))
-    return Call(own=own, other=other, step=step, stages=stages, keys_own=keys_own, **shared)
+    return Call(own=own, other=other, step=step, stages=stages, deep=deep, keys_own=keys_own, **shared)
 
 
 def _heavy_first(count, multiple):
@@ -172,13 +173,14 @@ def _gradients(call: Call, walk, own, others, rows, facts):
         compat.tile(slots, call.step, b),
         compat.vector(slots, 2, call.step) if call.keys_own else compat.vector(WARPGROUPS, 2, ROWS),
         compat.barrier(WARPGROUPS * (2 + (not call.keys_own) + hides)),
-        compat.barriers(slots, 2 + call.keys_own + hides),
+        compat.barriers(slots, 2 + call.keys_own + 2 * hides),
         compat.barriers(slots, call.units),
     ]
     if hides:
         scratch += [
             compat.vector(WARPGROUPS, 1 + len(call.names(True)), ROWS, dtype=jnp.int32),
             compat.vector(slots, 1 + len(call.names(False)), call.step, dtype=jnp.int32),
+            compat.vector(slots, dtype=jnp.int32),
         ]
     if compat.interpreting():
         scratch += [compat.tile(WARPGROUPS, ROWS, call.step)] * 2
@@ -201,8 +203,8 @@ class _Block:
         self.a, self.b, self.other_a, self.other_b, self.rows = a, b, other_a, other_b, rows
         self.loaded, self.ready, self.free = loaded, ready, free
         self.warpgroup = compat.warpgroup(WARPGROUPS)
-        self.own_facts, self.other_facts = more[:2] if call.seen is not None else (None, None)
-        spares = more[2 * (call.seen is not None) :]
+        self.own_facts, self.other_facts, self.full = more[:3] if call.seen is not None else (None,) * 3
+        spares = more[3 * (call.seen is not None) :]
         self.spares = [spare.at[self.warpgroup] for spare in spares] or [None, None]
 
     def run(self):
@@ -258,7 +260,8 @@ class _Block:
         call, given, row = self.call, self.given, self.row
         slot = mine.slot(n)
         head = self.head * call.ratio + n % mine.heads if call.keys_own else self.head // call.ratio
-        tokens = pl.ds(mine.other_start(mine.entry(n), n), call.step)
+        entry = mine.entry(n)
+        tokens = pl.ds(mine.other_start(entry, n), call.step)
         copies = [(given["other_a"].at[row, tokens, head], self.other_a)]
         copies.append((given["other_b"].at[row, tokens, head], self.other_b))
         if call.keys_own:
@@ -269,11 +272,14 @@ class _Block:
         compat.wait(self.free.at[slot])
         for source, target in copies:
             compat.fetch(source, target.at[slot], self.ready.at[slot])
+        if call.seen is not None:
+            self.full[slot] = entry & 1
+            compat.arrive(self.ready.at[slot])
 
     def compute(self):
         call = self.call
         place = self.warpgroup if call.owners > 1 else 0
-        self.list = mine = _List(self, place)
+        mine = _List(self, place)
         for slot in range(call.stages):
             compat.arrive(self.free.at[place * call.stages + slot])
         compat.wait(self.loaded)
@@ -281,17 +287,19 @@ class _Block:
         sums = [compat.zeros((ROWS, width)) for width in widths]
         step = self.keys_step if call.keys_own else self.queries_step()
         if call.seen is None:
-            sums = lax.fori_loop(0, mine.steps, lambda n, sums: step(n, False, sums), sums)
-        else:
+            turn = lambda slot, sums: step(slot, False, sums)
+        else:  # two copies of the step: a branch around the mask alone costs registers while products are running
+            copies = [lambda sums, slot, hides=hides: step(slot, hides, sums) for hides in (True, False)]
+            turn = lambda slot, sums: lax.cond(self.full[slot] == 1, copies[1], copies[0], sums, slot)
 
-            def masked(n, carry):
-                entry, sums = carry
-                following = mine.entry(n + 1)  # one past the end is not looked at
-                # Two copies of the step: a branch around the mask alone costs registers while products are running.
-                plain, hiding = (lambda sums, hides=hides: step(n, hides, sums) for hides in (False, True))
-                return following, lax.cond((entry & 1) == 1, plain, hiding, sums)
+        def walk(n, sums):
+            slot = mine.slot(n)
+            compat.wait(self.ready.at[slot])
+            sums = turn(slot, sums)
+            compat.arrive(self.free.at[slot])
+            return sums
 
-            _, sums = lax.fori_loop(0, mine.steps, masked, (mine.entry(0), sums))
+        sums = lax.fori_loop(0, mine.steps, walk, sums)
         mine = _List(self, place)  # again, so that nothing of it has to be kept through the loop
         tokens = pl.ds(mine.start + (self.warpgroup if call.owners == 1 else 0) * ROWS, ROWS)
         for total, staged, out, scale in zip(sums, (self.a, self.b), self.results, (call.scale, 1.0)):
@@ -301,17 +309,15 @@ class _Block:
             compat.store(source, target, None if call.owners == 1 else mine.exists)
         compat.stores_done()
 
-    def keys_step(self, n, hides, sums):
+    def keys_step(self, slot, hides, sums):
         """dk and dv of 64 keys after one more tile of queries; tiles here are [keys, queries]."""
         call = self.call
-        slot = self.list.slot(n)
         k, v = self.a.at[self.warpgroup], self.b.at[self.warpgroup]
         q, dy, rows = self.other_a.at[slot], self.other_b.at[slot], self.rows.at[slot]
         shape = (ROWS, call.step)
-        compat.wait(self.ready.at[slot])
 
         def products(add, read):
-            early = call.soft_cap is None  # else registers are too few for the second product meanwhile
+            early = not call.deep  # else registers are too few for the second product meanwhile
             add(2, k, compat.transposed(q))
             if early:
                 add(3, v, compat.transposed(dy))
@@ -320,12 +326,11 @@ class _Block:
             add(1, compat.as_operand(p, self.spares[0]), dy)
             if not early:
                 add(3, v, compat.transposed(dy))
+            gradient = read(3, int(early))
             delta = compat.spread_columns(compat.load_columns(rows.at[1]), shape)
-            add(0, compat.as_operand(graded * (read(3, int(early)) - delta), self.spares[1]), q)
+            add(0, compat.as_operand(graded * (gradient - delta), self.spares[1]), q)
 
-        sums = compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:2]
-        compat.arrive(self.free.at[slot])
-        return sums
+        return compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:2]
 
     def queries_step(self):
         """dq of 64 queries after one more tile of keys: the step, with what stays the same loaded."""
@@ -334,10 +339,8 @@ class _Block:
         shape = (ROWS, call.step)
         lse, delta = compat.load_rows(rows.at[0]), compat.load_rows(rows.at[1])
 
-        def step(n, hides, sums):
-            slot = self.list.slot(n)
+        def step(slot, hides, sums):
             k, v = self.other_a.at[slot], self.other_b.at[slot]
-            compat.wait(self.ready.at[slot])
 
             def products(add, read):
                 add(1, q, compat.transposed(k))
@@ -346,9 +349,7 @@ class _Block:
                 ds = graded * (read(2, 0) - compat.spread_rows(delta, shape))
                 add(0, compat.as_operand(ds, self.spares[0]), k)
 
-            sums = compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:1]
-            compat.arrive(self.free.at[slot])
-            return sums
+            return compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:1]
 
         return step
 
@@ -360,9 +361,10 @@ class _Block:
             p = hide(jnp.exp2(products * (call.scale * LOG2_E) - lse))
             return p, p
         # tanh from exp2: the hardware's own is too coarse for what is exponentiated next.
-        capped = 1 - 2 / (1 + jnp.exp2(products * (2 * LOG2_E * call.scale / call.soft_cap)))
-        p = hide(jnp.exp2(capped * (call.soft_cap * LOG2_E) - lse))
-        return p, p * (1 - capped * capped)
+        below = 1 / (1 + jnp.exp2(products * (2 * LOG2_E * call.scale / call.soft_cap)))  # (1 - tanh) / 2
+        top = call.soft_cap * LOG2_E
+        p = hide(jnp.exp2((top - lse) - below * (2 * top)))
+        return p, 4 * p * (below - below * below)
 
     def hide(self, slot, p):
         """p with 0 at hidden pairs."""
