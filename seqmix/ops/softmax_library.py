@@ -9,8 +9,8 @@
 None of them takes given positions, `kv_segment_ids`, `sinks`, sink logits, or a call that wants lse: what they give of
 it is rounded to bfloat16 or has no gradient. Public names of the libraries only: those of tokamax know no segments.
 Key heads may be fewer than query heads everywhere, and float32 stays with the chunked form. With implementation None a
-call goes to the first of them, in this order, that takes it here, any other one to the chunked form; so does a window
-that is short beside T, rather than to tokamax (docs/attention.md says why, and what was measured).
+call goes to the first of them, in this order, that takes it here, any other one to our own kernels or the chunked form;
+so does a window that is short beside T, rather than to tokamax (docs/attention.md says why, and what was measured).
 """
 
 import functools
@@ -26,7 +26,7 @@ from seqmix.ops.mesh import on_shares
 NAMES = ("cudnn", "tokamax", "splash")
 TILE = 128  # of splash: numbers of queries and keys are multiples of it
 BLOCKS = 512, 256, 128  # queries and keys that splash works on at once, the largest that fits
-WASTEFUL = 8  # times the window: rows longer than that are faster in chunks than by tokamax, forward and backward
+WASTEFUL = 8  # times the window: from there on chunks are reckoned faster than tokamax, forward and backward
 WIDEST = {"cudnn": 256, "tokamax": 128, "splash": 256}  # K and V
 DTYPES = dict.fromkeys(NAMES, (jnp.bfloat16, jnp.float16)) | {"splash": (jnp.bfloat16,)}
 TAKES = {

@@ -46,7 +46,7 @@ class Attention(Mixer):
     block: int = 512  # queries and keys whose scores exist at once
     norm_eps: float = 1e-6  # added to the mean square in qk_norm
     context: str | None = None  # of the op, where time is cut over a mesh: None, ring, zigzag, heads, gather
-    implementation: str | None = None  # of the op: None, cudnn, tokamax, splash, chunked, reference
+    implementation: str | None = None  # of the op: None, cudnn, tokamax, splash, gpu, chunked, reference
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "ring"
