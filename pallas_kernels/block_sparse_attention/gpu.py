@@ -31,7 +31,20 @@ F32 = jnp.float32
 
 
 def forward(
-    q, k, v, walk, *, sizes, visible=None, q_data=None, k_data=None, scale=1.0, soft_cap=None, slopes=None, workers=None
+    q,
+    k,
+    v,
+    walk,
+    *,
+    sizes,
+    visible=None,
+    q_data=None,
+    k_data=None,
+    scale=1.0,
+    soft_cap=None,
+    slopes=None,
+    by_head=False,
+    workers=None,
 ):
     """Attention of queries to the blocks of keys that their block lists: (y [B, T, H, V], lse [B, H, T] float32).
 
@@ -40,11 +53,12 @@ def forward(
     block o of queries reads the key blocks other[begin[o] : begin[o] + count[o]]; full says that all pairs of a tile
     are visible. visible(i, j, values) says which are, of int32 i [bq, 1] and j [1, bk] and the values there of q_data
     {name: [B or 1, T] int32} and k_data {name: [B or 1, S]}; None: all. slopes: [H] float32, - slope |i - j| is added.
-    A row that sees nothing has y = 0 and lse = -inf. workers: into how many thread blocks to deal the work, None to
-    choose. The call must be one that `plan.supports` accepts.
+    A row that sees nothing has y = 0 and lse = -inf. by_head: q, k, v and y are [B, H, T, K] instead. workers: into
+    how many thread blocks to deal the work, None to choose. The call must be one that `plan.supports` accepts.
     """
-    batch, time, heads, width = q.shape
-    keys, key_heads, value = v.shape[1:]
+    order = (0, 2, 1, 3) if by_head else (0, 1, 2, 3)
+    batch, time, heads, width = (q.shape[axis] for axis in order)
+    _, keys, key_heads, value = (v.shape[axis] for axis in order)
     bq, bk = sizes
     group = heads // key_heads
     q_data, k_data, seen = dict(q_data or {}), dict(k_data or {}), None
@@ -52,7 +66,7 @@ def forward(
         seen, q_data, k_data = Visibility(visible, q_data, k_data).prepared(q_data, k_data, time, keys)
     begin, count, other, full = (jnp.asarray(x, jnp.int32) for x in walk)
     units = 2 if bq > ROWS or group % 2 == 0 else 1
-    call = Call(units, bq, bk, batch, heads, group, time // bq, seen, scale, soft_cap)
+    call = Call(units, bq, bk, batch, heads, group, time // bq, seen, scale, soft_cap, by_head)
     if workers is None:
         workers = call.items if full.shape[-1] > LONG * call.blocks else min(call.items, SMS)
     call = dataclasses.replace(call, workers=workers, stages=stages_for(units, bk, width, value, len(k_data)))
@@ -61,8 +75,29 @@ def forward(
     if slopes is not None:
         given["slopes"] = slopes.astype(jnp.float32) * LOG2_E
     leaves, tree = jax.tree.flatten(given)
-    stages = call.stages
-    out = jax.ShapeDtypeStruct((batch, time, heads, value), v.dtype), jax.ShapeDtypeStruct((batch, heads, time), F32)
+    shape = (batch, heads, time, value) if by_head else (batch, time, heads, value)
+    out = jax.ShapeDtypeStruct(shape, v.dtype), jax.ShapeDtypeStruct((batch, heads, time), F32)
+
+    def body(*refs):
+        inputs, (y, lse, shared) = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
+        block = Block(call, inputs, y, lse, shared)
+        pl.when(lax.axis_index("warpgroup") == units)(block.fetch)
+        pl.when(lax.axis_index("warpgroup") < units)(block.compute)
+
+    return compat.kernel(
+        body,
+        grid=(workers,),
+        names=("worker",),
+        out=out,
+        scratch=[shared_memory(call, width, value, k_data)],
+        warpgroups=units,
+        name="block_sparse_attention_forward",
+    )(*leaves)
+
+
+def shared_memory(call, width, value, k_data):
+    """Tiles and barriers, by name: what is `there` has come, what is `free` has been used by all warpgroups."""
+    units, stages, bk = call.units, call.stages, call.keys
     scratch = {
         "q": compat.tile(units, ROWS, width),
         "k": compat.tile(stages, bk, width),
@@ -79,22 +114,7 @@ def forward(
     }
     if compat.interpreting():
         scratch["p"] = compat.tile(units, ROWS, bk)
-
-    def body(*refs):
-        inputs, (y, lse, shared) = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
-        block = Block(call, inputs, y, lse, shared)
-        pl.when(lax.axis_index("warpgroup") == units)(block.fetch)
-        pl.when(lax.axis_index("warpgroup") < units)(block.compute)
-
-    return compat.kernel(
-        body,
-        grid=(workers,),
-        names=("worker",),
-        out=out,
-        scratch=[scratch],
-        warpgroups=units,
-        name="block_sparse_attention_forward",
-    )(*leaves)
+    return scratch
 
 
 def stages_for(units, keys, width, value, vectors) -> int:
@@ -117,8 +137,13 @@ class Call:
     seen: Visibility | None
     scale: float
     soft_cap: float | None
+    by_head: bool
     workers: int = 1  # thread blocks
     stages: int = 2  # tiles of keys, and of values, in shared memory
+
+    def part(self, ref, row, tokens, head):
+        """Tokens of a head, [n, K], of an array of queries, keys, values or outputs."""
+        return ref.at[(row, head, tokens) if self.by_head else (row, tokens, head)]
 
     @property
     def together(self) -> int:
@@ -186,7 +211,7 @@ class Block:
         def queries(item, found):
             pl.when(found > 0)(lambda: compat.wait(shared["q_free"]))
             for unit in range(call.units):
-                source = given["q"].at[item.row, pl.ds(item.first(unit), ROWS), item.head(unit)]
+                source = call.part(given["q"], item.row, pl.ds(item.first(unit), ROWS), item.head(unit))
                 compat.fetch(source, shared["q"].at[unit], shared["q_there"].at[unit])
 
         def tiles(item, before):
@@ -194,15 +219,19 @@ class Block:
                 slot = lax.rem(before + n, call.stages)
                 later = item.entry(jnp.minimum(n + 1, item.count - 1))
                 place = pl.ds(entry // 2 * call.keys, call.keys)
+
+                def bring(name, there):
+                    compat.fetch(call.part(given[name], item.row, place, item.key_head), shared[name].at[slot], there)
+
                 await_free("k", before + n)
                 there = shared["k_there"].at[slot]
-                compat.fetch(given["k"].at[item.row, place, item.key_head], shared["k"].at[slot], there)
+                bring("k", there)
                 for name, values in given["k_data"].items():
                     row = item.row if values.shape[0] > 1 else 0
                     compat.fetch(values.at[row, place], shared["k_data"][name].at[slot], there)
                 await_free("v", before + n)
                 there = shared["v_there"].at[slot]
-                compat.fetch(given["v"].at[item.row, place, item.key_head], shared["v"].at[slot], there)
+                bring("v", there)
                 return later
 
             lax.fori_loop(0, item.count, step, item.entry(0))
@@ -252,7 +281,7 @@ class Block:
             compat.publish()
             queries, head = pl.ds(item.first(unit), ROWS), item.head(unit)
             ragged = item.real if call.items % call.workers else None
-            compat.store(y, self.y.at[item.row, queries, head], ragged)
+            compat.store(y, call.part(self.y, item.row, queries, head), ragged)
             compat.store(lse, self.lse.at[item.row, head, queries], ragged)
             return before + item.count
 

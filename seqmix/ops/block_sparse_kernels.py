@@ -38,11 +38,14 @@ def block_sizes(sizes, listed: bool) -> tuple[int, int]:
     return tuple(sizes) if listed or all(size in BLOCKS for size in sizes) else (128, 128)
 
 
-def reason(lay, q, k, v, *, mask, data, sizes, scale) -> str | None:
-    """Why the kernels cannot run this call here, in a few words; None if they can. sizes: of `block_sizes`."""
+def reason(lay, q, k, v, *, mask, data, sizes, scale, cut=False) -> str | None:
+    """Why the kernels cannot run this call here, in a few words; None if they can. sizes: of `block_sizes`.
+
+    cut: they are to run on stretches of time where the mesh cuts it.
+    """
     if lay is None:
         return _unsupported(q, k, v, mask, data, sizes, scale)
-    if lay.time:
+    if lay.time and not cut:
         return "has no form for time cut over a mesh"
     queries, keys = ("batch", "time", "heads", None), ("batch", "time", "key_heads", None)
     with sharding.shares(lay.mesh):
@@ -100,6 +103,22 @@ def _local(config, q, k, v, slopes, data, lists, sizes):
     call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, (config.time, config.keys), full)
     walks = block_lists.forward(lists), block_lists.transposed(lists, -(-config.keys // sizes[1]))
     return _attend(call, q, k, v, slopes, data, walks)
+
+
+def visit(scale, soft_cap, mask, data, q, k, v):
+    """(y [B, H, T, V], lse [B, H, T]) of q [B, H, T, K] over k [B, Hk, S, K] and v; by heads, without a gradient.
+
+    data: of a mask that says all by it: q, k and v are stretches, whose indices mean nothing.
+    """
+    from pallas_kernels.block_sparse_attention import gpu
+
+    sizes, time, keys = (128, 128), q.shape[2], k.shape[2]
+    lists = block_lists.lists(mask, block_lists.of_mask(mask, sizes, time, keys), sizes, time, keys, data)
+    seen = mask & Sinks(keys) if keys % sizes[1] else mask
+    call = Call(scale, soft_cap, mask, seen, sizes, (time, keys), True)
+    q, k, v = (_filled(x, size, 2) for x, size in ((q, sizes[0]), (k, sizes[1]), (v, sizes[1])))
+    y, lse = gpu.forward(q, k, v, block_lists.forward(lists), by_head=True, **_options(call, data))
+    return y[:, :, :time], lse[:, :, :time]
 
 
 def _options(call, data):

@@ -12,7 +12,6 @@ from seqmix.ops.softmax_chunked import block_pairs, block_sizes, chunked
 from seqmix.ops.softmax_reference import Rules, reference
 
 BLOCK = 512
-SPARSE = scored.SPARSE
 
 
 def attention(
@@ -107,19 +106,16 @@ def attention(
     form = None
     if lay is not None and lay.time and implementation != "reference":
         form = softmax_context.choose(lay, rules, d, order, context)
-    reason = "has no form for time cut over a mesh"
-    if not form:
-        mask, data = scored.visibility(rules, None, tokens, order, None)
-        sizes = (SPARSE, SPARSE)
-        reason = block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=sizes, scale=rules.scale)
+    mask, data = scored.visibility(rules, None, tokens, "given" if form else order, None)
+    shape = {"mask": mask, "data": data, "sizes": (scored.SPARSE,) * 2, "scale": rules.scale}
+    reason = block_sparse_kernels.reason(lay, q, k, v, **shape, cut=form is not None)
     name = pick("attention", implementation, {"gpu": reason, "chunked": None, "reference": None})
-    if name == "gpu":
-        options = {"mask": mask, "data": data, "block": SPARSE, "implementation": name}
-        scoring = {"bias": None, "slopes": None, "normalizer": normalizer}
-        y, lse = scored.attend(rules, q, k, v, sink_logits, **scoring, **options)
-    elif form:
+    if form:
         call = (rules, d, q, k, v, sink_logits, tokens)
-        y, lse = softmax_context.run(lay, form, *call, order=order, block=block, need_lse=return_lse)
+        options = {"order": order, "block": block, "need_lse": return_lse, "kernel": name == "gpu"}
+        y, lse = softmax_context.run(lay, form, *call, **options)
+    elif name == "gpu":
+        y, lse = scored.by_rules(rules, q, k, v, sink_logits, tokens, order, name)
     elif name == "chunked":
         y, lse = chunked(rules, q, k, v, sink_logits, *tokens, order=order, block=block)
     else:

@@ -10,7 +10,7 @@ gather   each device gathers all keys and values
 import jax
 import jax.numpy as jnp
 
-from seqmix.ops import masks
+from seqmix.ops import masks, scored
 from seqmix.ops.mesh import Layout, on_shares
 from seqmix.ops.softmax_chunked import chunked
 from seqmix.ops.softmax_reference import Rules
@@ -59,11 +59,15 @@ def _table(rules, time, keys, ways, order):
     return mask.tiles(time // ways, keys // ways, time, keys) != masks.EMPTY
 
 
-def run(lay: Layout, form: str, rules, d, q, k, v, sink_logits, tokens, *, order: str, block: int, need_lse: bool):
-    """(y, lse) of `attention`, lse None unless needed, on each device's share; tokens and `order` as of `chunked`."""
+def run(lay: Layout, form, rules, d, q, k, v, sink_logits, tokens, *, order: str, block: int, need_lse: bool, kernel):
+    """(y, lse) of `attention`, lse None unless needed, on each device's share; tokens and `order` as of `chunked`.
+
+    kernel: whether devices work through the Hopper kernels.
+    """
     axis = lay.time[0] if len(lay.time) == 1 else lay.time
     around = _legs(form, rules, d.T, d.S, lay.ways("time"), order)
-    travel = Travel(rules, axis, around, min(block, _halved(form, d.T // lay.ways("time"))))
+    mask = scored.visibility(rules, None, tokens, "given", None)[0] if kernel else None
+    travel = Travel(rules, axis, around, min(block, _halved(form, d.T // lay.ways("time"))), mask)
     q_ids, k_ids, q_at, k_at = tokens
     alike = q_ids is k_ids and q_at is k_at
     q_places, k_places = (jnp.stack(jnp.broadcast_arrays(*x)) for x in ((q_ids, q_at), (k_ids, k_at)))
@@ -128,7 +132,10 @@ def _by_heads(travel, q, k, v, sink, q_places, k_places, *, order, block, need_l
         q_places = jax.lax.all_gather(q_places, axis, axis=2, tiled=True)
         k_places = q_places if k_places is None else jax.lax.all_gather(k_places, axis, axis=2, tiled=True)
         tokens = q_places[0], k_places[0], q_places[1], k_places[1]
-    y, lse = chunked(travel.rules, q, k, v, sink, *tokens, order=order, block=block)
+    if travel.kernel is None:
+        y, lse = chunked(travel.rules, q, k, v, sink, *tokens, order=order, block=block)
+    else:
+        y, lse = scored.by_rules(travel.rules, q, k, v, sink, tokens, order, "gpu")
     return turn(y, 1, 2), turn(lse, 2, 1) if need_lse else None
 
 

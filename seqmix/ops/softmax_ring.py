@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqmix.ops import block_sparse_kernels, masks, scored
 from seqmix.ops.softmax_chunked import (
     block_pairs,
     block_sizes,
@@ -36,6 +37,7 @@ class Travel(NamedTuple):
     axis: str | tuple[str, ...]  # mesh axes over which time is cut
     legs: tuple[tuple[int, int], ...] | None  # (direction, number of hops) of each way through the ring; None: gather
     block: int  # as of `attention`
+    kernel: masks.Mask | None = None  # what `rules` says of places, where visits go through the Hopper kernel
 
 
 def legs(table: np.ndarray) -> tuple[tuple[int, int], ...]:
@@ -157,9 +159,23 @@ def _blocks(travel, q, q_places, block):
 def _visit(travel, q, q_places, block, sink=None):
     """(y, lse) over a block of keys, in acc."""
     time = q.shape[3]
+    if travel.kernel is not None:
+        return _visit_by_kernel(travel, q, q_places, block, sink)
     sizes, q, k, v, tokens, work = _blocks(travel, q, q_places, block)
     y, lse = part(travel.rules, sizes, q, k, v, sink, tokens, work)
     return y[:, :, :, :time], lse[:, :, :, :time]
+
+
+def _visit_by_kernel(travel, q, q_places, block, sink):
+    k, v, k_places = block
+    places = q_places[0], k_places[0], q_places[1], k_places[1]
+    data = dict(zip(scored.PLACES, places, strict=True))
+    rules, flat = travel.rules, q.reshape(q.shape[0], -1, *q.shape[3:])
+    y, lse = block_sparse_kernels.visit(rules.scale, rules.soft_cap, travel.kernel, data, flat, k, v)
+    found = y.reshape(*q.shape[:4], -1).astype(lse.dtype), lse.reshape(q.shape[:4])
+    if sink is None:
+        return found
+    return _joined(found, (jnp.zeros_like(found[0]), jnp.broadcast_to(sink.astype(lse.dtype)[:, :, None], q.shape[:4])))
 
 
 def _visit_back(travel, q, q_places, block, rows):
