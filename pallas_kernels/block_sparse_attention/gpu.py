@@ -26,6 +26,7 @@ LOWEST = -1e38  # a maximum before the first score: 2^(-inf - LOWEST) is 0, and 
 SHARED_BYTES = 222 * 1024  # for tiles, of the 227 KiB that a block may have
 FETCHING, COMPUTING = 24, 240  # registers of a thread
 SMS = 132  # multiprocessors of an H100 or H200
+MANY = 4  # vectors that a mask needs, beyond which a tile of 128 keys has too few registers for it
 LONG = 16  # tiles of a list, from which on a thread block takes one item of work
 F32 = jnp.float32
 
@@ -66,10 +67,11 @@ def forward(
         seen, q_data, k_data = Visibility(visible, q_data, k_data).prepared(q_data, k_data, time, keys)
     begin, count, other, full = (jnp.asarray(x, jnp.int32) for x in walk)
     units = 2 if bq > ROWS or group % 2 == 0 else 1
-    call = Call(units, bq, bk, batch, heads, group, time // bq, seen, scale, soft_cap, by_head)
+    step = 64 if len(q_data) + len(k_data) > MANY else bk
+    call = Call(units, bq, step, bk // step, batch, heads, group, time // bq, seen, scale, soft_cap, by_head)
     if workers is None:
         workers = call.items if full.shape[-1] > LONG * call.blocks else min(call.items, SMS)
-    call = dataclasses.replace(call, workers=workers, stages=stages_for(units, bk, width, value, len(k_data)))
+    call = dataclasses.replace(call, workers=workers, stages=stages_for(units, step, width, value, len(k_data)))
     given = {"q": q, "k": k, "v": v, "begin": begin, "count": count, "entries": other * 2 + full}
     given |= {"q_data": q_data, "k_data": k_data}
     if slopes is not None:
@@ -129,7 +131,8 @@ class Call:
 
     units: int  # computing warpgroups
     rows: int  # queries of a block
-    keys: int  # and keys
+    keys: int  # of a tile
+    parts: int  # tiles of a listed block
     batch: int
     heads: int
     group: int  # query heads to a key head
@@ -179,11 +182,16 @@ class Item:
         lists = given["begin"].shape
         self.list = self.row if lists[0] > 1 else 0, self.key_head if lists[1] > 1 else 0
         self.begin, count = (given[name][(*self.list, self.block)] for name in ("begin", "count"))
-        self.count = jnp.where(self.real, count, 0)
+        self.count = jnp.where(self.real, count * call.parts, 0)
 
     def entry(self, n):
-        """Number of the nth key block, twice, and whether its tile is full."""
-        return self.given["entries"][(*self.list, self.begin + n)]
+        """Number of the nth tile's block of keys, twice, and whether it is full."""
+        return self.given["entries"][(*self.list, self.begin + n // self.call.parts)]
+
+    def keys(self, entry, n):
+        """Index of the nth tile's first key."""
+        call = self.call
+        return (entry // 2 * call.parts + n % call.parts) * call.keys
 
     def head(self, unit):
         return self.heads + (unit if self.call.together > 1 else 0)
@@ -218,7 +226,7 @@ class Block:
             def step(n, entry):
                 slot = lax.rem(before + n, call.stages)
                 later = item.entry(jnp.minimum(n + 1, item.count - 1))
-                place = pl.ds(entry // 2 * call.keys, call.keys)
+                place = pl.ds(item.keys(entry, n), call.keys)
 
                 def bring(name, there):
                     compat.fetch(call.part(given[name], item.row, place, item.key_head), shared[name].at[slot], there)
@@ -362,11 +370,11 @@ class Rows:
         return self.first + compat.row_places(ROWS)
 
     def keys_of(self, n):
-        """Indices of the nth block's keys."""
-        return self.item.entry(n) // 2 * self.call.keys + compat.column_places(self.call.keys)
+        """Indices of the nth tile's keys."""
+        return self.item.keys(self.item.entry(n), n) + compat.column_places(self.call.keys)
 
     def logits(self, scores, n):
-        """Scores of the nth block, scaled, in log2; as they are where a factor does it."""
+        """Scores of the nth tile, scaled, in log2; as they are where a factor does it."""
         call = self.call
         if call.soft_cap is not None:
             # tanh(x) = 1 - 2 / (1 + e^2x): the GPU's own has 11 bits.
