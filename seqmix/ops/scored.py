@@ -72,7 +72,10 @@ def visibility(rules, mask, tokens, order, data):
     data = dict(data or {})
     if order == "index":
         return mask, data
-    placed = (mask if mask.inputs else masks.Positions(mask, *PLACES[2:])) & masks.Segments(*PLACES[:2])
+    placed = masks.Segments(*PLACES[:2])
+    if order == "runs" and by_rules and rules.window is None:  # within a segment order is all that counts
+        return (mask & placed if rules.causal else placed), data | dict(zip(PLACES[:2], tokens[:2], strict=True))
+    placed = (mask if mask.inputs else masks.Positions(mask, *PLACES[2:])) & placed
     if order == "runs" and by_rules and rules.causal:  # positions grow with the index: half of the blocks fall away
         placed = masks.Causal() & placed
     return placed, data | dict(zip(PLACES, tokens, strict=True))
