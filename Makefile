@@ -54,7 +54,8 @@ targets: $(TARGETS)/installed
 
 kernels: $(TARGETS)/installed
 	@JAX_PLATFORMS=cpu $(TARGETS)/bin/python -m pytest -n auto --maxprocesses=8 \
-		tests/pallas_kernels tests/ops/test_linear_kernels.py tests/ops/test_scan_kernels.py tests/ops/test_context_kernels.py tests/pods $(ARGS)
+		tests/pallas_kernels tests/ops/test_linear_kernels.py tests/ops/test_scan_kernels.py \
+		tests/ops/test_block_sparse_kernels.py tests/ops/test_context_kernels.py tests/pods $(ARGS)
 
 pods: $(TARGETS)/installed
 	@JAX_PLATFORMS=cpu $(TARGETS)/bin/python -m pytest -m "pods or tpu" tests/pods $(ARGS)

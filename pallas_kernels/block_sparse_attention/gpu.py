@@ -26,12 +26,26 @@ LOWEST = -1e38  # a maximum before the first score: 2^(-inf - LOWEST) is 0, and 
 SHARED_BYTES = 222 * 1024  # for tiles, of the 227 KiB that a block may have
 FETCHING, COMPUTING = 24, 240  # registers of a thread
 SMS = 132  # multiprocessors of an H100 or H200
+MANY = 4  # vectors that a mask needs, beyond which a tile of 128 keys has too few registers for it
 LONG = 16  # tiles of a list, from which on a thread block takes one item of work
 F32 = jnp.float32
 
 
 def forward(
-    q, k, v, walk, *, sizes, visible=None, q_data=None, k_data=None, scale=1.0, soft_cap=None, slopes=None, workers=None
+    q,
+    k,
+    v,
+    walk,
+    *,
+    sizes,
+    visible=None,
+    q_data=None,
+    k_data=None,
+    scale=1.0,
+    soft_cap=None,
+    slopes=None,
+    by_head=False,
+    workers=None,
 ):
     """Attention of queries to the blocks of keys that their block lists: (y [B, T, H, V], lse [B, H, T] float32).
 
@@ -40,11 +54,12 @@ def forward(
     block o of queries reads the key blocks other[begin[o] : begin[o] + count[o]]; full says that all pairs of a tile
     are visible. visible(i, j, values) says which are, of int32 i [bq, 1] and j [1, bk] and the values there of q_data
     {name: [B or 1, T] int32} and k_data {name: [B or 1, S]}; None: all. slopes: [H] float32, - slope |i - j| is added.
-    A row that sees nothing has y = 0 and lse = -inf. workers: into how many thread blocks to deal the work, None to
-    choose. The call must be one that `plan.supports` accepts.
+    A row that sees nothing has y = 0 and lse = -inf. by_head: q, k, v and y are [B, H, T, K] instead. workers: into
+    how many thread blocks to deal the work, None to choose. The call must be one that `plan.supports` accepts.
     """
-    batch, time, heads, width = q.shape
-    keys, key_heads, value = v.shape[1:]
+    order = (0, 2, 1, 3) if by_head else (0, 1, 2, 3)
+    batch, time, heads, width = (q.shape[axis] for axis in order)
+    _, keys, key_heads, value = (v.shape[axis] for axis in order)
     bq, bk = sizes
     group = heads // key_heads
     q_data, k_data, seen = dict(q_data or {}), dict(k_data or {}), None
@@ -52,17 +67,39 @@ def forward(
         seen, q_data, k_data = Visibility(visible, q_data, k_data).prepared(q_data, k_data, time, keys)
     begin, count, other, full = (jnp.asarray(x, jnp.int32) for x in walk)
     units = 2 if bq > ROWS or group % 2 == 0 else 1
-    call = Call(units, bq, bk, batch, heads, group, time // bq, seen, scale, soft_cap)
+    step = 64 if len(q_data) + len(k_data) > MANY else bk
+    call = Call(units, bq, step, bk // step, batch, heads, group, time // bq, seen, scale, soft_cap, by_head)
     if workers is None:
         workers = call.items if full.shape[-1] > LONG * call.blocks else min(call.items, SMS)
-    call = dataclasses.replace(call, workers=workers, stages=stages_for(units, bk, width, value, len(k_data)))
+    call = dataclasses.replace(call, workers=workers, stages=stages_for(units, step, width, value, len(k_data)))
     given = {"q": q, "k": k, "v": v, "begin": begin, "count": count, "entries": other * 2 + full}
     given |= {"q_data": q_data, "k_data": k_data}
     if slopes is not None:
         given["slopes"] = slopes.astype(jnp.float32) * LOG2_E
     leaves, tree = jax.tree.flatten(given)
-    stages = call.stages
-    out = jax.ShapeDtypeStruct((batch, time, heads, value), v.dtype), jax.ShapeDtypeStruct((batch, heads, time), F32)
+    shape = (batch, heads, time, value) if by_head else (batch, time, heads, value)
+    out = jax.ShapeDtypeStruct(shape, v.dtype), jax.ShapeDtypeStruct((batch, heads, time), F32)
+
+    def body(*refs):
+        inputs, (y, lse, shared) = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
+        block = Block(call, inputs, y, lse, shared)
+        pl.when(lax.axis_index("warpgroup") == units)(block.fetch)
+        pl.when(lax.axis_index("warpgroup") < units)(block.compute)
+
+    return compat.kernel(
+        body,
+        grid=(workers,),
+        names=("worker",),
+        out=out,
+        scratch=[shared_memory(call, width, value, k_data)],
+        warpgroups=units,
+        name="block_sparse_attention_forward",
+    )(*leaves)
+
+
+def shared_memory(call, width, value, k_data):
+    """Tiles and barriers, by name: what is `there` has come, what is `free` has been used by all warpgroups."""
+    units, stages, bk = call.units, call.stages, call.keys
     scratch = {
         "q": compat.tile(units, ROWS, width),
         "k": compat.tile(stages, bk, width),
@@ -79,22 +116,7 @@ def forward(
     }
     if compat.interpreting():
         scratch["p"] = compat.tile(units, ROWS, bk)
-
-    def body(*refs):
-        inputs, (y, lse, shared) = jax.tree.unflatten(tree, refs[: len(leaves)]), refs[len(leaves) :]
-        block = Block(call, inputs, y, lse, shared)
-        pl.when(lax.axis_index("warpgroup") == units)(block.fetch)
-        pl.when(lax.axis_index("warpgroup") < units)(block.compute)
-
-    return compat.kernel(
-        body,
-        grid=(workers,),
-        names=("worker",),
-        out=out,
-        scratch=[scratch],
-        warpgroups=units,
-        name="block_sparse_attention_forward",
-    )(*leaves)
+    return scratch
 
 
 def stages_for(units, keys, width, value, vectors) -> int:
@@ -109,7 +131,8 @@ class Call:
 
     units: int  # computing warpgroups
     rows: int  # queries of a block
-    keys: int  # and keys
+    keys: int  # of a tile
+    parts: int  # tiles of a listed block
     batch: int
     heads: int
     group: int  # query heads to a key head
@@ -117,8 +140,13 @@ class Call:
     seen: Visibility | None
     scale: float
     soft_cap: float | None
+    by_head: bool
     workers: int = 1  # thread blocks
     stages: int = 2  # tiles of keys, and of values, in shared memory
+
+    def part(self, ref, row, tokens, head):
+        """Tokens of a head, [n, K], of an array of queries, keys, values or outputs."""
+        return ref.at[(row, head, tokens) if self.by_head else (row, tokens, head)]
 
     @property
     def together(self) -> int:
@@ -154,11 +182,16 @@ class Item:
         lists = given["begin"].shape
         self.list = self.row if lists[0] > 1 else 0, self.key_head if lists[1] > 1 else 0
         self.begin, count = (given[name][(*self.list, self.block)] for name in ("begin", "count"))
-        self.count = jnp.where(self.real, count, 0)
+        self.count = jnp.where(self.real, count * call.parts, 0)
 
     def entry(self, n):
-        """Number of the nth key block, twice, and whether its tile is full."""
-        return self.given["entries"][(*self.list, self.begin + n)]
+        """Number of the nth tile's block of keys, twice, and whether it is full."""
+        return self.given["entries"][(*self.list, self.begin + n // self.call.parts)]
+
+    def keys(self, entry, n):
+        """Index of the nth tile's first key."""
+        call = self.call
+        return (entry // 2 * call.parts + n % call.parts) * call.keys
 
     def head(self, unit):
         return self.heads + (unit if self.call.together > 1 else 0)
@@ -186,23 +219,27 @@ class Block:
         def queries(item, found):
             pl.when(found > 0)(lambda: compat.wait(shared["q_free"]))
             for unit in range(call.units):
-                source = given["q"].at[item.row, pl.ds(item.first(unit), ROWS), item.head(unit)]
+                source = call.part(given["q"], item.row, pl.ds(item.first(unit), ROWS), item.head(unit))
                 compat.fetch(source, shared["q"].at[unit], shared["q_there"].at[unit])
 
         def tiles(item, before):
             def step(n, entry):
                 slot = lax.rem(before + n, call.stages)
                 later = item.entry(jnp.minimum(n + 1, item.count - 1))
-                place = pl.ds(entry // 2 * call.keys, call.keys)
+                place = pl.ds(item.keys(entry, n), call.keys)
+
+                def bring(name, there):
+                    compat.fetch(call.part(given[name], item.row, place, item.key_head), shared[name].at[slot], there)
+
                 await_free("k", before + n)
                 there = shared["k_there"].at[slot]
-                compat.fetch(given["k"].at[item.row, place, item.key_head], shared["k"].at[slot], there)
+                bring("k", there)
                 for name, values in given["k_data"].items():
                     row = item.row if values.shape[0] > 1 else 0
                     compat.fetch(values.at[row, place], shared["k_data"][name].at[slot], there)
                 await_free("v", before + n)
                 there = shared["v_there"].at[slot]
-                compat.fetch(given["v"].at[item.row, place, item.key_head], shared["v"].at[slot], there)
+                bring("v", there)
                 return later
 
             lax.fori_loop(0, item.count, step, item.entry(0))
@@ -252,7 +289,7 @@ class Block:
             compat.publish()
             queries, head = pl.ds(item.first(unit), ROWS), item.head(unit)
             ragged = item.real if call.items % call.workers else None
-            compat.store(y, self.y.at[item.row, queries, head], ragged)
+            compat.store(y, call.part(self.y, item.row, queries, head), ragged)
             compat.store(lse, self.lse.at[item.row, head, queries], ragged)
             return before + item.count
 
@@ -333,11 +370,11 @@ class Rows:
         return self.first + compat.row_places(ROWS)
 
     def keys_of(self, n):
-        """Indices of the nth block's keys."""
-        return self.item.entry(n) // 2 * self.call.keys + compat.column_places(self.call.keys)
+        """Indices of the nth tile's keys."""
+        return self.item.keys(self.item.entry(n), n) + compat.column_places(self.call.keys)
 
     def logits(self, scores, n):
-        """Scores of the nth block, scaled, in log2; as they are where a factor does it."""
+        """Scores of the nth tile, scaled, in log2; as they are where a factor does it."""
         call = self.call
         if call.soft_cap is not None:
             # tanh(x) = 1 - 2 / (1 + e^2x): the GPU's own has 11 bits.

@@ -75,8 +75,8 @@ def block_sparse_attention(
     time, keys = q.shape[1], k.shape[1]
     mask, data = with_segments(mask, data, segment_ids)
     data = checked_data(mask, time, keys, data, q.shape[0])
-    blocked = block_sparse_kernels.block_sizes(sizes, blocks is not None)
-    sizes = clipped(sizes, time, keys)
+    given, sizes = sizes, clipped(sizes, time, keys)
+    blocked = block_sparse_kernels.block_sizes(given, blocks is not None)
     lay = layout(q.shape[0], time, q.shape[2], k.shape[2])
     if lay is not None and lay.time and blocks is None:
         sizes = block_sparse_context.row_size(lay, time, sizes[0]), sizes[1]

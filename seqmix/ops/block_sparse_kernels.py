@@ -38,20 +38,22 @@ def block_sizes(sizes, listed: bool) -> tuple[int, int]:
     return tuple(sizes) if listed or all(size in BLOCKS for size in sizes) else (128, 128)
 
 
-def reason(lay, q, k, v, *, mask, data, sizes, scale) -> str | None:
-    """Why the kernels cannot run this call here, in a few words; None if they can. sizes: of `block_sizes`."""
+def reason(lay, q, k, v, *, mask, data, sizes, scale, cut=False) -> str | None:
+    """Why the kernels cannot run this call here, in a few words; None if they can. sizes: of `block_sizes`.
+
+    cut: they are to run on stretches of time where the mesh cuts it.
+    """
     if lay is None:
-        return unsupported(q, k, v, mask, data, sizes, scale)
-    if lay.time:
+        return _unsupported(q, k, v, mask, data, sizes, scale)
+    if lay.time and not cut:
         return "has no form for time cut over a mesh"
     queries, keys = ("batch", "time", "heads", None), ("batch", "time", "key_heads", None)
     with sharding.shares(lay.mesh):
         local = [lay.share(x, *names) for x, names in ((q, queries), (k, keys), (v, keys))]
-        return unsupported(*local, mask, data, sizes, scale)
+        return _unsupported(*local, mask, data, sizes, scale)
 
 
-def unsupported(q, k, v, mask, data, sizes, scale) -> str | None:
-    """`reason` on one device."""
+def _unsupported(q, k, v, mask, data, sizes, scale):
     found = targets.unsupported("gpu", q.shape[1])
     if found is not None:
         return found
@@ -89,36 +91,8 @@ def run(lay, config, q, k, v, slopes, data, lists, sizes):
     return on_shares(lay, local, arrays, names, (queries, ("batch", "heads", None)))
 
 
-def part(config, q, k, v, data, sizes):
-    """(y, lse) of queries over the keys that config.mask shows, differentiable, on one device."""
-    return _local(config, q, k, v, None, data, _lists(config, data, sizes), sizes)
-
-
-def part_gradients(config, q, k, v, data, sizes, lse, dy, delta):
-    """Gradients of q, k and v from each other, where lse [B, H, T] may be over more keys than these.
-
-    delta: [B, H, T], the sums over channels of dy y, less lse's gradient.
-    """
-    call, walks = _prepared(config, _lists(config, data, sizes), sizes)
-    return _by_kernel(call, q, k, v, data, walks, lse, dy, delta)
-
-
-def _lists(config, data, sizes):
-    index = block_lists.of_mask(config.mask, sizes, config.time, config.keys)
-    if data and index.shape[3] == -(-config.keys // sizes[1]) and (index >= 0).all():
-        # Every tile may hold a visible pair: an iota, where the array would be a constant of the program.
-        index = jnp.broadcast_to(jnp.arange(index.shape[3], dtype=jnp.int32), index.shape)
-    return block_lists.lists(config.mask, index, sizes, config.time, config.keys, data)
-
-
 def _local(config, q, k, v, slopes, data, lists, sizes):
     """The call on one device."""
-    call, walks = _prepared(config, lists, sizes)
-    return _attend(call, q, k, v, slopes, data, walks)
-
-
-def _prepared(config, lists, sizes):
-    """`Call`, and the lists laid end to end and transposed."""
     static = isinstance(lists.full, np.ndarray)
     seen = config.mask
     if static and (lists.full | (lists.index < 0)).all():
@@ -128,7 +102,44 @@ def _prepared(config, lists, sizes):
     full = bool(lists.full.any()) if static else True
     call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, (config.time, config.keys), full)
     walks = block_lists.forward(lists), block_lists.transposed(lists, -(-config.keys // sizes[1]))
-    return call, walks
+    return _attend(call, q, k, v, slopes, data, walks)
+
+
+def visit(scale, soft_cap, mask, data, q, k, v):
+    """(y [B, H, T, V], lse [B, H, T]) of q [B, H, T, K] over k [B, Hk, S, K] and v; by heads, without a gradient.
+
+    data: of a mask that says all by it: q, k and v are stretches, whose indices mean nothing.
+    """
+    from pallas_kernels.block_sparse_attention import gpu
+
+    call, lists = _visited(scale, soft_cap, mask, data, q, k)
+    q, k, v = (_filled(x, size, 2) for x, size in ((q, call.sizes[0]), (k, call.sizes[1]), (v, call.sizes[1])))
+    y, lse = gpu.forward(q, k, v, block_lists.forward(lists), by_head=True, **_options(call, data))
+    return y[:, :, : call.lengths[0]], lse[:, :, : call.lengths[0]]
+
+
+def visit_back(scale, soft_cap, mask, data, q, k, v, lse, dy, delta):
+    """Gradients of q, k and v of a `visit` from each other, where lse [B, H, T] may be over more keys.
+
+    dy: [B, H, T, V] is that of the sum over all keys; delta: [B, H, T], the sums over channels of dy y, less lse's.
+    """
+    call, lists = _visited(scale, soft_cap, mask, data, q, k)
+    walks = block_lists.forward(lists), block_lists.transposed(lists, -(-k.shape[2] // call.sizes[1]))
+    q, k, v, dy = (jnp.moveaxis(x, 1, 2) for x in (q, k, v, dy))
+    gradients = _by_kernel(call, q, k, v, data, walks, lse, dy, delta)
+    return tuple(jnp.moveaxis(x, 2, 1) for x in gradients)
+
+
+def _visited(scale, soft_cap, mask, data, q, k):
+    """`Call` and lists of a visit."""
+    sizes, time, keys = (128, 128), q.shape[2], k.shape[2]
+    index = block_lists.of_mask(mask, sizes, time, keys)
+    if index.shape[3] == -(-keys // sizes[1]) and (index >= 0).all():
+        # Every tile may hold a visible pair: an iota, where the array would be a constant of the program.
+        index = jnp.broadcast_to(jnp.arange(index.shape[3], dtype=jnp.int32), index.shape)
+    lists = block_lists.lists(mask, index, sizes, time, keys, data)
+    seen = mask & Sinks(keys) if keys % sizes[1] else mask
+    return Call(scale, soft_cap, mask, seen, sizes, (time, keys), True), lists
 
 
 def _options(call, data):

@@ -16,6 +16,8 @@ from seqmix.ops.block_sparse import block_sparse_attention, checked_data
 from seqmix.ops.dispatch import pick
 
 NORMALIZERS = "softmax", "sigmoid", "signed"
+# Inputs of masks that hold among the tokens of one segment: ids and positions of queries and keys.
+PLACES = "own_segment_ids", "own_kv_segment_ids", "own_q_positions", "own_kv_positions"
 SPARSE = 128  # most queries and keys of a block of the block-sparse form
 
 
@@ -70,11 +72,20 @@ def visibility(rules, mask, tokens, order, data):
     data = dict(data or {})
     if order == "index":
         return mask, data
-    names = "own_segment_ids", "own_kv_segment_ids", "own_q_positions", "own_kv_positions"
-    placed = (mask if mask.inputs else masks.Positions(mask, *names[2:])) & masks.Segments(*names[:2])
+    placed = masks.Segments(*PLACES[:2])
+    if order == "runs" and by_rules and rules.window is None:  # within a segment order is all that counts
+        return (mask & placed if rules.causal else placed), data | dict(zip(PLACES[:2], tokens[:2], strict=True))
+    placed = (mask if mask.inputs else masks.Positions(mask, *PLACES[2:])) & placed
     if order == "runs" and by_rules and rules.causal:  # positions grow with the index: half of the blocks fall away
         placed = masks.Causal() & placed
-    return placed, data | dict(zip(names, tokens, strict=True))
+    return placed, data | dict(zip(PLACES, tokens, strict=True))
+
+
+def by_rules(rules, q, k, v, sink_logits, tokens, order, implementation):
+    """(y, lse) of checked arguments of `attention` without a mask, through the block-sparse form."""
+    mask, data = visibility(rules, None, tokens, order, None)
+    options = {"bias": None, "slopes": None, "normalizer": "softmax", "block": SPARSE, "implementation": implementation}
+    return attend(rules, q, k, v, sink_logits, mask=mask, data=data, **options)
 
 
 def attend(rules, q, k, v, sink_logits, *, mask, data, bias, slopes, normalizer, block, implementation):

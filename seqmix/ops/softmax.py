@@ -12,7 +12,6 @@ from seqmix.ops.softmax_chunked import block_pairs, block_sizes, chunked
 from seqmix.ops.softmax_reference import Rules, reference
 
 BLOCK = 512
-SPARSE = scored.SPARSE
 
 
 def attention(
@@ -112,21 +111,16 @@ def attention(
     if lay is not None and lay.time and implementation != "reference":
         form = softmax_context.choose(lay, rules, d, order, context)
     libraries = softmax_library.reasons(implementation, lay, form, rules, q, k, v, sink_logits, order, return_lse)
-    if form:
-        kernel = softmax_context.kernel_reason(lay, rules, q, k, v, order)
-    else:
-        mask, data = scored.visibility(rules, None, tokens, order, None)
-        sizes = (SPARSE, SPARSE)
-        kernel = block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=sizes, scale=rules.scale)
+    mask, data = scored.visibility(rules, None, tokens, "given" if form else order, None)
+    shape = {"mask": mask, "data": data, "sizes": (scored.SPARSE,) * 2, "scale": rules.scale}
+    kernel = block_sparse_kernels.reason(lay, q, k, v, **shape, cut=form is not None)
     name = pick("attention", implementation, libraries | {"gpu": kernel, "chunked": None, "reference": None})
-    if name == "gpu" and not form:
-        options = {"mask": mask, "data": data, "block": SPARSE, "implementation": name}
-        scoring = {"bias": None, "slopes": None, "normalizer": normalizer}
-        y, lse = scored.attend(rules, q, k, v, sink_logits, **scoring, **options)
-    elif form:
+    if form:
         call = (rules, d, q, k, v, sink_logits, tokens)
         options = dict(order=order, block=block, need_lse=return_lse, library=None if name == "chunked" else name)
         y, lse = softmax_context.run(lay, form, *call, **options)
+    elif name == "gpu":
+        y, lse = scored.by_rules(rules, q, k, v, sink_logits, tokens, order, name)
     elif name in libraries:
         return softmax_library.run(name, lay, rules, q, k, v, tokens[0] if order == "runs" else None)
     elif name == "chunked":

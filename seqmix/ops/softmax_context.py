@@ -10,13 +10,11 @@ gather   each device gathers all keys and values
 import jax
 import jax.numpy as jnp
 
-from seqmix.core import sharding
-from seqmix.ops import block_sparse_kernels, masks, scored, softmax_library
-from seqmix.ops.block_sparse_chunked import Config
+from seqmix.ops import masks, scored, softmax_library
 from seqmix.ops.mesh import Layout, on_shares
 from seqmix.ops.softmax_chunked import chunked
 from seqmix.ops.softmax_reference import Rules
-from seqmix.ops.softmax_ring import KERNEL_SIZES, Travel, legs, travelled
+from seqmix.ops.softmax_ring import Travel, legs, travelled
 
 FORMS = ("ring", "zigzag", "heads", "gather")
 GATHER = 2048  # keys up to which they are gathered, where no form is named
@@ -69,7 +67,8 @@ def run(lay: Layout, form: str, rules, d, q, k, v, sink_logits, tokens, *, order
     """
     axis = lay.time[0] if len(lay.time) == 1 else lay.time
     around = _legs(form, rules, d.T, d.S, lay.ways("time"), order)
-    travel = Travel(rules, axis, around, min(block, _halved(form, d.T // lay.ways("time"))), library == "gpu")
+    mask = scored.visibility(rules, None, tokens, "given", None)[0] if library == "gpu" else None
+    travel = Travel(rules, axis, around, min(block, _halved(form, d.T // lay.ways("time"))), mask)
     q_ids, k_ids, q_at, k_at = tokens
     alike = q_ids is k_ids and q_at is k_at
     q_places, k_places = (jnp.stack(jnp.broadcast_arrays(*x)) for x in ((q_ids, q_at), (k_ids, k_at)))
@@ -85,16 +84,6 @@ def run(lay: Layout, form: str, rules, d, q, k, v, sink_logits, tokens, *, order
     arrays = q, k, v, sink_logits, q_places, None if alike else k_places
     outputs = queries, ("batch", "heads", "time") if need_lse else None
     return on_shares(lay, local, arrays, (queries, keys, keys, ("heads",), *places), outputs)
-
-
-def kernel_reason(lay: Layout, rules, q, k, v, order: str) -> str | None:
-    """Why visits cannot be made by the kernels of `block_sparse_attention`, in a few words; None if they can."""
-    queries, keys = ("batch", "time", "heads", None), ("batch", "time", "key_heads", None)
-    with sharding.shares(lay.mesh):
-        q, k, v = (lay.share(x, *names) for x, names in ((q, queries), (k, keys), (v, keys)))
-        tokens = [jax.ShapeDtypeStruct((q.shape[0], x.shape[1]), jnp.int32) for x in (q, k, q, k)]
-        mask, data = scored.visibility(rules, None, tokens, "given", {})
-        return block_sparse_kernels.unsupported(q, k, v, mask, data, KERNEL_SIZES, rules.scale)
 
 
 def _legs(form, rules, time, keys, ways, order):
@@ -145,10 +134,7 @@ def _by_heads(travel, q, k, v, sink, q_places, k_places, *, order, block, need_l
         k_places = q_places if k_places is None else jax.lax.all_gather(k_places, axis, axis=2, tiled=True)
         tokens = q_places[0], k_places[0], q_places[1], k_places[1]
     if library == "gpu":
-        mask, data = scored.visibility(travel.rules, None, tokens, order, {})
-        config = Config(travel.rules.scale, travel.rules.soft_cap, mask, q.shape[1], k.shape[1])
-        y, lse = block_sparse_kernels.part(config, q, k, v, data, KERNEL_SIZES)
-        y, lse = (y, lse) if sink is None else scored.with_sink(y, lse, sink)
+        y, lse = scored.by_rules(travel.rules, q, k, v, sink, tokens, order, library)
         return turn(y, 1, 2), turn(lse, 2, 1) if need_lse else None
     if library is not None:
         y = softmax_library.on_one(library, travel.rules, q, k, v, tokens[0] if order == "runs" else None)

@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmix.ops import block_sparse_kernels, scored
-from seqmix.ops.block_sparse_chunked import Config
+from seqmix.ops import block_sparse_kernels, masks, scored
 from seqmix.ops.softmax_chunked import (
     block_pairs,
     block_sizes,
@@ -30,8 +29,6 @@ from seqmix.ops.softmax_chunked import (
 )
 from seqmix.ops.softmax_reference import Rules
 
-KERNEL_SIZES = scored.SPARSE, scored.SPARSE
-
 
 class Travel(NamedTuple):
     """How keys reach queries: the static half of `travelled`."""
@@ -40,7 +37,7 @@ class Travel(NamedTuple):
     axis: str | tuple[str, ...]  # mesh axes over which time is cut
     legs: tuple[tuple[int, int], ...] | None  # (direction, number of hops) of each way through the ring; None: gather
     block: int  # as of `attention`
-    kernel: bool = False  # each visit by the kernels of `block_sparse_attention`
+    kernel: masks.Mask | None = None  # what `rules` says of places, where visits go through the Hopper kernel
 
 
 def legs(table: np.ndarray) -> tuple[tuple[int, int], ...]:
@@ -162,50 +159,42 @@ def _blocks(travel, q, q_places, block):
 def _visit(travel, q, q_places, block, sink=None):
     """(y, lse) over a block of keys, in acc."""
     time = q.shape[3]
-    if travel.kernel:
-        y, lse = block_sparse_kernels.part(*_kernel_call(travel, q, q_places, block))
-        if sink is not None:
-            y, lse = scored.with_sink(y, lse, sink.reshape(-1))
-        return _by_group(y, q).astype(lse.dtype), lse.reshape(q.shape[:4])
+    if travel.kernel is not None:
+        return _visit_by_kernel(travel, q, q_places, block, sink)
     sizes, q, k, v, tokens, work = _blocks(travel, q, q_places, block)
     y, lse = part(travel.rules, sizes, q, k, v, sink, tokens, work)
     return y[:, :, :, :time], lse[:, :, :, :time]
 
 
+def _visit_by_kernel(travel, q, q_places, block, sink):
+    y, lse = block_sparse_kernels.visit(*_by_head(travel, q, q_places, block))
+    found = y.reshape(*q.shape[:4], -1).astype(lse.dtype), lse.reshape(q.shape[:4])
+    if sink is None:
+        return found
+    return _joined(found, (jnp.zeros_like(found[0]), jnp.broadcast_to(sink.astype(lse.dtype)[:, :, None], q.shape[:4])))
+
+
+def _by_head(travel, q, q_places, block):
+    """The arguments of `block_sparse_kernels.visit`."""
+    k, v, k_places = block
+    places = q_places[0], k_places[0], q_places[1], k_places[1]
+    data = dict(zip(scored.PLACES, places, strict=True))
+    return travel.rules.scale, travel.rules.soft_cap, travel.kernel, data, _flat(q), k, v
+
+
+def _flat(x):
+    """[B, J, R, ...] as [B, J R, ...]."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
 def _visit_back(travel, q, q_places, block, rows):
     """Gradients of q and of a block's keys and values from each other, in acc; rows: (lse, dy, delta)."""
     time, keys = q.shape[3], block[0].shape[2]
-    if travel.kernel:
-        lse, dy, delta = rows
-        lse, delta = (x.reshape(x.shape[0], -1, time) for x in (lse, delta))
-        call = _kernel_call(travel, q, q_places, block)
-        grads = block_sparse_kernels.part_gradients(*call, lse, _by_token(dy), delta)
-        dq, dk, dv = (x.astype(lse.dtype) for x in grads)
-        return _by_group(dq, q), jnp.moveaxis(dk, 2, 1), jnp.moveaxis(dv, 2, 1)
+    if travel.kernel is not None:
+        found = block_sparse_kernels.visit_back(*_by_head(travel, q, q_places, block), *map(_flat, rows))
+        dq, dk, dv = (x.astype(rows[0].dtype) for x in found)
+        return dq.reshape(q.shape), dk, dv
     sizes, q, k, v, tokens, work = _blocks(travel, q, q_places, block)
     lse, dy, delta = (whole(x, sizes[0], 3) for x in rows)
     dq, dk, dv = part_gradients(travel.rules, sizes, q, k, v, tokens, work, lse, dy, delta)
     return dq[:, :, :, :time], dk[:, :, :keys], dv[:, :, :keys]
-
-
-# Visits by the kernels, whose arrays are [B, T, H, K].
-
-
-def _kernel_call(travel, q, q_places, block):
-    """The arguments of `block_sparse_kernels.part`."""
-    k, v, k_places = block
-    mask, data = scored.visibility(
-        travel.rules, None, (q_places[0], k_places[0], q_places[1], k_places[1]), "given", {}
-    )
-    config = Config(travel.rules.scale, travel.rules.soft_cap, mask, q.shape[3], k.shape[2])
-    return config, _by_token(q), jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2), data, KERNEL_SIZES
-
-
-def _by_token(x):
-    """[B, J, R, T, K] as [B, T, J R, K]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, *x.shape[3:]), 1, 2)
-
-
-def _by_group(x, like):
-    """[B, T, J R, K] as [B, J, R, T, K], with J and R those of `like`."""
-    return jnp.moveaxis(x, 2, 1).reshape(*like.shape[:4], x.shape[-1])

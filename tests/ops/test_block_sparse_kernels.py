@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels import compat
 from seqmix import ops
-from seqmix.ops import masks
+from seqmix.ops import block_sparse_kernels, masks, scored
 
 needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
 IDS = jnp.asarray([[0] * 5 + [3] * 60 + [7] * 60 + [0] * 5])
@@ -70,3 +70,18 @@ def test_kernels_agree_with_the_chunked_form(op, options):
         seen = np.isfinite(b)
         assert np.array_equal(np.isfinite(a), seen)
         assert np.linalg.norm(a[seen] - b[seen]) <= 0.01 * np.linalg.norm(b[seen])
+
+
+@needs_mosaic
+def test_a_visit_of_keys_from_another_stretch_agrees_with_the_reference():
+    q, k, v = _inputs(100)
+    k, v = k[:, :90], v[:, :90]
+    places = {"q_positions": jnp.arange(100)[None] + 50, "kv_positions": jnp.arange(90)[None] + 70}
+    data = dict(zip(scored.PLACES, (jnp.ones((1, 100), int), jnp.ones((1, 90), int), *places.values())))
+    mask = masks.Positions(masks.Causal(), *scored.PLACES[2:]) & masks.Segments(*scored.PLACES[:2])
+    with compat.interpret():
+        y, lse = block_sparse_kernels.visit(64**-0.5, None, mask, data, *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
+    wide = (x.astype(jnp.float32) for x in (q, k, v))
+    want, want_lse = ops.attention(*wide, **places, return_lse=True, implementation="reference")
+    np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)
+    assert np.linalg.norm(jnp.swapaxes(y, 1, 2) - want) <= 5e-3 * np.linalg.norm(want)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels import compat
 from seqmix import ops
 from seqmix.core import packing, sharding
-from seqmix.ops import linear_context, softmax_ring
+from seqmix.ops import linear_context, scored, softmax_ring
 from seqmix.ops.softmax_reference import Rules
 
 pytestmark = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
@@ -36,7 +36,7 @@ def test_a_visit_by_the_kernels_is_one_by_chunks():
     block = k, v, places(jnp.where(jnp.arange(S) < 120, 1, 0), 64 + jnp.arange(S))
     rules = Rules(K**-0.5, True, 90, 0, None)
     found = []
-    for kernel in (False, True):
+    for kernel in (None, scored.visibility(rules, None, (own[0], block[2][0], own[1], block[2][1]), "given", None)[0]):
         travel = softmax_ring.Travel(rules, "context", ((1, 1),), 64, kernel)
         with compat.interpret():
             y, lse = softmax_ring._visit(travel, q, own, block, sink)

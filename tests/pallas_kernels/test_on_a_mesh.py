@@ -40,6 +40,14 @@ CALLS = {
 }
 
 
+def test_attention_keeps_its_kernel_on_each_share(h100s):
+    mesh = sharding.make_mesh(data=2, model=2, devices=h100s(4))
+    tokens = ((B, T, H, K), jnp.bfloat16, "batch", "time", "heads", None)
+    text = hlo(mesh, ops.attention, tokens, tokens, tokens)
+    assert "block_sparse_attention_forward" in text
+    assert not re.findall(MOVES, text)
+
+
 @pytest.mark.parametrize("context", [1, 2])
 @pytest.mark.parametrize("op", CALLS)
 def test_kernels_are_in_the_program_of_eight_gpus_and_no_token_moves(h100s, op, context):
@@ -54,11 +62,13 @@ def test_kernels_are_in_the_program_of_eight_gpus_and_no_token_moves(h100s, op, 
 
 
 def test_keys_are_on_their_way_while_a_block_is_worked_on(h100s):
-    """In the loops of the ring, forward and backward, the walk over blocks stands between a permute's start and end."""
+    """In the loops of the ring, forward and backward, the work on a block stands between a permute's start and end."""
     mesh = sharding.make_mesh(context=4, devices=h100s(4))
     tokens = ((1, 8192, 2, 128), jnp.bfloat16, "batch", "time", "heads", None)
     text = hlo(mesh, lambda q, k, v: ops.attention(q, k, v, context="ring"), tokens, tokens, tokens)
     bodies = [body for body in re.split(r"\n\}\n", text) if "collective-permute-start(" in body and "ENTRY" not in body]
     assert len(bodies) == 2
+    assert sum("block_sparse_attention_forward" in body for body in bodies) == 1
     for body in bodies:
-        assert re.search(r"collective-permute-start\(.* while\(.*collective-permute-done\(", body, re.DOTALL)
+        work = r"( while\(|block_sparse_attention_forward)"
+        assert re.search(rf"collective-permute-start\(.*{work}.*collective-permute-done\(", body, re.DOTALL)
