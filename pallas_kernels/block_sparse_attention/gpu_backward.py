@@ -26,7 +26,8 @@ from pallas_kernels.block_sparse_attention.plan import BLOCKS, Visibility
 
 ROWS = 64  # of a warpgroup
 WARPGROUPS = 2  # that compute, in a thread block
-FETCHING, COMPUTING = 32, 240  # registers of a thread
+# Registers of a thread. Three warpgroups start with 168 each; were these more together, the last would wait forever.
+FETCHING, COMPUTING = 24, 240
 DEEP = 12  # operations of a mask, above which a tile of 128 keys needs too many registers
 LOG2_E = math.log2(math.e)
 SHARED_BYTES = 225 * 1024
