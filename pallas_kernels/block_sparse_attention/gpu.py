@@ -45,6 +45,7 @@ def forward(
     soft_cap=None,
     slopes=None,
     by_head=False,
+    own=None,
     workers=None,
 ):
     """Attention of queries to the blocks of keys that their block lists: (y [B, T, H, V], lse [B, H, T] float32).
@@ -54,8 +55,10 @@ def forward(
     block o of queries reads the key blocks other[begin[o] : begin[o] + count[o]]; full says that all pairs of a tile
     are visible. visible(i, j, values) says which are, of int32 i [bq, 1] and j [1, bk] and the values there of q_data
     {name: [B or 1, T] int32} and k_data {name: [B or 1, S]}; None: all. slopes: [H] float32, - slope |i - j| is added.
-    A row that sees nothing has y = 0 and lse = -inf. by_head: q, k, v and y are [B, H, T, K] instead. workers: into
-    how many thread blocks to deal the work, None to choose. The call must be one that `plan.supports` accepts.
+    A row that sees nothing has y = 0 and lse = -inf. The call must be one that `plan.supports` accepts.
+
+    by_head: q, k, v and y are [B, H, T, K] instead. own: `plan.own_lists` of the walk, for blocks of 128 queries whose
+    halves see different tiles, or None. workers: into how many thread blocks to deal the work, None to choose.
     """
     order = (0, 2, 1, 3) if by_head else (0, 1, 2, 3)
     batch, time, heads, width = (q.shape[axis] for axis in order)
@@ -76,6 +79,8 @@ def forward(
     given |= {"q_data": q_data, "k_data": k_data}
     if slopes is not None:
         given["slopes"] = slopes.astype(jnp.float32) * LOG2_E
+    if own is not None and call.parts == 1 and bq > ROWS:
+        given["own"] = jax.tree.map(jnp.asarray, own)
     leaves, tree = jax.tree.flatten(given)
     shape = (batch, heads, time, value) if by_head else (batch, time, heads, value)
     out = jax.ShapeDtypeStruct(shape, v.dtype), jax.ShapeDtypeStruct((batch, heads, time), F32)
@@ -187,6 +192,14 @@ class Item:
     def entry(self, n):
         """Number of the nth tile's block of keys, twice, and whether it is full."""
         return self.given["entries"][(*self.list, self.begin + n // self.call.parts)]
+
+    def own(self, unit):
+        """(number, place(n), entry(n)) of the tiles that a warpgroup visits."""
+        if "own" not in self.given:
+            return self.count, lambda n: n, self.entry
+        lists, mine = self.given["own"], (*self.list, unit)
+        at = lambda name: lambda n: lists[name][(*mine, self.begin + n)]
+        return lists["count"][(*mine, self.block)], at("place"), at("entry")
 
     def keys(self, entry, n):
         """Index of the nth tile's first key."""
@@ -304,9 +317,11 @@ class Rows:
         self.item, self.call, self.given, self.shared = item, item.call, item.given, shared
         self.unit, self.before = unit, before
         self.head, self.first = item.head(unit), item.first(unit)
+        self.number, self.place, self.entry = item.own(unit)
         self.q = shared["q"].at[unit]
 
     def slot(self, n):
+        """Where the list's nth tile lies."""
         return lax.rem(self.before + n, self.call.stages)
 
     def keys(self, slot):
@@ -314,6 +329,18 @@ class Rows:
 
     def free(self, name, slot):
         compat.arrive(self.shared[f"{name}_free"].at[slot])
+
+    def pass_over(self, first, last):
+        """Tiles of the list that this warpgroup does not see."""
+        if "own" not in self.given:
+            return
+
+        def step(n, _):
+            for name in ("k", "v"):
+                compat.wait(self.shared[f"{name}_there"].at[self.slot(n)])
+                self.free(name, self.slot(n))
+
+        lax.fori_loop(first, last, step, None)
 
     def walk(self):
         """(weighted sum of values [64, V], maximum in log2 and sum of weights [64]) over a list that is not empty.
@@ -323,16 +350,21 @@ class Rows:
         """
         call, shared = self.call, self.shared
         held = bool(shared["k_data"])  # data of keys is read after the product, and its slot kept as long
-        last = self.item.count - 1
+        last = self.number - 1
+        opening = self.slot(self.place(0))
         compat.wait(shared["q_there"].at[self.unit])
-        compat.wait(shared["k_there"].at[self.slot(0)])
-        scores = compat.matmul((self.q, self.keys(self.slot(0))))
+        self.pass_over(0, self.place(0))
+        compat.wait(shared["k_there"].at[opening])
+        scores = compat.matmul((self.q, self.keys(opening)))
         if not held:
-            self.free("k", self.slot(0))
+            self.free("k", opening)
 
         def step(n, carry, more=True):
             acc, top, total, scores = carry
-            slot, later = self.slot(n), self.slot(n + 1)
+            place = self.place(n)
+            slot = self.slot(place)
+            following = self.place(n + 1) if more else self.item.count
+            later = self.slot(following)
             scores = self.seen(self.logits(scores, n), n, slot)
             if held:
                 self.free("k", slot)
@@ -347,12 +379,15 @@ class Rows:
             compat.wait(shared["v_there"].at[slot])
             jobs = [([(p, shared["v"].at[slot])], acc)]
             if more:
+                self.pass_over(place + 1, following)
                 compat.wait(shared["k_there"].at[later])
                 jobs.append(([(self.q, self.keys(later))], None))
             acc, *scores = compat.matmuls(*jobs)
             self.free("v", slot)
             if more and not held:
                 self.free("k", later)
+            if not more:
+                self.pass_over(place + 1, following)
             return acc, now, total, *scores
 
         start = compat.zeros((ROWS, shared["v"].shape[2])), compat.rows(ROWS, LOWEST), compat.rows(ROWS, 0.0)
@@ -371,7 +406,7 @@ class Rows:
 
     def keys_of(self, n):
         """Indices of the nth tile's keys."""
-        return self.item.keys(self.item.entry(n), n) + compat.column_places(self.call.keys)
+        return self.item.keys(self.entry(n), n) + compat.column_places(self.call.keys)
 
     def logits(self, scores, n):
         """Scores of the nth tile, scaled, in log2; as they are where a factor does it."""
@@ -404,4 +439,4 @@ class Rows:
             i, j = (functools.partial(place, n) for place in (self.queries, self.keys_of))
             return jnp.where(call.seen(i, j, values, (ROWS, call.keys)), scores, -jnp.inf)
 
-        return lax.cond(self.item.entry(n) % 2 == 1, lambda scores: scores, look, scores)
+        return lax.cond(self.entry(n) % 2 == 1, lambda scores: scores, look, scores)

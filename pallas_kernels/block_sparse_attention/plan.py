@@ -52,6 +52,29 @@ def supports(q, k, v, sizes, *, visible=None, q_data=None, k_data=None, scale=1.
     return Visibility(visible, tuple(q_data or ()), tuple(k_data or ())).wrong()
 
 
+def own_lists(walk, halves):
+    """What each warpgroup visits of a list, {"count": [b, h, 2, owners], "place" and "entry": [b, h, 2, n]} of numpy.
+
+    halves [b, h, n]: what the first and the second half of a block's queries see of a tile, numbers 1 and 2 for nothing
+    and 4 and 8 for everything, added. Of tiles that a half does not see one in a row is passed over: the next but two
+    is not fetched before this one is used.
+    """
+    begin, count, other, _ = (np.asarray(x) for x in walk)
+    lead = np.broadcast_shapes(begin.shape[:2], other.shape[:2])
+    place, entry = (np.zeros((*lead, 2, other.shape[2]), np.int32) for _ in range(2))
+    own = np.zeros((*lead, 2, begin.shape[2]), np.int32)
+    for b, h, unit, owner in np.ndindex(own.shape):
+        first, chosen = begin[b, h, owner], []
+        for n, what in enumerate(halves[b, h, first : first + count[b, h, owner]]):
+            if not what >> unit & 1 or n - (chosen[-1] if chosen else n) >= 2:
+                chosen.append(n)
+        chosen = np.asarray(chosen or range(min(1, count[b, h, owner])), np.int32)
+        mine = b, h, unit, slice(first, first + len(chosen))
+        own[b, h, unit, owner], place[mine] = len(chosen), chosen
+        entry[mine] = other[b, h, first + chosen] * 2 + (halves[b, h, first + chosen] >> (2 + unit) & 1)
+    return {"count": own, "place": place, "entry": entry}
+
+
 class Visibility:
     """A mask, as kernels evaluate it: on vectors of queries or of keys as far as it goes, then on the tile.
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from seqmix.core import sharding
 from seqmix.ops import block_lists, block_sparse_chunked, targets
-from seqmix.ops.mask_algebra import Mask
+from seqmix.ops.mask_algebra import EMPTY, FULL, Mask
 from seqmix.ops.masks import Sinks
 from seqmix.ops.mesh import on_shares
 
@@ -102,7 +102,25 @@ def _local(config, q, k, v, slopes, data, lists, sizes):
     full = bool(lists.full.any()) if static else True
     call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, (config.time, config.keys), full)
     walks = block_lists.forward(lists), block_lists.transposed(lists, -(-config.keys // sizes[1]))
+    walks = *walks, _halves(config, lists, walks[0], sizes) if static and seen is not None else None
     return _attend(call, q, k, v, slopes, data, walks)
+
+
+def _halves(config, lists, walk, sizes):
+    """`plan.own_lists`, where halves of a block of queries see other tiles than the block, or None."""
+    from pallas_kernels.block_sparse_attention import plan
+
+    if sizes[0] != 2 * BLOCKS[0] or config.mask is None or config.mask.inputs:
+        return None
+    table = config.mask.tiles(BLOCKS[0], sizes[1], config.time, config.keys)
+    table = np.pad(table, ((0, 2 * lists.index.shape[2] - len(table)), (0, 0)))
+    grades = [np.take_along_axis(table[None, None, half::2], np.maximum(lists.index, 0), axis=-1) for half in (0, 1)]
+    if not any((grade[lists.index >= 0] == EMPTY).any() for grade in grades):
+        return None
+    whole = lists.index < config.keys // sizes[1]
+    full = [(grade == FULL) & whole for grade in grades]
+    halves = sum((grades[half] == EMPTY) * (1 << half) + full[half] * (4 << half) for half in (0, 1))
+    return plan.own_lists(walk, halves.reshape(*halves.shape[:2], -1))
 
 
 def visit(scale, soft_cap, mask, data, q, k, v):
@@ -164,9 +182,8 @@ def _attend(call, q, k, v, slopes, data, walks):
 
     time = q.shape[1]
     bq, bk = call.sizes
-    y, lse = gpu.forward(
-        _filled(q, bq), _filled(k, bk), _filled(v, bk), walks[0], slopes=slopes, **_options(call, data)
-    )
+    options = _options(call, data) | {"slopes": slopes, "own": walks[2]}
+    y, lse = gpu.forward(_filled(q, bq), _filled(k, bk), _filled(v, bk), walks[0], **options)
     return y[:, :time], lse[:, :, :time]
 
 
@@ -182,7 +199,7 @@ def _attend_backward(call, saved, cotangents):
         delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=lse.dtype) - dlse
         return (*_by_kernel(call, q, k, v, data, walks, lse, dy, delta), None, None, None)
     config = block_sparse_chunked.Config(call.scale, call.soft_cap, call.mask, *call.lengths, call.full)
-    call = (config, q, k, v, slopes, data, walks, call.sizes)
+    call = (config, q, k, v, slopes, data, walks[:2], call.sizes)
     return (*block_sparse_chunked.gradients(*call, y, lse, dy, dlse), None, None)
 
 
@@ -202,5 +219,5 @@ def _by_kernel(call, q, k, v, data, walks, lse, dy, delta):
     lse = jnp.where(lse > -jnp.inf, lse, jnp.inf)  # rows that see nothing have weights 0, and so have those filled up
     rows = _filled(lse, bq, 2, jnp.inf), _filled(dy, bq), _filled(delta, bq, 2)
     arrays = _filled(q, bq), _filled(k, bk), _filled(v, bk), *rows
-    dq, dk, dv = gpu_backward.backward(*arrays, *walks, **_options(call, data))
+    dq, dk, dv = gpu_backward.backward(*arrays, *walks[:2], **_options(call, data))
     return dq[:, :time], dk[:, :keys], dv[:, :keys]
