@@ -52,7 +52,9 @@ def test_candidates_fit_in_shared_memory_and_hold_the_rule(kernel):
     for config in found:
         size = linear_attention.shared_bytes(kernel, q, v, config.units, config.stages)
         assert size <= linear_attention.SHARED_BYTES
-    assert [config.splits for config in linear_attention.candidates(kernel, *shapes(time=64))] == [1] * (len(found) // 4)
+    assert [config.splits for config in linear_attention.candidates(kernel, *shapes(time=64))] == [1] * (
+        len(found) // 4
+    )
 
 
 def test_every_entry_of_the_shipped_tables_can_be_read():
