@@ -231,36 +231,6 @@ def accumulate(body, *starts):
     return list(pl.run_state(run)([mgpu.ACC.init(start) for start in starts]))
 
 
-def products(*jobs, meanwhile=lambda: None):
-    """Several sums of a @ b, each a list of pairs, and `meanwhile()`, computed while the tensor cores are at work."""
-    if interpreting():
-        return [matmul(*pairs) for pairs in jobs], meanwhile()
-    mgpu = gpu()
-
-    def run(*accs):
-        for acc, pairs in zip(accs, jobs):
-            for a, b in pairs:
-                mgpu.wgmma(acc, a, b)
-        beside = meanwhile()
-        return [acc[...] for acc in accs], beside
-
-    return pl.run_scoped(run, *[mgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), jnp.float32) for pairs in jobs])
-
-
-def added(start, pairs, meanwhile):
-    """start + sum of a @ b over `pairs`; `meanwhile()` works on other things while the tensor cores do."""
-    if interpreting():
-        meanwhile()
-        return matmul(*pairs, start=start)
-
-    def run(acc):
-        for a, b in pairs:
-            gpu().wgmma(acc, a, b)
-        meanwhile()
-
-    return pl.run_state(run)(gpu().ACC.init(start))
-
-
 def as_operand(value, spare=None):
     """A float32 tile rounded to bf16, as the left operand of `matmul`.
 
@@ -328,8 +298,8 @@ def vector_spec(shape, index_map):
 def pipeline(body, *, steps, specs, stages, warpgroups, around):
     """A loop over `steps` whose inputs one extra warpgroup fetches by TMA, `stages` deep.
 
-    steps: a number, or a scalar known to the kernel only (at least 1). body(indices, *tiles, carry) -> carry runs in every computing warpgroup; around(run) wraps the loop there:
-    run(carry) -> carry.
+    steps: a number, or a scalar of the kernel's own, at least 1. body(indices, *tiles, carry) -> carry runs in every
+    computing warpgroup; around(run) wraps the loop there: run(carry) -> carry.
     """
     return gpu().emit_pipeline_warp_specialized(
         body,

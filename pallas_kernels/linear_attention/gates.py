@@ -2,7 +2,8 @@
 
 With l the decays and w the weights in log2, a chunk's tokens get g_i = sum of l_t over t <= i and c_j = g_j - log2 w_j.
 The sums are products with a triangle of ones on the tensor cores, which also turn [tokens, heads] into [heads, tokens];
-what is summed goes in as two bf16 parts, which hold the first 16 of a float32's 24 bits: decays change by 2^-17 of themselves.
+what is summed goes in as two bf16 parts, which hold the first 16 of a float32's 24 bits: a decay's logarithm changes by
+up to 2^-17 of itself, for all its readers alike.
 """
 
 import math

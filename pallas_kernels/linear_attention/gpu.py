@@ -10,7 +10,8 @@ and c = g - log2 w:
 
 The state stays in registers as float32; neither it nor the scores are written to memory. One more warpgroup fetches
 tiles by TMA. Where rows and heads are too few to fill the chip, time is cut in stretches: a first kernel computes each
-stretch's own contribution to the state, the second starts every stretch from the sum of those before it.
+stretch's own contribution to the state, the second starts every stretch from the sum of those before it. The first one
+skips tokens whose writes decay below 2^-150 before the stretch ends, so its time depends on the decays.
 
 The algorithm is the chunked form of Mamba-2 (arXiv 2405.21060) and of GLA (arXiv 2312.06635).
 """
@@ -27,10 +28,6 @@ from pallas_kernels import compat
 from pallas_kernels.linear_attention import gates
 from pallas_kernels.linear_attention import plan as planning
 from pallas_kernels.linear_attention.plan import CHUNK, COLUMNS, SEGMENT_LANES, Plan
-
-import os
-
-VARIANT = int(os.environ.get("VARIANT", "0"))
 
 
 def supports(
@@ -196,8 +193,7 @@ class Tokens:
 
     def __init__(self, decays, segments, start, shift=0.0):
         # Of tokens that read, and of tokens that write: the same where all write with weight 1.
-        zero = start * 0
-        self.decays, self.sources = decays.at[zero], decays.at[zero + decays.shape[0] - 1]
+        self.decays, self.sources = decays.at[0], decays.at[decays.shape[0] - 1]
         self.start = start
         self.last = decays[0, CHUNK - 1]
         self.shift = shift
@@ -229,12 +225,14 @@ class Tokens:
         """What token i's output reads of token j's write, scale included: [i, j], or [j, i] transposed."""
         shape = (CHUNK, CHUNK)
         rows, columns = (self.sources, self.decays) if transposed else (self.decays, self.sources)
-        down = compat.spread_rows(compat.load_rows(rows), shape)
+        # A thread has 2 of the rows and 16 of the columns, so what is added to all pairs is added to rows.
+        down = compat.load_rows(rows) + (-self.shift if transposed else self.shift)
+        down = compat.spread_rows(down, shape)
         across = compat.spread_columns(compat.load_columns(columns), shape)
         # Without `start` the mask is computed before the loop over chunks, and held in registers.
         row, column = (compat.iota(shape, axis) + self.start for axis in (0, 1))
         visible = row <= column if transposed else row >= column
-        exponent = (across - down if transposed else down - across) + self.shift
+        exponent = across - down if transposed else down - across
         if self.segments is not None:
             row_runs = compat.spread_rows(compat.load_rows(self.runs), shape)
             column_runs = compat.spread_columns(compat.load_columns(self.runs), shape)
@@ -290,7 +288,7 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
         def chunk(indices, decay_tile, *tiles):
             *seg, key_tile, value_tile, carry = tiles
             tokens = Tokens(
-                decay_tile.at[:, unit if lanes.block_heads > 1 else unit * 0],
+                decay_tile.at[:, unit if lanes.block_heads > 1 else 0],
                 *(seg or [None]),
                 at(indices[0]) * CHUNK,
                 shift=math.log2(scale),
@@ -342,64 +340,27 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
         def chunk(indices, decay_tile, *tiles):
             *seg, q_tile, k_tile, v_tile, carry = tiles
             tokens = Tokens(
-                decay_tile.at[:, unit if lanes.block_heads > 1 else unit * 0],
+                decay_tile.at[:, unit if lanes.block_heads > 1 else 0],
                 *(seg or [None]),
                 at(indices[0]) * CHUNK,
                 shift=math.log2(scale),
             )
             v_mine = v_tile.at[:, mine]
+            states[unit] = carry.astype(jnp.bfloat16)
             values = compat.load_tile(v_mine).astype(jnp.float32)
-            if VARIANT >= 6:
-                values = scaled_rows(values, tokens.carry_out()).astype(jnp.bfloat16)
-                states[unit] = carry.astype(jnp.bfloat16)
-                weighted[unit] = values
-            else:
-                states[unit] = carry.astype(jnp.bfloat16)
-                weighted[unit] = scaled_rows(values, tokens.carry_out()).astype(jnp.bfloat16)
+            weighted[unit] = scaled_rows(values, tokens.carry_out()).astype(jnp.bfloat16)
             compat.publish()
-            write = (compat.transposed(k_tile), weighted.at[unit])
+            scores = compat.matmul((q_tile, compat.transposed(k_tile))) * tokens.pairs()
+            scores = compat.as_operand(scores, spare[0].at[unit] if spare else None)
+            y = scaled_rows(compat.matmul((q_tile, states.at[unit])), tokens.carry_in())
+            y = compat.matmul((scores, v_mine), start=y)
+            compat.stores_read()
+            outputs[unit] = y.astype(jnp.bfloat16)
+            compat.publish()
             place = pl.ds(head * plan.value + columns.start, COLUMNS)
-
-            def finish(y):
-                compat.stores_read()
-                outputs[unit] = y.astype(jnp.bfloat16)
-                compat.publish()
-                compat.store(outputs.at[unit], y_ref.at[row, pl.ds(at(indices[0]) * CHUNK, CHUNK), place])
-
-            if VARIANT >= 4 and not compat.interpreting():
-                q_tile = compat.load_tile(q_tile)
-            if VARIANT in (0, 4, 6, 7):
-                scores = compat.matmul((q_tile, compat.transposed(k_tile))) * tokens.pairs()
-                scores = compat.as_operand(scores, spare[0].at[unit] if spare else None)
-                y = scaled_rows(compat.matmul((q_tile, states.at[unit])), tokens.carry_in())
-                if VARIANT == 7:
-                    y = compat.matmul((scores, v_mine), start=y)
-                    return compat.added(carry * tokens.kept(), [write], lambda: finish(y))
-                finish(compat.matmul((scores, v_mine), start=y))
-                return compat.matmul(write, start=carry * tokens.kept())
-
-            def factors():
-                return tokens.pairs(), tokens.carry_in()
-
-            if VARIANT in (1, 3, 5):
-                jobs = [(q_tile, compat.transposed(k_tile))], [(q_tile, states.at[unit])]
-                (scores, y), (pairs, reads) = compat.products(*jobs, meanwhile=factors)
-                scores = compat.as_operand(scores * pairs, spare[0].at[unit] if spare else None)
-                y = scaled_rows(y, reads)
-                if VARIANT in (3, 5):
-                    finish(compat.matmul((scores, v_mine), start=y))
-                    return compat.matmul(write, start=carry * tokens.kept())
-                y, after = compat.matmuls(([(scores, v_mine)], y), ([write], carry * tokens.kept()))
-                finish(y)
-                return after
-
-            def read():
-                jobs = [(q_tile, compat.transposed(k_tile))], [(q_tile, states.at[unit])]
-                (scores, y), (pairs, reads) = compat.products(*jobs, meanwhile=factors)
-                scores = compat.as_operand(scores * pairs, spare[0].at[unit] if spare else None)
-                finish(compat.matmul((scores, v_mine), start=scaled_rows(y, reads)))
-
-            return compat.added(carry * tokens.kept(), [write], read)
+            compat.store(outputs.at[unit], y_ref.at[row, pl.ds(at(indices[0]) * CHUNK, CHUNK), place])
+            write = (compat.transposed(k_tile), weighted.at[unit])
+            return compat.matmul(write, start=carry * tokens.kept())
 
         def around(run):
             where = (pl.ds(0, plan.key), columns)

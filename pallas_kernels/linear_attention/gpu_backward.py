@@ -1,7 +1,7 @@
 """Gradients of linear attention with one decay per token and head, on Hopper GPUs.
 
 Two kernels walk time and recompute what they need; neither states nor scores are written, but for bf16 states every
-`ANCHOR` chunks that the decays' gradient needs. Per chunk, with S the state before it, D its gradient after it, g the
+few chunks that the decays' gradient needs. Per chunk, with S the state before it, D its gradient after it, g the
 cumulated decays, c those less the logarithms of the writes' weights, P_ij = scale 2^(g_i - c_j) for j <= i and a_i, w_j
 the factors of carry in and out:
 
@@ -14,8 +14,8 @@ computes dv and the other dk. Heads that share keys, and slices of a wide value,
 writes its part in bf16 and XLA adds the parts, always in one order.
 
 The gradient of log_decay_t is the sum of everything that crosses t: pairs i >= t > j within the chunk, reads of S by
-tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through it. No two large sums are subtracted
-except for the last, which is walked from anchors, ANCHOR chunks at a time.
+tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through it. Only the last comes from sums that
+bf16 operands have rounded and that are subtracted; it is most of this gradient's error. `kept_through` keeps it small.
 """
 
 import dataclasses
@@ -151,8 +151,9 @@ def _decay_gradient(plan, anchor, decays, segments, start, walk, back):
     left = jnp.moveaxis(gates.ends_of_chunks(decays, segments, plan), 3, 1)
     kept = kept_through(anchors, read, written, left.reshape(-1, *by_block[1:]) > KEPT_LOG2)
     kept = kept.reshape(*shape[:3], 1)
-    later = planning.cumulate("bhcs,st->bhct", reads, lambda source, target: source >= target)
-    earlier = planning.cumulate("bhcs,st->bhct", writes, lambda source, target: source < target)
+    # What tokens from t on read, and what those before t wrote: one product with a triangle for both.
+    later = jnp.sum(reads, axis=-1, keepdims=True)
+    earlier = planning.cumulate("bhcs,st->bhct", writes - reads, lambda source, target: source < target)
     return pairs + later + earlier + kept
 
 
@@ -161,8 +162,8 @@ def kept_through(anchors, read, written, stays):
 
     <S, D> at a chunk's start less what the chunk reads of S is what is kept; that plus what the chunk writes is <S, D>
     at its end. Each step adds the rounding errors of one sum, so the walk goes both ways, from a block's start and from
-    the next one's, and the two values are weighted by how many sums the other is made of. Where `stays` is false nothing
-    is kept, and both ways start anew.
+    the next one's, and each value is weighted by how many sums the other is made of. Where `stays` is false nothing is
+    kept, and both ways start anew.
     """
     count = read.shape[-1]
     known = jnp.arange(anchors.shape[2]) < anchors.shape[2] - 1
