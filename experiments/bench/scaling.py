@@ -5,6 +5,7 @@ train        weak scaling of mamba2_1b and transformer_1b: the same rows a devic
 attention    causal attention of one long sequence with time cut over 2, 4, ... devices: ring, zigzag, heads; `share`
              is the rate of useful FLOPs of a device over that of one device with all of the keys
 recurrences  the same number of tokens a device, time cut: linear attention, the delta rule, the linear scan
+equal        short calls of these with time cut over all devices, beside float64 on one
 
 Bytes that a device sends are read from the compiled program, beside those of the formula where there is one.
 """
@@ -27,6 +28,8 @@ COLUMNS = (
     ("share_both", "with gradients", ".1%"),
     ("sent", "bytes sent by a device, forward", ","),
     ("sent_formula", "by the formula", ","),
+    ("error", "error, output", ".1e"),
+    ("gradient_error", "worst of the gradients", ".1e"),
     ("loss_error", "relative error of the losses", ".1e"),
 )
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from experiments.bench import timing
+from experiments.bench import errors, timing
 from experiments.bench.scaling_train import counts
 from experiments.bench.suites import Case
 from experiments.compile import hlo
@@ -19,7 +19,8 @@ HEADS, WIDTH, CHANNELS = 16, 128, 4096
 FORMS = ("ring", "zigzag", "heads")
 LENGTHS = (2**15, 2**17, 2**18, 2**20)  # of attention's sequence, on all devices
 COMPARED = 2**18  # at which fewer devices, and one, are timed too
-TOKENS = {"linear_attention": 2**15, "delta_rule": 2**13, "linear_scan": 2**15}  # a device
+TOKENS = {"linear_attention": 2**17, "delta_rule": 2**13, "linear_scan": 2**17}  # a device
+CHECKED = 256  # a device, where values are compared
 TOKEN_AXES = ("batch", "time", "heads", None)
 
 
@@ -41,7 +42,35 @@ def cases(args):
         for n in every:
             call = functools.partial(recurrence, name, n, tokens * n, rates)
             made.append(Case("recurrences", f"{name} on {n}, T={tokens * n}", call))
+    if len(every) > 1:
+        checks = [("attention", form) for form in FORMS] + [(name, "context") for name in TOKENS]
+        made += [
+            Case("equal", f"{name} {how} on {every[-1]}", functools.partial(equal, name, how)) for name, how in checks
+        ]
     return made
+
+
+def equal(name, how, args):
+    """A row of errors to float64 with time cut over all devices: CHECKED tokens each, bfloat16, 8 heads."""
+    devices = counts()[-1]
+    length, heads = CHECKED * devices, 8
+    if name == "attention":
+        run = functools.partial(ops.attention, context=how)
+        plain = ops.attention
+    else:
+        run = plain = OPS[name]
+    shapes = _shapes(name, length, heads)
+    if args.compile_only:
+        return
+    cotangent, *inputs = (jax.random.normal(jax.random.key(n), *s[:2]) for n, s in enumerate((shapes[0], *shapes)))
+    exact = errors.exact(plain, cotangent, inputs)
+    mesh = sharding.make_mesh(context=devices, devices=jax.devices()[:devices])
+    with sharding.use_mesh(mesh):
+        where = [NamedSharding(mesh, sharding.spec(s[2], s[0], mesh)) for s in (shapes[0], *shapes)]
+        given = jax.tree.map(jax.device_put, [cotangent, *inputs], where)
+        found = jax.jit(timing.with_gradients(run))(*given)
+    names = ("x", "log_a") if name == "linear_scan" else ("q", "k", "v", "gate")[: len(inputs)]
+    yield {"what": name, "how": how, "devices": devices, "tokens": length, **errors.compared(found, exact, names)}
 
 
 def attention(how, devices, length, rates, args):
@@ -50,8 +79,7 @@ def attention(how, devices, length, rates, args):
     def call(q, k, v):
         return ops.attention(q, k, v, context=None if devices == 1 else how)
 
-    shapes = [((1, length, HEADS, WIDTH), jnp.bfloat16, TOKEN_AXES)] * 3
-    for times in _timed(call, shapes, devices, args):
+    for times in _timed(call, _shapes("attention", length, HEADS), devices, args):
         flops = 2 * HEADS * WIDTH * length**2 / devices
         rate = {key: flops / times[key] for key in ("fwd_ms", "fwd_bwd_ms")}
         row = {"what": "attention", "how": how, "devices": devices, "tokens": length, **times}
@@ -66,27 +94,34 @@ def attention(how, devices, length, rates, args):
         yield row
 
 
-def _linear_attention(q, k, v, g):
-    return ops.linear_attention(q, k, v, jax.nn.log_sigmoid(g), scale=WIDTH**-0.5)[0]
+def _linear_attention(q, k, v, g, **options):
+    return ops.linear_attention(q, k, v, jax.nn.log_sigmoid(g), scale=WIDTH**-0.5, **options)[0]
 
 
-def _delta_rule(q, k, v, beta):
-    unit = lambda x: (x / jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True)).astype(x.dtype)
-    return ops.delta_rule(unit(q), unit(k), v, jax.nn.sigmoid(beta))[0]
+def _delta_rule(q, k, v, beta, **options):
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    unit = lambda x: (x / jnp.linalg.norm(x.astype(wide), axis=-1, keepdims=True)).astype(x.dtype)
+    return ops.delta_rule(unit(q), unit(k), v, jax.nn.sigmoid(beta), **options)[0]
 
 
-def _linear_scan(x, g):
-    return ops.linear_scan(x, jax.nn.log_sigmoid(g))[0]
+def _linear_scan(x, g, **options):
+    return ops.linear_scan(x, jax.nn.log_sigmoid(g), **options)[0]
+
+
+OPS = {"linear_attention": _linear_attention, "delta_rule": _delta_rule, "linear_scan": _linear_scan}
+
+
+def _shapes(name, length, heads):
+    """(shape, dtype, axes) of each input."""
+    token = ((1, length, heads, WIDTH), jnp.bfloat16, TOKEN_AXES)
+    gate = ((1, length, heads), jnp.float32, TOKEN_AXES[:3])
+    channels = ((1, length, CHANNELS), jnp.bfloat16, ("batch", "time", None))
+    return {"linear_scan": [channels] * 2, "attention": [token] * 3}.get(name, [token, token, token, gate])
 
 
 def recurrence(name, devices, length, rates, args):
     """A row of a recurrence, the same tokens a device: its rate of tokens over that of one device."""
-    token = ((1, length, HEADS, WIDTH), jnp.bfloat16, TOKEN_AXES)
-    gate = ((1, length, HEADS), jnp.float32, TOKEN_AXES[:3])
-    channels = ((1, length, CHANNELS), jnp.bfloat16, ("batch", "time", None))
-    shapes = [channels, channels] if name == "linear_scan" else [token, token, token, gate]
-    call = {"linear_attention": _linear_attention, "delta_rule": _delta_rule, "linear_scan": _linear_scan}[name]
-    for times in _timed(call, shapes, devices, args):
+    for times in _timed(OPS[name], _shapes(name, length, HEADS), devices, args):
         row = {"what": name, "how": "context", "devices": devices, "tokens": length, **times}
         if devices == 1:
             rates.update(times)

@@ -101,7 +101,7 @@ class Begun:
 
 
 def begun(q, k, v, log_decay, run_ids, log_write, dy, *, scale, need_decay=True, splits=None, need_start=False):
-    """What `backward` does before it needs the states; need_start: also the state's gradient if the final one's is 0."""
+    """What `backward` does before it needs states; need_start: also the state's gradient if the final one's is 0."""
     time, call = q.shape[1], (q.shape[1], log_decay, run_ids, log_write)
     if time % 8:
         q, k, v, log_decay, run_ids, log_write, dy = pad_time(q, k, v, log_decay, run_ids, log_write, dy)
