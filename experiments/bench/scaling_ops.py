@@ -44,9 +44,8 @@ def cases(args):
             made.append(Case("recurrences", f"{name} on {n}, T={tokens * n}", call))
     if len(every) > 1:
         checks = [("attention", form) for form in FORMS] + [(name, "context") for name in TOKENS]
-        made += [
-            Case("equal", f"{name} {how} on {every[-1]}", functools.partial(equal, name, how)) for name, how in checks
-        ]
+        label = lambda name, how: f"{name} {how} on {every[-1]}, values"
+        made = [Case("equal", label(*check), functools.partial(equal, *check)) for check in checks] + made
     return made
 
 
