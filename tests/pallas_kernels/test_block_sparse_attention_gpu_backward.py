@@ -128,18 +128,18 @@ def test_a_call_that_cannot_run_is_refused_with_one_line():
 # Ahead of time for an H100, through ptxas, on a machine without a GPU.
 
 
-def compiled(spilled, visible, data=(), soft_cap=None, time=1024, key=128):
+def compiled(spilled, visible, data=(), soft_cap=None, sizes=(128, 128)):
     array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
     integers = lambda length: array(1, 1, length, dtype=jnp.int32)
-    tiles = time // 128
+    time, tiles = 1024, 1024 // sizes[0]
     lists = (integers(tiles), integers(tiles), integers(tiles**2), array(1, 1, tiles**2, dtype=jnp.bool_))
-    q, row = array(2, time, 4, key), array(2, 4, time, dtype=jnp.float32)
-    k = array(2, time, 2, key)
+    q, row = array(2, time, 4, 128), array(2, 4, time, dtype=jnp.float32)
+    k = array(2, time, 2, 128)
     data = [{name: array(2, time, dtype=jnp.int32)} for name in data] or [{}, {}]
 
     def run(q, k, v, lse, dy, delta, walk, turned, q_data, k_data):
         sides = {"q_data": q_data, "k_data": k_data, "visible": visible, "soft_cap": soft_cap}
-        return gpu_backward.backward(q, k, v, lse, dy, delta, walk, turned, sizes=(128, 128), scale=1.0, **sides)
+        return gpu_backward.backward(q, k, v, lse, dy, delta, walk, turned, sizes=sizes, scale=1.0, **sides)
 
     return spilled(run, q, k, k, row, q, row, lists, lists, *data)
 
@@ -150,7 +150,19 @@ def test_kernels_with_a_data_mask_compile_for_an_h100_without_spills(spilled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("soft_cap", "key"), [(None, 64), (30.0, 128)])
-def test_other_kernels_compile_for_an_h100_without_spills(spilled, soft_cap, key):
-    found = compiled(spilled, causal, soft_cap=soft_cap, key=key)
+def test_kernels_of_blocks_of_64_compile_for_an_h100_without_spills(spilled):
+    found = compiled(spilled, causal, sizes=(64, 64))
     assert found == {"block_sparse_attention_dkv": 0, "block_sparse_attention_dq": 0}
+
+
+@pytest.mark.slow
+def test_kernels_with_a_soft_cap_compile_for_an_h100_and_spill_next_to_nothing(spilled):
+    found = compiled(spilled, causal, soft_cap=30.0)
+    assert found["block_sparse_attention_dq"] == 0
+    assert found["block_sparse_attention_dkv"] <= 8  # 2 registers, before and after the loop, when written
+
+
+def test_warpgroups_ask_for_no_more_registers_than_a_thread_block_has():
+    threads = 128 * (gpu_backward.WARPGROUPS + 1)
+    given = 65536 // threads // 8 * 8 * (gpu_backward.WARPGROUPS + 1)
+    assert given >= gpu_backward.WARPGROUPS * gpu_backward.COMPUTING + gpu_backward.FETCHING
