@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import compat
 from seqmix import ops
 from seqmix.ops import block_sparse_kernels, masks, scored
+from tests.quick import QUICK
 
 needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
 IDS = jnp.asarray([[0] * 5 + [3] * 40 + [7] * 50 + [0] * 5])
@@ -44,16 +45,24 @@ def test_calls_that_no_kernel_takes_are_refused_with_the_reason():
 
 
 def _with_gradients(call, *inputs):
-    results, pull = jax.vjp(call, *inputs)
-    turned = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), results)
-    return [np.asarray(x, np.float64) for x in jax.tree.leaves((results, pull(turned)))]
+    def run(*inputs):
+        results, pull = jax.vjp(call, *inputs)
+        turned = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), results)
+        return results, pull(turned)
+
+    out = jax.jit(run, compiler_options=QUICK)(*inputs)
+    return [np.asarray(x, np.float64) for x in jax.tree.leaves(out)]
 
 
 @needs_mosaic
 @pytest.mark.parametrize(
     ("op", "options"),
     [
-        (ops.attention, {"window": 50, "soft_cap": 3.0, "sink_logits": jnp.asarray([0.5, -1.0])}),
+        pytest.param(
+            ops.attention,
+            {"window": 50, "soft_cap": 3.0, "sink_logits": jnp.asarray([0.5, -1.0])},
+            marks=pytest.mark.slow,
+        ),
         (ops.attention, {"segment_ids": IDS, "slopes": jnp.asarray([0.1, 0.5])}),
         (ops.block_sparse_attention, {"blocks": np.array([[1, -1], [1, 0]]), "sizes": (64, 64)}),
     ],

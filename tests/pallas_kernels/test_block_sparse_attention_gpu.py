@@ -117,7 +117,7 @@ def test_floor_of_dense_attention_is_its_products():
     [
         (masks.Causal() & masks.Segments(), (128, 128), 4, 128),
         (masks.Boxed(masks.Neighbourhood((32, 32), (13, 13)), (8, 8)), (128, 64), 4, 128),
-        (masks.Window(100) | masks.Sinks(4), (64, 64), 2, 64),
+        pytest.param(masks.Window(100) | masks.Sinks(4), (64, 64), 2, 64, marks=pytest.mark.slow),
     ],
     ids=["packed", "neighbourhood", "grouped"],
 )
