@@ -13,6 +13,8 @@ import numpy as np
 
 from seqmix.ops.mask_algebra import EMPTY, FULL, Mask, library, ranges, span
 
+_RANKED = 256  # longest lists whose entries are brought forward without a sort
+
 
 class Lists(NamedTuple):
     """The key blocks of each query block; the entries that are none stand last."""
@@ -75,6 +77,14 @@ def _along(values, index):
 def _compact(index, full) -> Lists:
     xp = library(index, full)
     index, full = xp.broadcast_arrays(index, full)
+    if xp is jnp and index.shape[-1] <= _RANKED:
+        # Each entry is added up where its rank is: on a GPU a fraction of the time of a sort.
+        live = index >= 0
+        rank = jnp.cumsum(live, axis=-1, dtype=np.int32)
+        entry = jnp.where(live, 2 * index + full + 1, 0)
+        here = live[..., None, :] & (rank[..., None, :] == np.arange(1, index.shape[-1] + 1)[:, None])
+        entry = jnp.sum(jnp.where(here, entry[..., None, :], 0), axis=-1, dtype=np.int32) - 1
+        return Lists(entry >> 1, (entry >= 0) & (entry & 1 == 1))
     order = xp.argsort(index < 0, axis=-1, stable=True)
     index, full = (xp.take_along_axis(x, order, axis=-1) for x in (index, full))
     if xp is np:

@@ -8,12 +8,13 @@ import pytest
 from pallas_kernels import compat
 from seqmix import ops
 from seqmix.ops import block_sparse_kernels, masks, scored
+from tests.quick import QUICK
 
 needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
-IDS = jnp.asarray([[0] * 5 + [3] * 60 + [7] * 60 + [0] * 5])
+IDS = jnp.asarray([[0] * 5 + [3] * 40 + [7] * 50 + [0] * 5])
 
 
-def _inputs(time=130, heads=2, key_heads=1):
+def _inputs(time=100, heads=2, key_heads=1):
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (1, time, heads, 64), jnp.bfloat16)
     return q, *(jax.random.normal(key, (1, time, key_heads, 64), jnp.bfloat16) for key in keys[1:])
@@ -31,12 +32,12 @@ def test_without_a_hopper_gpu_kernels_are_refused_with_the_reason():
 @needs_mosaic
 def test_calls_that_no_kernel_takes_are_refused_with_the_reason():
     call = lambda **options: ops.block_sparse_attention(*_inputs(), implementation="gpu", **options)
-    table = masks.BlockTable(np.eye(5, dtype=int), 32)
+    table = masks.BlockTable(np.eye(4, dtype=int), 32)
     with compat.interpret():
         with pytest.raises(ValueError, match="has no form for a mask that uses"):
             call(mask=table)
         with pytest.raises(ValueError, match="blocks of 64 or 128"):
-            call(blocks=np.zeros((5, 1), int), sizes=(32, 64))
+            call(blocks=np.zeros((4, 1), int), sizes=(32, 64))
         with pytest.raises(ValueError, match="a scale that is a Python number above 0"):
             call(mask=masks.Causal(), scale=-1.0)
         with pytest.raises(ValueError, match="needs bfloat16"):
@@ -44,20 +45,26 @@ def test_calls_that_no_kernel_takes_are_refused_with_the_reason():
 
 
 def _with_gradients(call, *inputs):
-    results, pull = jax.vjp(call, *inputs)
-    turned = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), results)
-    return [np.asarray(x, np.float64) for x in jax.tree.leaves((results, pull(turned)))]
+    def run(*inputs):
+        results, pull = jax.vjp(call, *inputs)
+        turned = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), results)
+        return results, pull(turned)
+
+    out = jax.jit(run, compiler_options=QUICK)(*inputs)
+    return [np.asarray(x, np.float64) for x in jax.tree.leaves(out)]
 
 
 @needs_mosaic
 @pytest.mark.parametrize(
     ("op", "options"),
     [
-        (ops.attention, {"window": 50, "soft_cap": 3.0, "sink_logits": jnp.asarray([0.5, -1.0])}),
-        (ops.attention, {"segment_ids": IDS, "slopes": jnp.asarray([0.1, 0.5])}),
-        (ops.block_sparse_attention, {"blocks": np.array([[0, -1], [2, 0], [1, 2]]), "sizes": (64, 64)}),
+        (
+            ops.attention,
+            {"segment_ids": IDS, "slopes": jnp.asarray([0.1, 0.5]), "sink_logits": jnp.asarray([0.5, -1.0])},
+        ),
+        (ops.block_sparse_attention, {"blocks": np.array([[1, -1], [1, 0]]), "sizes": (64, 64)}),
     ],
-    ids=["rules", "packed", "lists"],
+    ids=["packed", "lists"],
 )
 def test_kernels_agree_with_the_chunked_form(op, options):
     """Values, lse and all gradients: 5e-3 is what bfloat16 operands leave of either form."""
@@ -74,7 +81,7 @@ def test_kernels_agree_with_the_chunked_form(op, options):
 
 @needs_mosaic
 def test_a_visit_of_keys_from_another_stretch_agrees_with_the_reference():
-    q, k, v = _inputs(100)
+    q, k, v = _inputs()
     k, v = k[:, :90], v[:, :90]
     places = {"q_positions": jnp.arange(100)[None] + 50, "kv_positions": jnp.arange(90)[None] + 70}
     data = dict(zip(scored.PLACES, (jnp.ones((1, 100), int), jnp.ones((1, 90), int), *places.values())))
