@@ -26,7 +26,6 @@ from seqmix.core import param, sharding
 SPREAD = 4.0  # bytes moved around a matrix product over those of its operands: norms, gates, convolutions
 INTENSITY = {"state": 10.0, "other": 50.0}  # FLOPs of an op's XLA form for each byte that it moves
 WORK = {"state": 8.0, "other": 2.2}  # bytes of one layer at work over those of its products' operands
-KEPT = 3.0  # bytes that each further layer of a period keeps, likewise
 UPDATE = 36.0  # bytes moved to update a weight: float32 weight, moments, gradient, and the gradient's norm
 
 
@@ -119,14 +118,11 @@ def _memory(cfg, layers, logits, held, whole, tokens, split):
     operands = [2 * (layer.whole + layer.split * split) for layer in layers]
     worked = [_of(WORK, layer.form) * size for layer, size in zip(layers, operands, strict=True)]
     kept = {"full": 0, "dots": 2 * split * sum(layer.outputs for layer in layers), "none": sum(worked) / 2}
-    # The layers that remat repeats together have their residuals at once.
-    period = range(len(cfg.model.mixers) if cfg.model.remat == "full" else 1)
-    most = max(period, key=lambda i: worked[i])
-    work = worked[most] + KEPT * sum(operands[i] for i in period if i != most)
-    carried = 2 * cfg.model.d_model * cfg.model.n_periods
+    # Full remat keeps what enters each layer, else a period's is kept among the rest.
+    carried = 2 * cfg.model.d_model * (len(layers) if cfg.model.remat == "full" else cfg.model.n_periods)
     chunk = min(cfg.model.loss_chunk / cfg.data.seq_len, 1) * logits * split * 8
     state = 12 + 4 + 2 + 4 * bool(cfg.optim.ema) + 4 * (cfg.optim.accumulate > 1)
-    return state * held + 4 * whole / len(layers) + tokens * (carried + kept[cfg.model.remat] + work + chunk)
+    return state * held + 4 * whole / len(layers) + tokens * (carried + kept[cfg.model.remat] + max(worked) + chunk)
 
 
 def _of(table, form):

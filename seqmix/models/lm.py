@@ -21,7 +21,7 @@ from seqmix.core import param
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.core.sharding import constrain
-from seqmix.models import checks
+from seqmix.models import checks, stack
 from seqmix.models.blocks import gated_mlp, mlp_params, scale_out
 from seqmix.models.loss import chunked_cross_entropy, unembed
 from seqmix.parts.norms import norm_params, rms_norm
@@ -40,7 +40,7 @@ class LM:
     mlp_hidden: tuple[int, ...] | int = 0  # hidden width of the gated MLP after each mixer; 0: none
     tie_embeddings: bool = True  # read out with the embedding table
     norm_eps: float = 1e-5  # added to the mean square in every norm
-    remat: str = "none"  # what the backward pass recomputes: none, full, dots (all but matmul outputs)
+    remat: str = "none"  # what the backward pass recomputes: none, full (each layer), dots (all but matmul outputs)
     compute_dtype: str = "bfloat16"  # of the residual stream and matmuls; weights are stored in float32
     z_loss: float = 1e-4  # weight of the mean squared log-normaliser
     loss_chunk: int = 512  # tokens of each row whose logits exist at once
@@ -118,7 +118,7 @@ class LM:
 
         xs = (params["layers"], keys)
         carry = (x, self._initial_shared(body, x, xs))
-        (x, _), (aux, captured) = jax.lax.scan(self._rematted(body), carry, xs)
+        (x, _), (aux, captured) = jax.lax.scan(stack.period(self.remat, body, len(self.mixers)), carry, xs)
         aux = self._merge_aux(aux)
         for name, value in captured.items():
             aux[f"capture/{name}"] = value.reshape(self.n_layers, *x.shape)
@@ -142,28 +142,21 @@ class LM:
         carry, found = (x, shared), []
         for run in self._runs():
             weights = [layers[str(i)] for i in run]
+            # What enters the first layer is kept as what enters the period.
+            one = stack.layer(self.remat, partial(layer, run[0]), len(self.mixers), keep=run != [0])
             if len(run) == 1:
-                carry, one = layer(run[0], carry, (weights[0], run[0]))
-                found.append(one)
+                carry, some = one(carry, (weights[0], run[0]))
+                found.append(some)
                 continue
             stacked = jax.tree.map(lambda *w: jnp.stack(w), *weights)
-            carry, some = jax.lax.scan(partial(layer, run[0]), carry, (stacked, jnp.array(run, jnp.int32)))
+            carry, some = jax.lax.scan(one, carry, (stacked, jnp.array(run, jnp.int32)))
             found += [jax.tree.map(lambda a, n=n: a[n], some) for n in range(len(run))]
         auxes, seen = zip(*found, strict=True)
         return carry, (auxes, {name: jnp.stack([values[name] for values in seen]) for name in capture})
 
     def _runs(self) -> list[list[int]]:
-        """Positions of the period in groups of equal neighbours, which are one loop and so one program to compile.
-
-        Each is alone without remat, since the loops' stacks of weights would be kept, and where layers share.
-        """
-        alone, groups = self.remat == "none" or any("shared" in m.takes for m in self.mixers), []
-        for i, kind in enumerate(zip(self.period, self.mlp_widths, strict=True)):
-            if groups and not alone and kind == groups[-1][0]:
-                groups[-1][1].append(i)
-            else:
-                groups.append((kind, [i]))
-        return [positions for _, positions in groups]
+        kinds = zip(self.period, self.mlp_widths, strict=True)
+        return stack.runs(self.remat, kinds, any("shared" in m.takes for m in self.mixers))
 
     def _add_mlp(self, p, x):
         if "mlp" in p:
@@ -177,12 +170,6 @@ class LM:
         first = jax.tree.map(lambda a: a[0], xs)
         (_, shared), _ = jax.eval_shape(body, (x, {}), first)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shared)
-
-    def _rematted(self, body):
-        if self.remat == "none":
-            return body
-        policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-        return jax.checkpoint(body, policy=policies[self.remat], prevent_cse=False)
 
     def _merge_aux(self, auxes) -> dict:
         out, values = {}, {}

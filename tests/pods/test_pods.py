@@ -11,7 +11,15 @@ PODS = [
     ("hybrid_1b", "v5p:4x4x4", *LONG),
 ]
 LINEAR = {"linear_attention_forward", "linear_attention_states", "linear_attention_backward"}
-KERNELS = {"mamba2_1b": LINEAR, "hybrid_1b": LINEAR, "transformer_1b": set()}  # those that must be in the program
+
+
+def kernels_missing(report):
+    """What should be in the program and is not: kernels of Mamba-2's op, and of attention where time is whole."""
+    found, config = report["kernels"].keys(), report["config"]
+    wanted = set() if config == "transformer_1b" else set(LINEAR)
+    if config != "mamba2_1b" and report["mesh"]["context"] == 1 and not any("splash" in name for name in found):
+        wanted.add("splash")
+    return wanted - found
 
 
 @pytest.mark.tpu
@@ -21,7 +29,7 @@ def test_a_small_hybrid_is_compiled_for_a_slice_of_four(compile_for):
     assert report["chips"] == 4
     assert report["involuntary_resharding"] == 0
     assert report["memory"]["free"] > 0.9
-    assert KERNELS["hybrid_1b"] <= report["kernels"].keys()
+    assert not kernels_missing(report)
     # remat=full: the forward pass twice. The formula has elementwise work too.
     assert 0.6 < report["flops"] / (4 / 3 * report["model_flops"] / 4) < 1.2
     axes = {one["axes"] for one in report["collectives"]}
@@ -35,5 +43,5 @@ def test_a_pod_holds_the_step_with_a_twentieth_of_its_memory_free(compile_for, p
     assert report["batch_size"] * report["seq_len"] == 2**22
     assert report["memory"]["free"] >= 0.05
     assert report["involuntary_resharding"] == 0
-    assert KERNELS[pod[0]] <= report["kernels"].keys()
+    assert not kernels_missing(report)
     assert report["compile_cpu_seconds"] < 600  # of all threads together: no longer on a core of its own

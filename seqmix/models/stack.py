@@ -1,0 +1,46 @@
+"""How a period of layers is walked: which layers are one loop, and what the backward pass keeps of them.
+
+With remat "full" a layer is recomputed from what entered it, one after the other, however long the period is; "dots"
+recomputes a period at once from its matmuls' outputs.
+"""
+
+from functools import partial
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+ENTERED = "layer_input"
+
+
+def period(remat: str, body, length: int):
+    """The body of the loop over periods of so many layers, as `remat` wants it."""
+    if remat == "none":
+        return body
+    if remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    else:
+        policy = jax.checkpoint_policies.save_only_these_names(ENTERED) if length > 1 else None
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+def layer(remat: str, body, length: int, keep: bool):
+    """body(carry, xs) of a layer in such a period; keep: the backward pass keeps `carry`, if it keeps any."""
+    if remat != "full" or length == 1:
+        return body
+    body, named = jax.checkpoint(body, prevent_cse=False), partial(checkpoint_name, name=ENTERED)
+    return (lambda carry, xs: body(jax.tree.map(named, carry), xs)) if keep else body
+
+
+def runs(remat: str, kinds, shared: bool) -> list[list[int]]:
+    """Positions of the period in groups of neighbours of equal kind, which are one loop: one program to compile.
+
+    With full remat alone: any other would keep the loops' stacks of weights, or of all that a layer makes. And not
+    where layers share, whose loop would have to know what is written.
+    """
+    groups = []
+    for position, kind in enumerate(kinds):
+        if groups and remat == "full" and not shared and kind == groups[-1][0]:
+            groups[-1][1].append(position)
+        else:
+            groups.append((kind, [position]))
+    return [positions for _, positions in groups]
