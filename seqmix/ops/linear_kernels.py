@@ -69,13 +69,22 @@ def _run(q, k, v, log_decay, state, runs, log_write, scale, target):
 
 
 def _forward(*call):
-    return _run(*call), call[:-2]
+    *arguments, scale, target = call
+    values = [None if x is None else x.value for x in arguments]
+    # Whether the decays' gradient is asked for, as structure: constant decays, such as RetNet's, spare its work.
+    need_decay = () if arguments[3] is not None and arguments[3].perturbed else None
+    return _run(*values, scale, target), (values, need_decay)
 
 
-def _backward(scale, target, arguments, cotangents):
+def _backward(scale, target, saved, cotangents):
+    arguments, need_decay = saved
     state = arguments[4]
-    *gradients, d_state, d_write = _modules(target)[1].backward(*arguments, *cotangents, scale=scale)
+    dy, d_last = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
+    dy = jnp.zeros(arguments[2].shape, arguments[2].dtype) if dy is None else dy
+    *gradients, d_state, d_write = _modules(target)[1].backward(
+        *arguments, dy, d_last, scale=scale, need_decay=need_decay is not None
+    )
     return *gradients, None if state is None else d_state, None, d_write
 
 
-_run.defvjp(_forward, _backward)
+_run.defvjp(_forward, _backward, symbolic_zeros=True)
