@@ -36,11 +36,15 @@ def _unsupported(target, q, k, v, log_decay, state, runs, write, *, scale, norma
     if normalize or not causal:
         return f"has no form for {'normalize' if normalize else 'causal=False'}"
     options = {"capability": targets.capability()} if target == "gpu" else {}
-    return _modules(target)[0].supports(q, k, v, log_decay, state, runs, write, scale=scale, **options)
+    return _modules(target, log_decay)[0].supports(q, k, v, log_decay, state, runs, write, scale=scale, **options)
 
 
-def _modules(target):
-    """The modules of a target's forward and backward kernels."""
+def _modules(target, log_decay):
+    """The modules of a target's forward and backward kernels for such decays."""
+    if target == "gpu" and log_decay is not None and log_decay.ndim == 4:
+        from pallas_kernels.linear_attention import gpu_channel, gpu_channel_backward
+
+        return gpu_channel, gpu_channel_backward
     if target == "gpu":
         from pallas_kernels.linear_attention import gpu, gpu_backward
 
@@ -65,7 +69,7 @@ def log_writes(write):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _run(q, k, v, log_decay, state, runs, log_write, scale, target):
-    return _modules(target)[0].forward(q, k, v, log_decay, state, runs, log_write, scale=scale)
+    return _modules(target, log_decay)[0].forward(q, k, v, log_decay, state, runs, log_write, scale=scale)
 
 
 def _forward(*call):
@@ -78,10 +82,10 @@ def _forward(*call):
 
 def _backward(scale, target, saved, cotangents):
     arguments, need_decay = saved
-    state = arguments[4]
+    log_decay, state = arguments[3:5]
     dy, d_last = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)
     dy = jnp.zeros(arguments[2].shape, arguments[2].dtype) if dy is None else dy
-    *gradients, d_state, d_write = _modules(target)[1].backward(
+    *gradients, d_state, d_write = _modules(target, log_decay)[1].backward(
         *arguments, dy, d_last, scale=scale, need_decay=need_decay is not None
     )
     return *gradients, None if state is None else d_state, None, d_write
