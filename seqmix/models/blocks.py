@@ -1,4 +1,4 @@
-"""What stacks put around mixers: the gated MLP, the depth scaling of output projections."""
+"""What stacks put around mixers: the gated MLP, the depth scaling of output projections, remat, the layers' aux."""
 
 import dataclasses
 
@@ -35,3 +35,28 @@ def scale_out(tree: dict, factor: float) -> dict:
         return base(key, shape, dtype) * jnp.asarray(factor, dtype)
 
     return tree | {"out": dataclasses.replace(out, init=scaled)}
+
+
+def rematted(body, remat: str, unrolled: bool):
+    """The body of a scan over layers with what its backward pass computes anew: none, full, or dots, all but matmul
+    outputs. An unrolled one needs barriers, else XLA finds everything computed already, and keeps it.
+    """
+    if remat == "none":
+        return body
+    known = jax.checkpoint_policies
+    kept = known.dots_with_no_batch_dims_saveable, known.save_only_these_names("product")
+    policies = {"full": None, "dots": known.save_from_both_policies(*kept)}
+    return jax.checkpoint(body, policy=policies[remat], prevent_cse=unrolled)
+
+
+def merged_aux(auxes) -> dict:
+    """The aux of a stack from those of its period's positions, stacked over periods: means of what is not updates."""
+    out, values = {}, {}
+    for i, aux in enumerate(auxes):
+        for key, value in aux.items():
+            if key.startswith("update/"):
+                out[f"update/layers/{i}/mixer/{key.removeprefix('update/')}"] = value
+            else:
+                values.setdefault(key, []).append(value)
+    means = {key: [jnp.mean(v, axis=0) for v in vs] for key, vs in values.items()}
+    return out | {key: jnp.stack(vs).mean(axis=0) for key, vs in means.items()}

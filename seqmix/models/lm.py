@@ -22,7 +22,7 @@ from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.core.sharding import constrain
 from seqmix.models import checks
-from seqmix.models.blocks import gated_mlp, mlp_params, scale_out
+from seqmix.models.blocks import gated_mlp, merged_aux, mlp_params, rematted, scale_out
 from seqmix.models.loss import chunked_cross_entropy, unembed
 from seqmix.parts.norms import norm_params, rms_norm
 
@@ -121,8 +121,8 @@ class LM:
         xs = (params["layers"], keys)
         carry = (x, self._initial_shared(body, x, xs))
         unroll = self.n_periods if self.unroll else 1
-        (x, _), (aux, captured) = jax.lax.scan(self._rematted(body), carry, xs, unroll=unroll)
-        aux = self._merge_aux(aux)
+        (x, _), (aux, captured) = jax.lax.scan(rematted(body, self.remat, self.unroll), carry, xs, unroll=unroll)
+        aux = merged_aux(aux)
         for name, value in captured.items():
             aux[f"capture/{name}"] = value.reshape(self.n_layers, *x.shape)
         return self._norm(params["final_norm"], x), aux
@@ -183,25 +183,6 @@ class LM:
         first = jax.tree.map(lambda a: a[0], xs)
         (_, shared), _ = jax.eval_shape(body, (x, {}), first)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shared)
-
-    def _rematted(self, body):
-        if self.remat == "none":
-            return body
-        known = jax.checkpoint_policies
-        kept = known.dots_with_no_batch_dims_saveable, known.save_only_these_names("product")
-        policies = {"full": None, "dots": known.save_from_both_policies(*kept)}
-        return jax.checkpoint(body, policy=policies[self.remat], prevent_cse=self.unroll)
-
-    def _merge_aux(self, auxes) -> dict:
-        out, values = {}, {}
-        for i, aux in enumerate(auxes):
-            for key, value in aux.items():
-                if key.startswith("update/"):
-                    out[f"update/layers/{i}/mixer/{key.removeprefix('update/')}"] = value
-                else:
-                    values.setdefault(key, []).append(value)
-        means = {key: [jnp.mean(v, axis=0) for v in vs] for key, vs in values.items()}
-        return out | {key: jnp.stack(vs).mean(axis=0) for key, vs in means.items()}
 
     def logits(self, params, hidden):
         """Float32 logits [..., table rows] of hidden [..., D]; those of padding rows are -1e30."""
