@@ -68,6 +68,7 @@ class Trainer:
         self.rest = {key: value for key, value in abstract.items() if key != "params"}
         batch, seq = cfg.data.batch_size, cfg.data.seq_len
         self.flops_per_step = 3 * self.model.flops(batch, seq)
+        self.chunkless_flops = 3 * self.model.chunkless_flops(batch, seq)  # of which MFU is
         peak = flops.peak_flops(mesh.devices.flat[0].device_kind)
         self.peak = peak * mesh.devices.size if peak else None
         self._eval = None
@@ -181,7 +182,8 @@ class Trainer:
             return self._loss(optim.join(trainable, frozen), batch, rng)
 
         loss, metrics, grads = optim.accumulated(loss_fn, trainable, batch, rng, self.cfg.optim.accumulate)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        with jax.named_scope("gradient_norm"):
+            norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
         scalars = {k: v for k, v in metrics.items() if jnp.ndim(v) == 0 and not k.startswith("update/")}
         scalars |= {"loss": loss, "grad_norm": norm, "lr": self.lr(state["step"])}
         keep = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -193,12 +195,13 @@ class Trainer:
             scalars["lr"] = self.lr(state["step"] - state["spikes"]["skipped"])
         if stop is not None:
             scalars["stop"] = jnp.sum(stop)
-        updates, moments = self.transform.update(grads, state["opt_state"], trainable)
-        params = _write(optim.join(optax.apply_updates(trainable, updates), frozen), metrics)
-        new = {"params": params, "opt_state": moments}
-        if "ema" in state:
-            new["ema"] = jax.tree.map(self._average, state["ema"], params, self.mask)
-        new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, {key: state[key] for key in new})
+        with jax.named_scope("optimiser"):
+            updates, moments = self.transform.update(grads, state["opt_state"], trainable)
+            params = _write(optim.join(optax.apply_updates(trainable, updates), frozen), metrics)
+            new = {"params": params, "opt_state": moments}
+            if "ema" in state:
+                new["ema"] = jax.tree.map(self._average, state["ema"], params, self.mask)
+            new = jax.tree.map(lambda a, b: jnp.where(keep, a, b), new, {key: state[key] for key in new})
         return new | rest, scalars
 
     def _average(self, mean, weight, trained):

@@ -123,7 +123,7 @@ def _loop(run, state, start):
     batch = trainer.put(next(batches), share=share)
     with progress.phase("compiling the train step"), spent.on("compile"):
         train_step = trainer.compile_step(state, batch)
-    shown = progress.Progress(cfg.steps, start, trainer.flops_per_step, trainer.peak)
+    shown = progress.Progress(cfg.steps, start, trainer.chunkless_flops, trainer.peak)
     trace = clock.Trace(cfg.profile, start, run.workdir / "profile")
     pending, before = [], None
     run.watchdog.start()

@@ -12,6 +12,7 @@ import contextlib
 import contextvars
 import functools
 import importlib.util
+import math
 import re
 import sys
 
@@ -100,13 +101,21 @@ def load_columns(ref):
 
 
 def lanes_layout(width):
-    """A vector of `width` values, neighbours in one thread: for elementwise work on rows of plain memory."""
-    return gpu().Layout.WG_STRIDED((width,), vec_size=width // 128)
+    """A vector of `width` values, a multiple of 128: for elementwise work on rows of plain memory.
+
+    As many neighbours lie in one thread as make up to 16 bytes of bf16.
+    """
+    return gpu().Layout.WG_STRIDED((width,), vec_size=math.gcd(width // 128, 8))
+
+
+def load_raw_lanes(ref):
+    """A row of plain memory."""
+    return gpu().load(ref, layout=lanes_layout(ref.shape[-1]))
 
 
 def load_lanes(ref):
     """A row of plain memory, float32."""
-    return gpu().load(ref, layout=lanes_layout(ref.shape[-1])).astype(jnp.float32)
+    return load_raw_lanes(ref).astype(jnp.float32)
 
 
 def lanes(width, value):

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable
 
 SUITES = {
+    "train": "whole training steps on one device, and where their time goes",
     "recurrent": "linear attention, SSD and scans on one device, beside fla and mamba_ssm",
     "attention": "dense, windowed, packed and sparse attention on one device, beside cuDNN and flex_attention",
     "scaling": "several GPUs of one host against one: training, attention and recurrences over a cut time axis",

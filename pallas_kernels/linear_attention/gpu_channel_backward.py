@@ -44,10 +44,13 @@ from pallas_kernels.linear_attention.gpu_channel import (
 from pallas_kernels.linear_attention.plan import CHUNK
 
 
-def backward(q, k, v, log_decay, state, run_ids, log_write, dy, dstate=None, *, scale=1.0, splits=None):
+def backward(
+    q, k, v, log_decay, state, run_ids, log_write, dy, dstate=None, *, scale=1.0, need_decay=True, splits=None
+):
     """Gradients (dq, dk, dv, dlog_decay, dstate, None) of `gpu_channel.forward`, from its arguments alone.
 
-    As `gpu_backward.backward`, but log_decay and its gradient are [B, T, H, K] and log_write must be None.
+    As `gpu_backward.backward`, but log_decay and its gradient are [B, T, H, K] and log_write must be None. The kernel
+    makes the decays' gradient in any case; without need_decay it is not returned.
     """
     time, key_shape, value_shape = q.shape[1], q.shape, v.shape
     given_decay = log_decay
@@ -73,7 +76,7 @@ def backward(q, k, v, log_decay, state, run_ids, log_write, dy, dstate=None, *, 
         return parts.reshape(*q.shape[:2], heads, -1)[:, :time]
 
     dq, dk = by_head(dq, key_shape[2]), by_head(dk, key_shape[2])
-    dlog = by_head(dlog, lanes.plan.heads).astype(given_decay.dtype)
+    dlog = by_head(dlog, lanes.plan.heads).astype(given_decay.dtype) if need_decay else None
     return dq, dk, dv.reshape(v.shape)[:, :time].reshape(value_shape), dlog, first, None
 
 

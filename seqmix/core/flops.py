@@ -7,9 +7,9 @@ share; `tests/conformance` holds every mixer's formula against what XLA counts.
 # Dense bfloat16 peaks in FLOP/s, from the vendors' data sheets; matched against the start of the device kind.
 _PEAKS = {
     "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA GH200": 989e12,
+    "NVIDIA H100": 989.4e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA GH200": 989.4e12,
     "NVIDIA A100": 312e12,
     "NVIDIA L40S": 362e12,
     "TPU v4": 275e12,

@@ -106,6 +106,13 @@ class Mixer:
         """
         raise NotImplementedError(f"{type(self).__name__}.flops")
 
+    def chunkless_flops(self, batch: int, seq: int, **sizes: int) -> float:
+        """FLOPs of `forward` that do not depend on a chunk, by which utilisation is counted: where the state does not
+        grow with the context those of `seq` steps of decoding, else those of `flops`.
+        """
+        grows = not self.decodes or self.state_size(2, **sizes) != self.state_size(1, **sizes)
+        return self.flops(batch, seq, **sizes) if grows else self.flops(batch * seq, 1, **sizes)
+
     # The mixing matrix: mixed[b, t, g] = sum_s M[b, g, t, s] values[b, s, g]
 
     def project(self, params, x, *, segment_ids=None, positions=None, **inputs):

@@ -1,4 +1,4 @@
-"""What stacks put around mixers: the gated MLP, the depth scaling of output projections."""
+"""What stacks put around mixers: the gated MLP, the depth scaling of output projections, the layers' aux."""
 
 import dataclasses
 
@@ -35,3 +35,16 @@ def scale_out(tree: dict, factor: float) -> dict:
         return base(key, shape, dtype) * jnp.asarray(factor, dtype)
 
     return tree | {"out": dataclasses.replace(out, init=scaled)}
+
+
+def merged_aux(auxes) -> dict:
+    """The aux of a stack from those of its period's positions, stacked over periods: means of what is not updates."""
+    out, values = {}, {}
+    for i, aux in enumerate(auxes):
+        for key, value in aux.items():
+            if key.startswith("update/"):
+                out[f"update/layers/{i}/mixer/{key.removeprefix('update/')}"] = value
+            else:
+                values.setdefault(key, []).append(value)
+    means = {key: [jnp.mean(v, axis=0) for v in vs] for key, vs in values.items()}
+    return out | {key: jnp.stack(vs).mean(axis=0) for key, vs in means.items()}

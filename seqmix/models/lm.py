@@ -22,7 +22,7 @@ from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.core.sharding import constrain
 from seqmix.models import checks, stack
-from seqmix.models.blocks import gated_mlp, mlp_params, scale_out
+from seqmix.models.blocks import gated_mlp, merged_aux, mlp_params, scale_out
 from seqmix.models.loss import chunked_cross_entropy, unembed
 from seqmix.parts.norms import norm_params, rms_norm
 
@@ -40,6 +40,7 @@ class LM:
     mlp_hidden: tuple[int, ...] | int = 0  # hidden width of the gated MLP after each mixer; 0: none
     tie_embeddings: bool = True  # read out with the embedding table
     norm_eps: float = 1e-5  # added to the mean square in every norm
+    unroll: bool = False  # periods one after another instead of a loop: faster, but the deeper the longer to compile
     remat: str = "none"  # what the backward pass recomputes: none, full (each layer), dots (all but matmul outputs)
     compute_dtype: str = "bfloat16"  # of the residual stream and matmuls; weights are stored in float32
     z_loss: float = 1e-4  # weight of the mean squared log-normaliser
@@ -82,7 +83,8 @@ class LM:
         return norm_params((self.d_model,), ("embed",))
 
     def _norm(self, p, x):
-        return rms_norm(x, p["scale"], eps=self.norm_eps)
+        with jax.named_scope("norm"):
+            return rms_norm(x, p["scale"], eps=self.norm_eps)
 
     def _layer_params(self, i: int) -> dict:
         branches = self.n_periods * (len(self.mixers) + sum(h > 0 for h in self.mlp_widths))
@@ -118,8 +120,10 @@ class LM:
 
         xs = (params["layers"], keys)
         carry = (x, self._initial_shared(body, x, xs))
-        (x, _), (aux, captured) = jax.lax.scan(stack.period(self.remat, body, len(self.mixers)), carry, xs)
-        aux = self._merge_aux(aux)
+        unroll = self.n_periods if self.unroll else 1
+        wrapped = stack.period(self.remat, body, len(self.mixers), looped=not self.unroll)
+        (x, _), (aux, captured) = jax.lax.scan(wrapped, carry, xs, unroll=unroll)
+        aux = merged_aux(aux)
         for name, value in captured.items():
             aux[f"capture/{name}"] = value.reshape(self.n_layers, *x.shape)
         return self._norm(params["final_norm"], x), aux
@@ -132,7 +136,8 @@ class LM:
             mixer, rng = self.period[i], None if key is None else jax.random.fold_in(key, index)
             inputs = {"shared": shared} if "shared" in mixer.takes else {}
             h = self._norm(p["mixer_norm"], x)
-            y, aux = mixer.forward(p["mixer"], h, segment_ids=segment_ids, positions=positions, rng=rng, **inputs)
+            with jax.named_scope("mixer"):
+                y, aux = mixer.forward(p["mixer"], h, segment_ids=segment_ids, positions=positions, rng=rng, **inputs)
             aux = dict(aux)
             shared = shared | aux.pop("shared", {})
             x = self._add_mlp(p, x + y.astype(x.dtype))
@@ -143,7 +148,8 @@ class LM:
         for run in self._runs():
             weights = [layers[str(i)] for i in run]
             # What enters the first layer is kept as what enters the period.
-            one = stack.layer(self.remat, partial(layer, run[0]), len(self.mixers), keep=run != [0])
+            looped = not self.unroll or len(run) > 1
+            one = stack.layer(self.remat, partial(layer, run[0]), len(self.mixers), run != [0], looped)
             if len(run) == 1:
                 carry, some = one(carry, (weights[0], run[0]))
                 found.append(some)
@@ -160,7 +166,9 @@ class LM:
 
     def _add_mlp(self, p, x):
         if "mlp" in p:
-            x = x + gated_mlp(p["mlp"], self._norm(p["mlp_norm"], x))
+            h = self._norm(p["mlp_norm"], x)
+            with jax.named_scope("mlp"):
+                x = x + gated_mlp(p["mlp"], h)
         return constrain(x, "batch", "time", None)
 
     def _initial_shared(self, body, x, xs):
@@ -170,17 +178,6 @@ class LM:
         first = jax.tree.map(lambda a: a[0], xs)
         (_, shared), _ = jax.eval_shape(body, (x, {}), first)
         return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shared)
-
-    def _merge_aux(self, auxes) -> dict:
-        out, values = {}, {}
-        for i, aux in enumerate(auxes):
-            for key, value in aux.items():
-                if key.startswith("update/"):
-                    out[f"update/layers/{i}/mixer/{key.removeprefix('update/')}"] = value
-                else:
-                    values.setdefault(key, []).append(value)
-        means = {key: [jnp.mean(v, axis=0) for v in vs] for key, vs in values.items()}
-        return out | {key: jnp.stack(vs).mean(axis=0) for key, vs in means.items()}
 
     def logits(self, params, hidden):
         """Float32 logits [..., table rows] of hidden [..., D]; those of padding rows are -1e30."""
@@ -192,21 +189,22 @@ class LM:
         Returns the scalar and metrics: loss, nll_sum, tokens, z_loss (the weighted term), and aux.
         """
         hidden, aux = self.forward(params, tokens, segment_ids=segment_ids, positions=positions, rng=rng)
-        nll_sum, z_sum = chunked_cross_entropy(
-            hidden, self._readout(params), targets, mask, vocab=self.vocab, chunk=self.loss_chunk
-        )
-        count = jnp.sum(mask.astype(nll_sum.dtype))
-        mean = 1 / jnp.maximum(count, 1)
-        z = self.z_loss * z_sum * mean
-        loss = nll_sum * mean + z + sum(v for key, v in aux.items() if key.startswith("loss/"))
-        return loss, aux | {"loss": loss, "nll_sum": nll_sum, "tokens": count, "z_loss": z}
+        options = {"vocab": self.vocab, "chunk": self.loss_chunk, "z_loss": self.z_loss}
+        with jax.named_scope("loss"):
+            total, nll_sum, z_sum = chunked_cross_entropy(hidden, self._readout(params), targets, mask, **options)
+            count = jnp.sum(mask.astype(nll_sum.dtype))
+            mean = 1 / jnp.maximum(count, 1)
+            loss = total * mean + sum(v for key, v in aux.items() if key.startswith("loss/"))
+        metrics = {"loss": loss, "nll_sum": nll_sum, "tokens": count, "z_loss": self.z_loss * z_sum * mean}
+        return loss, aux | metrics
 
     def _embed(self, params, tokens):
         # Gathered over fsdp like any weight before the look-up; sharded columns would move every activation.
         # In float32, so that the scatter-add of the backward pass accumulates there.
-        table = constrain(params["embedding"]["table"], "vocab", None)
-        x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute_dtype)
-        return constrain(x, "batch", "time", None)
+        with jax.named_scope("embedding"):
+            table = constrain(params["embedding"]["table"], "vocab", None)
+            x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute_dtype)
+            return constrain(x, "batch", "time", None)
 
     def _readout(self, params):
         table = params["embedding" if self.tie_embeddings else "head"]["table"]
@@ -265,7 +263,14 @@ class LM:
 
     def flops(self, batch: int, seq: int) -> float:
         """Of a forward pass with logits: mixers, 6 B T D hidden for an MLP, 2 B T D rows for logits."""
-        layers = sum(m.flops(batch, seq) for m in self.period) * self.n_periods
+        return self._flops(batch, seq, [m.flops(batch, seq) for m in self.period])
+
+    def chunkless_flops(self, batch: int, seq: int) -> float:
+        """As `flops`, with the mixers' `chunkless_flops`: what utilisation (MFU) counts, whatever the chunks."""
+        return self._flops(batch, seq, [m.chunkless_flops(batch, seq) for m in self.period])
+
+    def _flops(self, batch, seq, mixers):
+        layers = sum(mixers) * self.n_periods
         mlps = 6 * batch * seq * self.d_model * sum(self.mlp_widths) * self.n_periods
         return layers + mlps + 2 * batch * seq * self.d_model * self.table_rows
 

@@ -1,5 +1,7 @@
 """Cross entropy of a linear read-out, over chunks of time, so that [B, T, vocab] never exists at once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -26,20 +28,26 @@ def plain_cross_entropy(hidden, table, targets, mask, *, vocab: int | None = Non
     The z term is the one of PaLM (arXiv 2204.02311, section 5). A target where mask is 0 may be any integer.
     """
     logits = unembed(hidden, table, table.shape[0] if vocab is None else vocab)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    # A masked sum rather than a gather: it stays local when the vocabulary is sharded.
-    hit = jnp.arange(table.shape[0]) == targets[..., None]
-    picked = jnp.sum(jnp.where(hit, logits, 0), axis=-1)
-    weight = mask.astype(lse.dtype)
+    lse, _, picked, weight = _picked(logits, targets, mask)
     return jnp.sum((lse - picked) * weight), jnp.sum(lse * lse * weight)
 
 
-def chunked_cross_entropy(hidden, table, targets, mask, *, vocab: int | None = None, chunk: int = 512):
-    """As `plain_cross_entropy`, with the logits of at most `chunk` tokens of a row at a time, in both passes.
+def _picked(logits, targets, mask):
+    """(logsumexp, where the targets are, the targets' logits, the mask in the logits' dtype)."""
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    # A masked sum rather than a gather: it stays local when the vocabulary is sharded.
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return lse, hit, jnp.sum(jnp.where(hit, logits, 0), axis=-1), mask.astype(lse.dtype)
 
-    Chunk j takes the times j, n + j, 2n + j, ...: strided, so that with time sharded contiguously over
-    a mesh axis every device has a share of each chunk. The backward pass recomputes the logits; the table's
-    gradient accumulates in the table's own dtype. Raises ValueError if shapes disagree or `chunk` < 1.
+
+def chunked_cross_entropy(hidden, table, targets, mask, *, vocab: int | None = None, chunk: int = 512, z_loss=0.0):
+    """(nll_sum + z_loss * z_sum, nll_sum, z_sum) of `plain_cross_entropy`; only the first has a gradient, in hidden and
+    table. The logits of at most `chunk` tokens of a row exist at a time.
+
+    Chunk j takes the times j, n + j, 2n + j, ...: strided, so that with time sharded contiguously over a mesh axis
+    every device has a share of each chunk. Where a gradient is asked for, it is computed along with the sums: the
+    logits are there, and are not computed again. Their gradient is rounded to the dtype of hidden; the table's
+    accumulates in the table's own. Raises ValueError if shapes disagree or `chunk` < 1.
     """
     if chunk < 1:
         raise ValueError(f"chunk: expected a positive number of tokens, got {chunk}")
@@ -49,23 +57,58 @@ def chunked_cross_entropy(hidden, table, targets, mask, *, vocab: int | None = N
             raise ValueError(f"{name}: expected shape {(batch, time)} as of hidden, got {value.shape}")
     if table.ndim != 2 or table.shape[1] != width:
         raise ValueError(f"table: expected shape (V, {width}), got {table.shape}")
-    n = max(1, -(-time // chunk))
-    if n == 1:
-        return plain_cross_entropy(hidden, table, targets, mask, vocab=vocab)
+    vocab = table.shape[0] if vocab is None else vocab
+    return _summed(
+        hidden, table, targets, jax.lax.stop_gradient(mask), (vocab, max(1, -(-time // chunk)), float(z_loss))
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _summed(hidden, table, targets, mask, options):
+    return _over_chunks(hidden, table, targets, mask, options, gradients=False)[0]
+
+
+def _forward(hidden, table, targets, mask, options):
+    sums, gradients = _over_chunks(hidden, table, targets, mask, options, gradients=True)
+    return sums, (*gradients, targets, mask)
+
+
+def _backward(options, kept, cotangents):
+    d_hidden, d_table, targets, mask = kept
+    scale = cotangents[0]
+    return (d_hidden * scale).astype(d_hidden.dtype), d_table * scale.astype(d_table.dtype), None, jnp.zeros_like(mask)
+
+
+_summed.defvjp(_forward, _backward)
+
+
+def _over_chunks(hidden, table, targets, mask, options, gradients):
+    """The sums, and the gradients of the first in hidden and table or None."""
+    vocab, n, z_loss = options
+    batch, time, width = hidden.shape
     pad = -time % n
+    rows = table.astype(hidden.dtype)
 
     def split(a):
         a = jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2))
         return jnp.moveaxis(a.reshape(batch, -1, n, *a.shape[2:]), 2, 0)
 
-    @jax.checkpoint
-    def one(h, w, t, m):
-        return plain_cross_entropy(h, w, t, m, vocab=vocab)
-
     def body(carry, xs):
-        nll, z = one(xs[0], table, xs[1], xs[2])
-        return (carry[0] + nll, carry[1] + z), None
+        (nll, z), d_table = carry
+        h, t, m = xs
+        logits = unembed(h, rows, vocab)
+        lse, hit, picked, weight = _picked(logits, t, m)
+        sums = nll + jnp.sum((lse - picked) * weight), z + jnp.sum(lse * lse * weight)
+        if not gradients:
+            return (sums, None), None
+        slope = (weight * (1 + 2 * z_loss * lse))[..., None] * jnp.exp(logits - lse[..., None])
+        slope = (slope - jnp.where(hit, weight[..., None], 0)).astype(h.dtype)
+        grown = jnp.einsum("bcv,bcd->vd", slope, h, preferred_element_type=d_table.dtype)
+        return (sums, d_table + grown), jnp.einsum("bcv,vd->bcd", slope, rows)
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-    sums, _ = jax.lax.scan(body, (zero, zero), (split(hidden), split(targets), split(mask)))
-    return sums
+    start = (zero, zero), jnp.zeros(table.shape, table.dtype) if gradients else None
+    ((nll, z), d_table), d_hidden = jax.lax.scan(body, start, (split(hidden), split(targets), split(mask)))
+    if gradients:
+        d_hidden = jnp.moveaxis(d_hidden, 0, 2).reshape(batch, -1, width)[:, :time]
+    return (nll + z_loss * z, nll, z), (d_hidden, d_table)

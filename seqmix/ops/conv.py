@@ -1,18 +1,20 @@
 """Short depthwise causal convolution over time, with a state and segments."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims
-from seqmix.ops import conv_context
+from seqmix.ops import conv_context, conv_kernels
 from seqmix.ops.mesh import layout
 
 
-def short_conv(x, weight, bias=None, *, state=None, segment_ids=None):
+def short_conv(x, weight, bias=None, *, state=None, segment_ids=None, activation=None, twice=False):
     """Depthwise causal convolution: each channel is a weighted sum of its last W tokens.
 
-        y_t = bias + sum_{j < W} weight[W-1-j] x_{t-j}        (weight[W-1] multiplies the current token)
+        y_t = activation(bias + sum_{j < W} weight[W-1-j] x_{t-j})        (weight[W-1] multiplies the current token)
 
     where x_{t-j} is the j-th token before t in its segment, padding not counted; before a row's first segment
     stand the tokens of `state`, before any other one zeros. y is 0 at padding. Sums are taken in float32
@@ -25,13 +27,16 @@ def short_conv(x, weight, bias=None, *, state=None, segment_ids=None):
         bias: [...] or None.
         state: [B, W-1, ...], the tokens before the first, oldest first; None for zeros. Read in x.dtype.
         segment_ids: [B, T] int, 0 for padding, or None.
+        activation: a function of the sums, elementwise, or None for none.
+        twice: give the pair (y, y), for two who use it: their gradients are then added where they are used.
 
     Returns:
         y like x, and the state after it: the last W-1 tokens of each row's last segment, in the dtype of
         `state` (x.dtype without one). A row of padding alone keeps its state.
 
-    Taps are shifts of x. Where padding stands within a segment of some row (no packer puts it there), or before the
-    first segment of rows with a state, it is first moved behind the row's tokens, and back in the end.
+    Without a state, Hopper GPUs have a kernel for bfloat16 and silu or no activation. Elsewhere taps are shifts of x.
+    Where padding stands within a segment of some row (no packer puts it there), or before the first segment of rows
+    with a state, it is first moved behind the row's tokens, and back in the end.
     Raises ValueError for shapes or trees that disagree.
     """
     xs, tree = jax.tree.flatten(x)
@@ -48,18 +53,25 @@ def short_conv(x, weight, bias=None, *, state=None, segment_ids=None):
     leaves = tuple(map(tuple, (xs, weights, biases, states)))
     cuts = [layout(*x.shape[:2], *x.shape[2:3]) for x in xs]
     if cuts[0] is not None and cuts[0].time and all(len(w) > 1 for w in weights):
+        op = functools.partial(short_conv, activation=activation)
         if len({len(w) for w in weights}) > 1:
-            each = [short_conv(*leaf, state=s, segment_ids=run_ids) for *leaf, s in zip(*leaves, strict=True)]
+            each = [op(*leaf, state=s, segment_ids=run_ids) for *leaf, s in zip(*leaves, strict=True)]
             ys, lasts = zip(*each, strict=True)
         else:
-            ys, lasts = conv_context.run(cuts, short_conv, _last_tokens, *leaves, run_ids)
-        return tree.unflatten(ys), tree.unflatten(lasts)
+            ys, lasts = conv_context.run(cuts, op, _last_tokens, *leaves, run_ids)
+        y = tree.unflatten(ys)
+        return (y, y) if twice else y, tree.unflatten(lasts)
 
-    run = _convolved if run_ids is None else _around_padding
-    ys = run(*leaves, run_ids)
+    calls = tuple(zip(*leaves, strict=True))
+    if conv_kernels.chosen(cuts, calls, activation):
+        ys = conv_kernels.run(cuts, calls, run_ids, activation, twice)
+    else:
+        run = _convolved if run_ids is None else _around_padding
+        ys = [run(*leaves, run_ids, activation)] * (1 + twice)
+    ys = tuple(map(tree.unflatten, ys))
     lasts = [_last_tokens(x, len(w), s, run_ids) for x, w, s in zip(xs, weights, states, strict=True)]
     lasts = [last if s is None else last.astype(s.dtype) for last, s in zip(lasts, states, strict=True)]
-    return tree.unflatten(ys), tree.unflatten(lasts)
+    return ys if twice else ys[0], tree.unflatten(lasts)
 
 
 def short_conv_flops(batch: int, seq: int, channels: int, width: int, bias: bool = True) -> int:
@@ -115,20 +127,21 @@ def _as_rows(mask, x):
     return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
 
 
-def _finish(y, bias, run_ids, dtype):
-    """y + bias, 0 at padding, in dtype."""
+def _finish(y, bias, run_ids, activation, dtype):
+    """activation(y + bias), 0 at padding, in dtype."""
     y = y if bias is None else y + bias.astype(y.dtype)
+    y = y if activation is None else activation(y)
     y = y if run_ids is None else jnp.where(_as_rows(run_ids != 0, y), y, 0)
     return y.astype(dtype)
 
 
 # Recomputed by the backward pass: else every tap would be kept for it, in float32.
-@jax.checkpoint
-def _convolved(xs, weights, biases, states, run_ids):
-    return tuple(_shifts(*leaves, run_ids) for leaves in zip(xs, weights, biases, states, strict=True))
+@functools.partial(jax.checkpoint, static_argnums=5)
+def _convolved(xs, weights, biases, states, run_ids, activation):
+    return tuple(_shifts(*leaves, run_ids, activation) for leaves in zip(xs, weights, biases, states, strict=True))
 
 
-def _shifts(x, weight, bias, state, run_ids):
+def _shifts(x, weight, bias, state, run_ids, activation):
     """The convolution where a segment's tokens are contiguous, or without segments."""
     acc = jnp.promote_types(x.dtype, jnp.float32)
 
@@ -140,7 +153,7 @@ def _shifts(x, weight, bias, state, run_ids):
             delayed = jnp.where(_as_rows(run_ids == _delay(run_ids, j, first), delayed), delayed, 0)
         return weight[len(weight) - 1 - j].astype(acc) * delayed.astype(acc)
 
-    return _finish(sum(tap(j) for j in range(len(weight))), bias, run_ids, x.dtype)
+    return _finish(sum(tap(j) for j in range(len(weight))), bias, run_ids, activation, x.dtype)
 
 
 def _delay(x, steps, state=None):
@@ -156,14 +169,14 @@ def _delay(x, steps, state=None):
 # Time as seen below, "full": row 0 is zero, rows 1 to W-1 are the state, row W+t is token t.
 
 
-@jax.checkpoint
-def _around_padding(xs, weights, biases, states, run_ids):
+@functools.partial(jax.checkpoint, static_argnums=5)
+def _around_padding(xs, weights, biases, states, run_ids, activation):
     """The convolutions wherever the padding is: where a shift would take it for a token, it is moved behind the row's
     tokens, and back.
     """
     inside = _padding_inside(run_ids, any(state is not None for state in states))
     xs, ids, order, back = _behind(inside, run_ids, xs)
-    return _moved(inside, back, order, _convolved(xs, weights, biases, states, ids))
+    return _moved(inside, back, order, _convolved(xs, weights, biases, states, ids, activation))
 
 
 def _if(wanted, function, *arrays):

@@ -1,5 +1,7 @@
 """Normalisation of a mixer's channels: RMS per head or over groups of heads, with a gate before or after; L2."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +14,7 @@ def norm_params(shape, axes) -> dict:
     return {"scale": Param(tuple(shape), tuple(axes), param.ones, decay=False)}
 
 
-def rms_norm(x, scale=None, *, eps=1e-5, groups=None, gate=None, gate_first=False, activation=jax.nn.silu):
+def rms_norm(x, scale=None, *, skip=None, eps=1e-5, groups=None, gate=None, gate_first=False, activation=jax.nn.silu):
     """Root-mean-square normalisation, with a gate where one is given.
 
         norm(x)  = x / sqrt(mean(x^2) + eps) * scale
@@ -24,10 +26,12 @@ def rms_norm(x, scale=None, *, eps=1e-5, groups=None, gate=None, gate_first=Fals
     Args:
         x: [..., P], or [..., H, P] with groups.
         scale: of the trailing shape of x ([P], or one per head and channel [H, P]), or None.
+        skip: (weight [H], array of the shape of x): x + weight * array takes the place of x; or None.
         gate: of the shape of x, or None.
 
-    Computed in float32 (float64 for float64 inputs); returns the dtype of x. Raises ValueError for shapes
-    that do not fit. Source: arXiv 1910.07467; gated: arXiv 2405.21060 (gate first), 2312.06635 (gate after).
+    Computed in float32 (float64 for float64 inputs); returns the dtype of x. The backward pass keeps the arguments
+    alone, and computes the rest anew. Raises ValueError for shapes that do not fit. Source: arXiv 1910.07467; gated:
+    arXiv 2405.21060 (gate first), 2312.06635 (gate after).
     """
     if gate is not None and gate.shape != x.shape:
         raise ValueError(f"gate: expected shape {tuple(x.shape)} as of x, got {tuple(gate.shape)}")
@@ -35,8 +39,15 @@ def rms_norm(x, scale=None, *, eps=1e-5, groups=None, gate=None, gate_first=Fals
         raise ValueError(f"scale: expected the trailing shape of x {x.shape}, got {tuple(scale.shape)}")
     if groups is not None and (x.ndim < 2 or groups < 1 or x.shape[-2] % groups):
         raise ValueError(f"groups: expected a divisor of the heads of x {x.shape}, got {groups}")
+    options = dict(eps=eps, groups=groups, gate_first=gate_first, activation=activation)
+    # Without a barrier, which under a scan over layers would copy every argument.
+    return jax.checkpoint(functools.partial(_rms_norm, **options), prevent_cse=False)(x, scale, skip, gate)
+
+
+def _rms_norm(x, scale, skip, gate, *, eps, groups, gate_first, activation):
     acc = jnp.promote_types(x.dtype, jnp.float32)
     h = x.astype(acc)
+    h = h if skip is None else h + skip[0].astype(acc)[:, None] * skip[1]
     weight = 1 if gate is None else activation(gate.astype(acc))
     h = h * weight if gate_first else h
     # Heads are only split, never merged with their channels, so that they can be sharded.

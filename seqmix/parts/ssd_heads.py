@@ -9,14 +9,19 @@ Mixers have the fields d_state, head_dim, expand, n_groups, conv_width, chunk, d
 norm_eps, conv_bias and the property heads.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from seqmix.core import param
 from seqmix.core.flops import matmul
 from seqmix.core.param import Param
 from seqmix.core.sharding import constrain
 from seqmix.ops.conv import short_conv, short_conv_flops
+from seqmix.ops.mesh import layout
+from seqmix.ops.norm_kernels import gated_norm_product
 from seqmix.parts import time_steps
 from seqmix.parts.norms import norm_params, rms_norm
 
@@ -70,31 +75,73 @@ def params(mixer) -> dict:
 
 
 def inputs(params, x, *, conv=None, segment_ids=None):
-    """z, dt, log_decay, {x, B, C} after the convolutions, and the state of these."""
+    """z, dt, log_decay, {x, B, C} after the convolutions, the same once more, and the state of these."""
     acc = jnp.promote_types(x.dtype, jnp.float32)
     weights = {k: w.astype(x.dtype) for k, w in params["in"].items()}
-    dt = jnp.einsum("btd,dh->bth", x, weights.pop("dt"), preferred_element_type=acc)
-    parts = {k: jnp.einsum("btd,dhp->bthp", x, w) for k, w in weights.items()}
+    parts = {k: jnp.einsum("btd,dhp->bthp", x, weights[k]) for k in ("z", "x")}
+    parts["B"], parts["C"], dt = _narrow(x, weights)
     for key, over in (("z", "heads"), ("x", "heads"), ("B", "kv_heads"), ("C", "kv_heads")):
         parts[key] = constrain(parts[key], "batch", "time", over, None)
-    dt = jax.nn.softplus(constrain(dt, "batch", "time", "heads") + params["dt_bias"].astype(acc))
-    log_decay = -jnp.exp(params["A_log"].astype(acc)) * dt
+    with jax.named_scope("gates"):
+        dt = jax.nn.softplus(constrain(dt, "batch", "time", "heads") + params["dt_bias"].astype(acc))
+        log_decay = -jnp.exp(params["A_log"].astype(acc)) * dt
     z = parts.pop("z")
-    parts, conv = short_conv(parts, params["conv"], params.get("conv_bias"), state=conv, segment_ids=segment_ids)
-    return z, dt, log_decay, jax.tree.map(jax.nn.silu, parts), conv
+    taps, bias = params["conv"], params.get("conv_bias")
+    options = dict(state=conv, segment_ids=segment_ids, activation=jax.nn.silu, twice=True)
+    with jax.named_scope("convolution"):
+        (parts, again), conv = short_conv(parts, taps, bias, **options)
+    return z, dt, log_decay, parts, again, conv
 
 
-def skip(params, mixed, x):
-    """mixed + D x."""
-    return mixed + params["D"].astype(jnp.promote_types(x.dtype, jnp.float32))[:, None] * x
+def _narrow(x, weights):
+    """B, C and, in float32, dt before its bias: one product, as they are narrow, unless their heads are cut."""
+    groups = weights["B"].shape[1:]
+    lay = layout(*x.shape[:2], weights["dt"].shape[1], groups[0])
+    if lay is not None and lay.heads:
+        return *(jnp.einsum("btd,dgn->btgn", x, weights[k]) for k in "BC"), _product(x, weights["dt"])
+    joint = jnp.concatenate([weights[k].reshape(len(weights[k]), -1) for k in ("B", "C", "dt")], axis=1)
+    size = math.prod(groups)
+    b, c, dt = jnp.split(_product(x, joint), (size, 2 * size), axis=2)
+    return *(part.astype(x.dtype).reshape(*x.shape[:2], *groups) for part in (b, c)), dt
 
 
-def way_out(mixer, params, z, mixed, segment_ids):
-    """out [B, T, D] of mixed [B, T, H, P] with its skip, 0 at padding."""
-    scale, out = params["norm"]["scale"], params["out"].astype(z.dtype)
-    h = rms_norm(mixed, scale, eps=mixer.norm_eps, groups=mixer.n_groups, gate=z, gate_first=True)
-    y = jnp.einsum("bthp,hpd->btd", h.astype(z.dtype), out)
-    return y if segment_ids is None else jnp.where(segment_ids[..., None] != 0, y, 0)
+def _product(x, weight):
+    """x [B, T, D] times [D, K] in float32 (float64 of float64); the backward pass multiplies in the dtype of x."""
+    return checkpoint_name(_wide_product(x, weight), "product")
+
+
+@jax.custom_vjp
+def _wide_product(x, weight):
+    return jnp.einsum("btd,dk->btk", x, weight, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _forward(x, weight):
+    return _wide_product(x, weight), (x, weight)
+
+
+def _backward(kept, dy):
+    x, weight = kept
+    dy = dy.astype(x.dtype)
+    return jnp.einsum("btk,dk->btd", dy, weight), jnp.einsum("btd,btk->dk", x, dy)
+
+
+_wide_product.defvjp(_forward, _backward)
+
+
+def way_out(mixer, params, z, mixed, x=None):
+    """out [B, T, D] of mixed [B, T, H, P] and the x that skips the mixing, None where it is in mixed.
+
+    It is 0 at padding, since both are.
+    """
+    scale, out, skip = params["norm"]["scale"], params["out"].astype(z.dtype), None if x is None else (params["D"], x)
+    with jax.named_scope("gated_norm"):
+        if skip is not None and mixer.n_groups == 1:
+            y = gated_norm_product(mixed, skip, z, scale, out, eps=mixer.norm_eps)
+            if y is not None:
+                return y
+        options = dict(eps=mixer.norm_eps, groups=mixer.n_groups, gate=z, gate_first=True)
+        h = rms_norm(mixed, scale, skip=skip, **options)
+    return jnp.einsum("bthp,hpd->btd", h.astype(z.dtype), out)
 
 
 def with_steps(params, scores, dt, segment_ids):

@@ -1,5 +1,6 @@
 """experiments.bench: rows kept as they come, failures named, errors and rates that are what they say."""
 
+import gzip
 import json
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import attention, errors, recurrent, results, scaling_ops, suites, timing
+from experiments.bench import attention, errors, profile, recurrent, results, scaling_ops, suites, timing
 
 
 def test_a_mistake_is_one_line_with_exit_code_2(capsys, tmp_path):
@@ -89,3 +90,56 @@ def test_ops_over_devices_are_timed_with_the_bytes_they_send(monkeypatch):
 def test_device_kinds_become_words():
     kinds = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "TPU v5 lite": "v5", "cpu": "cpu"}
     assert {kind: results.short(kind) for kind in kinds} == kinds
+
+
+PROGRAM = """
+%inside (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %b = f32[8]{0} negate(%a), metadata={op_name="jit(_step)/transpose(jvp(norm))/mul"}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %loop.fusion.3 = f32[8]{0} fusion(%x), kind=kLoop, calls=%inside
+  %scores = f32[8]{0} exponential(%loop.fusion.3), metadata={op_name="jit(_step)/jvp(loss)/exp"}
+  ROOT %out = f32[8]{0} add(%scores, %x)
+}
+"""
+
+
+def test_a_trace_is_booked_by_the_scopes_of_the_model(tmp_path):
+    names = [(1, None, "/device:GPU:0"), (1, 7, "Stream #7(Compute)"), (1, 8, "Steps"), (2, None, "/host:CPU")]
+    events = [
+        {
+            "ph": "M",
+            "name": "process_name" if tid is None else "thread_name",
+            "pid": pid,
+            "tid": tid,
+            "args": {"name": n},
+        }
+        for pid, tid, n in names
+    ]
+    kernels = [  # from, for, in microseconds; of two steps
+        (0, 400, "loop_fusion_3"),
+        (400, 1000, "nvjet_sm90_tst_128x160"),
+        (1000, 1200, "short_conv_forward_mosaic_gpu_kernel"),
+        (1400, 1600, "scores"),
+        (1500, 1600, "memcpy128"),
+        (1600, 1800, "unheard_of"),
+    ]
+    events += [{"ph": "X", "pid": 1, "tid": 7, "ts": a, "dur": b - a, "name": name} for a, b, name in kernels]
+    events.append({"ph": "X", "pid": 1, "tid": 8, "ts": 0, "dur": 9e9, "name": "no kernel"})
+    with gzip.open(tmp_path / "host.trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    found = profile.read(tmp_path, PROGRAM, 2)
+    parts = {"products": 0.3, "norm backward": 0.2, "kernel short_conv_forward": 0.1, "loss": 0.1, "other": 0.1}
+    assert found["parts"] == parts | {"idle": 0.1, "copies": 0.05, "at once": 0.05}
+    assert found["kernels"][0] | {"from": ""} == {
+        "kernel": "nvjet_sm90_tst_128x160",
+        "part": "products",
+        "ms": 0.3,
+        "count": 0.5,
+        "from": "",
+    }
+    with pytest.raises(ValueError, match="expected a trace"):
+        profile.read(tmp_path / "nothing", PROGRAM, 2)

@@ -13,6 +13,7 @@ from seqmix.core import param
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.mixers.dense.attention import Attention
+from seqmix.mixers.recurrent.mamba2 import Mamba2
 from seqmix.models import LM
 from seqmix.models.blocks import gated_mlp
 from seqmix.parts.norms import rms_norm
@@ -177,9 +178,9 @@ def test_packed_equals_separate():
 NEIGHBOURS = (Decay(), Decay(), Decay(rate=0.3), Noisy(), Noisy(), Noisy())
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("change", [dict(remat="full"), dict(remat="dots"), dict(unroll=True)], ids=str)
 @pytest.mark.parametrize("fields", [{}, dict(mixers=NEIGHBOURS, n_layers=12, mlp_hidden=(24, 24, 0, 8, 8, 0))])
-def test_remat_changes_nothing(remat, fields):
+def test_how_the_layers_are_run_changes_nothing(change, fields):
     """Nor does it that equal neighbours are then a loop."""
     model = small(**fields)
     params, tokens = setup(model)
@@ -195,7 +196,7 @@ def test_remat_changes_nothing(remat, fields):
 
         return jax.jit(jax.grad(loss, has_aux=True))(params)
 
-    jax.tree.map(close, grads(model), grads(dataclasses.replace(model, remat=remat)))
+    jax.tree.map(close, grads(model), grads(dataclasses.replace(model, **change)))
 
 
 def test_equal_neighbours_are_a_loop_where_remat_keeps_no_weights():
@@ -241,6 +242,14 @@ def test_parts_sum_to_the_count():
     assert parts["Decay"] == 4 * 2 * 16 * 16 and parts["mlp"] == 2 * 3 * 16 * 24
     assert parts["embedding"] == parts["head"] == 24 * 16 and parts["norms"] == 7 * 16
     assert model.flops(2, 3) == 6 * (4 * 4 * 256 + 2 * 6 * 16 * 24 + 2 * 16 * 24)
+
+
+def test_chunkless_flops_do_not_depend_on_the_chunk():
+    mamba, wide = (LM(vocab=64, d_model=32, n_layers=2, mixers=(Mamba2(head_dim=16, chunk=c),)) for c in (16, 128))
+    assert mamba.flops(2, 256) < wide.flops(2, 256)
+    assert mamba.chunkless_flops(2, 256) == wide.chunkless_flops(2, 256) == mamba.flops(512, 1)
+    dense = LM(vocab=64, d_model=32, n_layers=2, mixers=(Attention(heads=2),))
+    assert dense.chunkless_flops(2, 256) == dense.flops(2, 256)  # its state grows
 
 
 @pytest.mark.parametrize(

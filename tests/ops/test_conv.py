@@ -157,6 +157,24 @@ def test_a_tree_is_its_leaves():
             np.testing.assert_array_equal(last[key], one[1])
 
 
+def test_an_activation_and_a_second_use():
+    x, weight, bias, _ = data(len(PACKED), PACKED.shape[1], 4)
+
+    def composed(x, weight, bias):
+        y = jax.nn.silu(short_conv(x, weight, bias, segment_ids=PACKED)[0])
+        y = jnp.where(PACKED[..., None] != 0, y, 0)
+        return jnp.sum(jnp.sin(y) + y**2)
+
+    def in_one(x, weight, bias):
+        options = dict(segment_ids=PACKED, activation=jax.nn.silu, twice=True)
+        (one, two), _ = short_conv(x, weight, bias, **options)
+        return jnp.sum(jnp.sin(one) + two**2)
+
+    want, got = (jax.value_and_grad(f, argnums=(0, 1, 2))(x, weight, bias) for f in (composed, in_one))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_low_precision_sums_are_rounded_once():
     exact = data(2, 11, 4)
     x, weight, bias, state = (a.astype(jnp.bfloat16) for a in exact)

@@ -36,6 +36,10 @@ def test_each_form_is_its_formula():
                 rms_norm(x, scale, eps=0.1, groups=2, gate=gate, gate_first=True),
                 over(X * silu(GATE), 2) * SCALE,
             ),
+            (
+                rms_norm(x, scale, skip=(scale[:, 0], gate), eps=0.1, groups=1),
+                over(X + SCALE[:, :1] * GATE, 4) * SCALE,
+            ),
             (rms_norm(x, eps=0.1, gate=gate, activation=jax.nn.sigmoid), over(X, 1) / (1 + np.exp(-GATE))),
         ]
         for got, expected in cases:

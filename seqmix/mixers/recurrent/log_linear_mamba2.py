@@ -76,14 +76,15 @@ class LogLinearMamba2(Mixer):
 
     def _run(self, params, x, state, segment_ids):
         """y and the state after it; {} for none before it."""
-        z, dt, log_decay, parts, conv = ssd_heads.inputs(params, x, conv=state.get("conv"), segment_ids=segment_ids)
+        z, dt, log_decay, parts, again, conv = ssd_heads.inputs(
+            params, x, conv=state.get("conv"), segment_ids=segment_ids
+        )
         v = (dt[..., None] * parts["x"]).astype(x.dtype)
         options = {"chunk": self.chunk, "implementation": self.implementation, "segment_ids": segment_ids}
         scales = levels.scales(params["level"], x)
         args = parts["C"], parts["B"], v, scales, log_decay
         mixed, after = log_linear_attention(*args, state=levels.pair(state), **options)
-        mixed = ssd_heads.skip(params, mixed, parts["x"])
-        y = ssd_heads.way_out(self, params, z, mixed, segment_ids)
+        y = ssd_heads.way_out(self, params, z, mixed, again["x"])
         return y, {"conv": conv, **levels.unpaired(after, state)}
 
     # The mixing matrix
@@ -91,16 +92,16 @@ class LogLinearMamba2(Mixer):
     def project(self, params, x, *, segment_ids=None, positions=None, **inputs):
         """Values [B, T, H, P]: the convolved x. Time steps and the skip belong to the matrix."""
         self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
-        z, _, _, parts, _ = ssd_heads.inputs(params, x, segment_ids=segment_ids)
-        return parts["x"], {"z": z, "segment_ids": segment_ids}
+        z, _, _, parts, *_ = ssd_heads.inputs(params, x, segment_ids=segment_ids)
+        return parts["x"], {"z": z}
 
     def merge(self, params, context, mixed):
-        return ssd_heads.way_out(self, params, context["z"], mixed, context["segment_ids"])
+        return ssd_heads.way_out(self, params, context["z"], mixed)
 
     def mixing_matrix(self, params, x, *, segment_ids=None, positions=None, **inputs):
         """level_scales[t, lev(t, s)] times the matrix of Mamba-2, and the skip: [B, H, T, T]."""
         self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
-        _, dt, log_decay, parts, _ = ssd_heads.inputs(params, x, segment_ids=segment_ids)
+        _, dt, log_decay, parts, *_ = ssd_heads.inputs(params, x, segment_ids=segment_ids)
         scores = linear_mixing_matrix(parts["C"], parts["B"], log_decay, segment_ids=segment_ids)
         scores = scores * level_matrix(levels.scales(params["level"], x), segment_ids=segment_ids)
         return ssd_heads.with_steps(params, scores, dt, segment_ids)

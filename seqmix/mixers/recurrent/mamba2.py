@@ -71,29 +71,28 @@ class Mamba2(Mixer):
 
     def _run(self, params, x, state, segment_ids):
         """y and the state after it; entries of the state may be None."""
-        z, dt, log_decay, parts, conv = ssd_heads.inputs(params, x, conv=state["conv"], segment_ids=segment_ids)
+        z, dt, log_decay, parts, again, conv = ssd_heads.inputs(params, x, conv=state["conv"], segment_ids=segment_ids)
         options = {"write": dt, "chunk": self.chunk, "implementation": self.implementation}
         mixed, ssm = linear_attention(
             parts["C"], parts["B"], parts["x"], log_decay, state=state["ssm"], segment_ids=segment_ids, **options
         )
-        mixed = ssd_heads.skip(params, mixed, parts["x"])
-        return ssd_heads.way_out(self, params, z, mixed, segment_ids), {"conv": conv, "ssm": ssm}
+        return ssd_heads.way_out(self, params, z, mixed, again["x"]), {"conv": conv, "ssm": ssm}
 
     # The mixing matrix
 
     def project(self, params, x, *, segment_ids=None, positions=None, **inputs):
         """Values [B, T, H, P]: the convolved x. Time steps and the skip belong to the matrix."""
         self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
-        z, _, _, parts, _ = ssd_heads.inputs(params, x, segment_ids=segment_ids)
-        return parts["x"], {"z": z, "segment_ids": segment_ids}
+        z, _, _, parts, *_ = ssd_heads.inputs(params, x, segment_ids=segment_ids)
+        return parts["x"], {"z": z}
 
     def merge(self, params, context, mixed):
-        return ssd_heads.way_out(self, params, context["z"], mixed, context["segment_ids"])
+        return ssd_heads.way_out(self, params, context["z"], mixed)
 
     def mixing_matrix(self, params, x, *, segment_ids=None, positions=None, **inputs):
         """M[t, s] = (C_t . B_s) exp(log_decay_{s+1} + ... + log_decay_t) dt_s + D [t = s]: [B, H, T, T]."""
         self.check(x, segment_ids=segment_ids, positions=positions, inputs=inputs)
-        _, dt, log_decay, parts, _ = ssd_heads.inputs(params, x, segment_ids=segment_ids)
+        _, dt, log_decay, parts, *_ = ssd_heads.inputs(params, x, segment_ids=segment_ids)
         scores = linear_mixing_matrix(parts["C"], parts["B"], log_decay, segment_ids=segment_ids)
         return ssd_heads.with_steps(params, scores, dt, segment_ids)
 

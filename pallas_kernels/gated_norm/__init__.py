@@ -1,0 +1,1 @@
+"""RMS normalisation of gated rows, with a skip: y = norm((x + weight * skip) * silu(gate)) * scale."""

@@ -1,0 +1,1 @@
+"""Short depthwise causal convolutions over time, with an activation."""
