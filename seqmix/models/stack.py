@@ -1,7 +1,7 @@
 """How a period of layers is walked: which layers are one loop, and what the backward pass keeps of them.
 
 With remat "full" a layer is recomputed from what entered it, one after the other, however long the period is; "dots"
-recomputes a period at once from its matmuls' outputs. Where periods are no loop, what is recomputed needs barriers, else
+recomputes a period at once from outputs of matmuls. Where periods are no loop, what is recomputed needs barriers, or
 XLA finds that everything is computed already, and keeps it.
 """
 
