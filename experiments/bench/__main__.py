@@ -1,5 +1,7 @@
 """Times what the project claims, beside its peers: `python -m experiments.bench run --suite=NAME [--out=DIR]`.
 
+`python -m experiments.bench tune` refills the tables from which kernels take their choices (`tune.py`).
+
 A suite is a list of cases; each gives rows, which are written to DIR/<card>_<suite>.json as they come, with the
 command, versions and card. At the end come a table (.md, and printed) and, with matplotlib, a picture (.png, .svg). A
 case that fails is a row that says why. Exit codes: 0 done, 1 a case failed (the others are kept), 2 a mistake in the
@@ -13,13 +15,15 @@ import time
 from pathlib import Path
 
 from experiments import cli, progress
-from experiments.bench import results, suites
+from experiments.bench import results, suites, tune
 
 
 def main(argv=None):
     """Parses, runs the cases, writes; returns the exit code."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
+        if args.command == "tune":
+            return tune.run(args)
         suite = suites.load(args.suite)
         cases = suite.cases(args)
         wanted = [case for case in cases if not args.only or case.part in args.only]
@@ -45,15 +49,22 @@ def parse(argv):
     """The command's arguments; raises ValueError in one line, and ends the process after --help."""
     parser = cli.Parser(prog="python -m experiments.bench", description=__doc__.splitlines()[0])
     commands = "; ".join(f"{name}: {about}" for name, about in suites.SUITES.items())
-    parser.add_argument("command", choices=("run",), help="what to do")
+    parser.add_argument(
+        "command", choices=("run", "tune"), help="run a suite, or refill the kernels' tables of choices on this GPU"
+    )
     add = parser.add_argument
-    add("--suite", required=True, choices=tuple(suites.SUITES), help=commands)
+    add("--suite", choices=tuple(suites.SUITES), help=commands)
     add("--out", default="runs/bench", help="folder of the results")
     add("--only", type=_words, default=(), help="parts of the suite, joined by commas; all where none are named")
     add("--peers", action="store_true", help="time the PyTorch peers that can be imported, in the same run")
     add("--list", action="store_true", help="name the cases and end")
     add("--compile-only", action="store_true", help="compile the suite's programs (scaling), and time nothing")
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if args.command == "run" and args.suite is None:
+        raise ValueError(f"--suite: expected one of {', '.join(suites.SUITES)}, got none")
+    if args.command == "tune" and args.suite is not None:
+        raise ValueError(f"--suite: expected none beside tune, got {args.suite}")
+    return args
 
 
 def _words(text):

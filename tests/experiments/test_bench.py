@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import attention, errors, profile, recurrent, results, scaling_ops, suites, timing
+from experiments.bench import attention, errors, profile, recurrent, results, scaling_ops, suites, timing, tune
 
 
 def test_a_mistake_is_one_line_with_exit_code_2(capsys, tmp_path):
@@ -143,3 +143,24 @@ def test_a_trace_is_booked_by_the_scopes_of_the_model(tmp_path):
     }
     with pytest.raises(ValueError, match="expected a trace"):
         profile.read(tmp_path / "nothing", PROGRAM, 2)
+
+
+def test_tuning_needs_a_gpu_and_a_known_op(capsys):
+    for words, said in ((["tune"], "tune: expected a GPU"), (["tune", "--only=scan"], "--only: expected some of ssd")):
+        assert bench.main(words) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_an_entry_goes_into_a_table_beside_the_others(tmp_path):
+    from pallas_kernels import tuned
+
+    table = tmp_path / "tuned.json"
+    tune.write(table, "card", "kernel B1", {"stages": 2, "ms": 1.5})
+    tune.write(table, "card", "kernel B2", {"stages": 3, "ms": 2.0})
+    tune.write(table, "card", "kernel B1", {"stages": 4, "ms": 1.0})
+    assert json.loads(table.read_text())["card"] == {
+        "kernel B1": {"stages": 4, "ms": 1.0},
+        "kernel B2": {"stages": 3, "ms": 2.0},
+    }
+    assert len(table.read_text().splitlines()) == 6
+    assert tuned.key("kernel", 3, 100, H=2) == "kernel B4 T128 H2"
