@@ -211,7 +211,8 @@ def _kernel(one, total) -> float:
     target = re.search(r'custom_call_target="([^"]*)"', one.attributes)
     if target is None or not any(name in target[1] for name in ("mosaic", "tpu_custom_call")):
         return 0
-    path = (re.search(r'op_name="([^"]*)"', one.attributes) or ["", one.name])[1].split("/")
+    said = re.search(r'op_name="([^"]*)"', one.attributes)
+    path = said[1].split("/") if said else [re.sub(r"\.\d+$", "", one.name.lstrip("%"))]
     name = next((part for part in reversed(path) if part not in ("mpmd_map", "pallas_call")), one.name)
     total.kernels[name] = total.kernels.get(name, 0) + 1
     said = re.search(r'"cost_estimate":\{[^}]*?"flops":"?(\d+)', one.attributes)

@@ -135,6 +135,22 @@ def test_a_gather_spread_over_several_fusions_counts_once():
     assert (one.count, one.sent) == (1, 3 * 2 * 8 * 128)
 
 
+KERNELS = """HloModule made
+
+ENTRY %main (x: bf16[8,128]) -> bf16[8,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %splash.1 = bf16[8,128]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"
+  %splash.2 = bf16[8,128]{1,0} custom-call(%splash.1), custom_call_target="tpu_custom_call", SAYS
+  ROOT %a.3 = bf16[8,128]{1,0} custom-call(%splash.2), custom_call_target="tpu_custom_call", metadata={op_name="scan/b"}
+}
+""".replace("SAYS", 'backend_config={"custom_call_config":{"cost_estimate":{"flops":"7"}}}')
+
+
+def test_kernels_have_the_name_of_their_call_or_of_their_instruction():
+    found = hlo.cost(KERNELS)
+    assert found.kernels == {"splash": 2, "b": 1} and found.flops == 7 and found.unsaid == 2
+
+
 GROUPS = {
     "replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}": (0, 1, 2, 3),
     "replica_groups=mesh['data'=2,'fsdp'=4] {'data'}": (0, 4),
