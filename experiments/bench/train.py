@@ -6,6 +6,7 @@ traced run of a few steps gives each kernel's time, booked by the scope in the m
 """
 
 import functools
+import os
 import statistics
 import tempfile
 import time
@@ -14,9 +15,9 @@ import jax
 import numpy as np
 
 from experiments import flags, loop, progress
-from experiments.bench import profile
+from experiments.bench import profile, train_peers
 from experiments.bench.suites import Case
-from seqmix.core import flops
+from seqmix.core import flops, sharding
 
 NAME = "train"
 COLUMNS = (
@@ -45,11 +46,19 @@ WARM, STEPS, ROUNDS, TRACED = 3, 10, 3, 3
 
 
 def cases(args):
-    """One for each of CASES."""
-    return [
+    """One for each of CASES; with peers theirs first, for which jax must not hold the memory from the start."""
+    found = [
         Case(part, f"{name} {' '.join(changed)}", functools.partial(_run, part))
         for part, (name, changed) in CASES.items()
     ]
+    if not args.peers:
+        return found
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    return [Case(train_peers.LABEL, f"{train_peers.LABEL} B8 T2048", _peer), *found]
+
+
+def _peer(args):
+    yield train_peers.row(8, 2048)
 
 
 def _run(part, args):
@@ -60,7 +69,7 @@ def _run(part, args):
 
 def measure(cfg):
     """The row of a config."""
-    trainer = loop.Trainer(cfg, loop.make_mesh(cfg))
+    trainer = loop.Trainer(cfg, sharding.make_mesh(devices=jax.devices()[:1]))
     shape = rows, seq = cfg.data.batch_size, cfg.data.seq_len
     state = trainer.init()
     batches = [batch(seed, *shape, cfg.model.vocab) for seed in range(4)]
@@ -137,13 +146,14 @@ def batch(seed, rows, seq, vocab):
 
 def draw(rows, figure):
     """A bar for each config, of where its step goes."""
-    figure.set_size_inches(7, 0.7 + 0.6 * len(rows))
+    rows = [row for row in rows if "profile" in row]
+    figure.set_size_inches(7, 1 + 0.6 * len(rows))
     axes = figure.subplots()
     names = list(dict.fromkeys(name for row in rows for name in row["profile"]))
     left = np.zeros(len(rows))
     for name in names:
         width = np.array([row["profile"].get(name, 0.0) for row in rows])
-        axes.barh([row["config"] for row in rows], width, left=left, label=name)
+        axes.barh([row["part"] for row in rows], width, left=left, label=name)
         left += width
     axes.set(xlabel="ms of a step")
     axes.legend(fontsize=5, ncols=2)
