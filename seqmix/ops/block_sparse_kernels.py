@@ -34,8 +34,12 @@ class Call(NamedTuple):
 
 
 def block_sizes(sizes, listed: bool) -> tuple[int, int]:
-    """Sizes of the kernels' blocks: those of the call where they fit, or where it lists blocks; else the best."""
-    return tuple(sizes) if listed or all(size in BLOCKS for size in sizes) else (128, 128)
+    """Sizes of the kernels' blocks: those of a call that lists blocks, else 128 and, for keys, 64 where it says so.
+
+    Halves of a block of queries pass over what they do not see: small blocks of keys then leave out as much as small
+    blocks of queries would.
+    """
+    return tuple(sizes) if listed else (128, 64 if sizes[1] == 64 else 128)
 
 
 def reason(lay, q, k, v, *, mask, data, sizes, scale, cut=False) -> str | None:
