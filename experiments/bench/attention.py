@@ -34,7 +34,7 @@ COLUMNS = (
 HEADS, WIDTH, TOKENS = 16, 128, 32768
 LENGTHS = (2048, 4096, 8192, 16384, 32768)  # of dense causal attention
 T = 4096  # of the patterns
-SIDE, NEAR, BOX = 64, 13, (8, 16)  # of the neighbourhood: T = SIDE**2 tokens, in boxes of 128
+SIDE, NEAR, BOX = 64, 13, (8, 8)  # of the neighbourhood: T = SIDE**2 tokens, in boxes of 64
 DOCUMENTS, WINDOW, PREFIX, SINK_TOKENS, BLOCK = 8, 512, 1024, 64, 128
 DENSITIES = (0.125, 0.25, 0.5)
 ERROR_T = 512
@@ -66,7 +66,7 @@ def patterns(length):
         "sinks and window": ({"window": WINDOW, "sinks": SINK_TOKENS}, window),
     }
     if side * side == length:
-        found["neighbourhood"] = ({"mask": near}, None)
+        found["neighbourhood"] = ({"mask": near, "block": 64}, None)
     for density in DENSITIES:
         found[f"random blocks {density:.1%}"] = ({"mask": masks.BlockTable(random_table(density, length), BLOCK)}, None)
     return {name: (options, options.get("mask", mask)) for name, (options, mask) in found.items()}

@@ -27,7 +27,7 @@ SHARED_BYTES = 222 * 1024  # for tiles, of the 227 KiB that a block may have
 FETCHING, COMPUTING = 24, 240  # registers of a thread
 SMS = 132  # multiprocessors of an H100 or H200
 MANY = 4  # vectors that a mask needs, beyond which a tile of 128 keys has too few registers for it
-LONG = 16  # tiles of a list, from which on a thread block takes one item of work
+LONG = 32  # tiles of a list, beyond which a thread block takes one item of work
 F32 = jnp.float32
 
 

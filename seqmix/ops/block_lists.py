@@ -13,7 +13,7 @@ import numpy as np
 
 from seqmix.ops.mask_algebra import EMPTY, FULL, Mask, library, ranges, span
 
-_RANKED = 256  # longest lists whose entries are brought forward without a sort
+_RANKED = 64  # longest lists whose entries are brought forward without a sort
 
 
 class Lists(NamedTuple):
@@ -78,7 +78,7 @@ def _compact(index, full) -> Lists:
     xp = library(index, full)
     index, full = xp.broadcast_arrays(index, full)
     if xp is jnp and index.shape[-1] <= _RANKED:
-        # Each entry is added up where its rank is: on a GPU a fraction of the time of a sort.
+        # Each entry is added up where its rank is: sums in place of a sort and two gathers.
         live = index >= 0
         rank = jnp.cumsum(live, axis=-1, dtype=np.int32)
         entry = jnp.where(live, 2 * index + full + 1, 0)

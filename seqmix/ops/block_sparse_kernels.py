@@ -19,6 +19,7 @@ from seqmix.ops.masks import Sinks
 from seqmix.ops.mesh import on_shares
 
 BLOCKS = 64, 128
+HALVES = False  # whether halves of a block of queries pass over tiles; interpreted and compiled, not yet run on a chip
 
 
 class Call(NamedTuple):
@@ -34,8 +35,8 @@ class Call(NamedTuple):
 
 
 def block_sizes(sizes, listed: bool) -> tuple[int, int]:
-    """Sizes of the kernels' blocks: those of the call where they fit, or where it lists blocks; else the best."""
-    return tuple(sizes) if listed or all(size in BLOCKS for size in sizes) else (128, 128)
+    """Sizes of the kernels' blocks: those of a call that lists blocks, else 128 and, for keys, 64 where it says so."""
+    return tuple(sizes) if listed else (128, 64 if sizes[1] == 64 else 128)
 
 
 def reason(lay, q, k, v, *, mask, data, sizes, scale, cut=False) -> str | None:
@@ -110,7 +111,7 @@ def _halves(config, lists, walk, sizes):
     """`plan.own_lists`, where halves of a block of queries see other tiles than the block, or None."""
     from pallas_kernels.block_sparse_attention import plan
 
-    if sizes[0] != 2 * BLOCKS[0] or config.mask is None or config.mask.inputs:
+    if not HALVES or sizes[0] != 2 * BLOCKS[0] or config.mask is None or config.mask.inputs:
         return None
     table = config.mask.tiles(BLOCKS[0], sizes[1], config.time, config.keys)
     table = np.pad(table, ((0, 2 * lists.index.shape[2] - len(table)), (0, 0)))

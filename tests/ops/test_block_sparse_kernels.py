@@ -7,7 +7,8 @@ import pytest
 
 from pallas_kernels import compat
 from seqmix import ops
-from seqmix.ops import block_sparse_kernels, masks, scored
+from seqmix.ops import block_lists, block_sparse_kernels, masks, scored
+from seqmix.ops.block_sparse_chunked import Config
 from tests.quick import QUICK
 
 needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
@@ -92,3 +93,25 @@ def test_a_visit_of_keys_from_another_stretch_agrees_with_the_reference():
     want, want_lse = ops.attention(*wide, **places, return_lse=True, implementation="reference")
     np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)
     assert np.linalg.norm(jnp.swapaxes(y, 1, 2) - want) <= 5e-3 * np.linalg.norm(want)
+
+
+def test_a_half_passes_over_no_tile_that_it_sees(monkeypatch):
+    monkeypatch.setattr(block_sparse_kernels, "HALVES", True)
+    time, sizes = 300, (128, 64)  # the last blocks are ragged
+    mask = masks.Boxed(masks.Neighbourhood((8, 40), (5, 5)), (8, 8))
+    lists = block_lists.lists(mask, block_lists.of_mask(mask, sizes, time, time), sizes, time, time, {})
+    walk = block_lists.forward(lists)
+    own = block_sparse_kernels._halves(Config(1.0, None, mask, time, time), lists, walk, sizes)
+    dense = np.pad(mask.dense(time), ((0, 84), (0, 20))).reshape(3, 2, 64, 5, 64)
+    passed = 0
+    for owner, half in np.ndindex(3, 2):
+        begin, count = walk.begin[0, 0, owner], own["count"][0, 0, half, owner]
+        places, entries = (own[name][0, 0, half, begin : begin + count] for name in ("place", "entry"))
+        listed = walk.other[0, 0, begin : begin + walk.count[0, 0, owner]]
+        np.testing.assert_array_equal(listed[places], entries // 2)
+        tiles = dense[owner, half]
+        assert set(np.flatnonzero(tiles.any((0, 2)))) <= set(entries // 2)
+        assert all(tiles[:, block].all() for block in entries[entries % 2 == 1] // 2)
+        assert np.all(np.diff(places) <= 2)
+        passed += len(listed) - count
+    assert passed

@@ -25,7 +25,7 @@ from seqmix.ops.block_sparse import block_sparse_attention, block_sparse_flops
 from seqmix.ops.mask_grid import from_boxes, speed_up, to_boxes
 from seqmix.parts.qkv import head_params, head_size, out_param, project
 
-BOXES = {1: (128,), 2: (8, 16), 3: (4, 4, 8)}
+BOXES = {1: (128,), 2: (8, 8), 3: (4, 4, 4)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Neighbourhood(Mixer):
     stride: tuple[int, ...] | None = None  # queries that share a window, 1 to window; None: 1
     dilation: tuple[int, ...] | None = None  # distance of neighbours; None: 1
     causal_axes: tuple[bool, ...] | None = None  # axes on which a query sees nothing after itself; None: none
-    box: tuple[int, ...] | None = None  # of tokens in a tile; None: 128 in all
+    box: tuple[int, ...] | None = None  # of tokens in a tile; None: 64 in all, on a line 128
     implementation: str | None = None  # of block_sparse_attention; None: the best there is
 
     packable: ClassVar[bool] = False
