@@ -254,6 +254,13 @@ def tile(*shape):
     return gpu().SMEM(shape, jnp.bfloat16, transforms=tiling())
 
 
+def wide_tile(*shape):
+    """`tile` for float32; columns are a multiple of 32."""
+    mgpu = gpu()
+    transforms = (mgpu.TilingTransform((8, 32)), mgpu.SwizzleTransform(128))
+    return mgpu.SMEM(shape, jnp.float32, transforms=transforms)
+
+
 def vector(*shape, dtype=jnp.float32):
     """Shared memory for plain vectors."""
     return gpu().SMEM(shape, dtype)
@@ -291,6 +298,12 @@ def tile_spec(shape, index_map):
     return gpu().BlockSpec(shape, index_map, transforms=tiling())
 
 
+def wide_tile_spec(shape, index_map):
+    """`tile_spec` of a float32 array, whose tiles have columns a multiple of 32."""
+    mgpu = gpu()
+    return mgpu.BlockSpec(shape, index_map, transforms=(mgpu.TilingTransform((8, 32)), mgpu.SwizzleTransform(128)))
+
+
 def vector_spec(shape, index_map):
     return gpu().BlockSpec(shape, index_map)
 
@@ -323,8 +336,11 @@ def stream(body, *, steps, specs, stages, carry):
     )
 
 
-def kernel(body, *, grid, names, out, scratch, warpgroups, name, fetching=True):
-    """A Mosaic GPU kernel over `grid`, with `warpgroups` computing warpgroups and, if `fetching`, one that fetches."""
+def kernel(body, *, grid, names, out, scratch, warpgroups, name, fetching=True, sums_columns=True):
+    """A Mosaic GPU kernel over `grid`, with `warpgroups` computing warpgroups and, if `fetching`, one that fetches.
+
+    sums_columns: False frees the shared memory that sums over columns would need; sums over rows need none.
+    """
     mgpu = gpu()
     extra = {"interpret": mgpu.InterpretGPUParams(detect_races=True)} if interpreting() else {}
     if warpgroups + fetching > 1:
@@ -335,7 +351,9 @@ def kernel(body, *, grid, names, out, scratch, warpgroups, name, fetching=True):
         grid=grid,
         grid_names=names,
         scratch_types=scratch,
-        compiler_params=mgpu.CompilerParams(approx_math=True),
+        compiler_params=mgpu.CompilerParams(
+            approx_math=True, **({} if sums_columns else {"reduction_scratch_bytes": 0})
+        ),
         kernel_name=name,
         **extra,
     )
