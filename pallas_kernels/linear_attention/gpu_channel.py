@@ -436,7 +436,7 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
     def body(*args):
         refs = dict.fromkeys(given) | dict(zip(names, args))
         y_ref, last_ref, *rest = args[len(names) :]
-        buffers, (stored, whole, fetched, made, ready, done, *spare) = rest[:4], rest[4:]
+        buffers, (fetched, made, ready, done, *spare) = rest[:6], rest[6:]
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
         warpgroup = compat.warpgroup(lanes.warpgroups)
         unit, half = jnp.minimum(warpgroup, units - 1), jnp.minimum(warpgroup, halves - 1)
@@ -452,7 +452,7 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
                 tokens, width = pl.ds(at(step) * CHUNK, CHUNK), pl.ds(head * plan.key, plan.key)
                 compat.fetch(refs["decays"].at[row, tokens, width], buffers[3].at[0], fetched)
 
-        def prepare(start, runs, states, mixes, decay_tile, q_tile, k_tile):
+        def prepare(start, runs, states, mixes, decay_tile, stored, whole, q_tile, k_tile):
             joins_at = lambda level: Joins(start, spare[0].at[warpgroup] if spare else None, level)
             parts, mix = states.at[warpgroup, pl.ds(0, 2 * CHUNK)], mixes.at[half]
             decays, q, k = (tile.at[:, channels] for tile in (decay_tile, q_tile, k_tile))
@@ -471,9 +471,9 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
             *seg, q_tile, k_tile, v_tile, carry = tiles
             runs = Runs(*(seg or [None]))
             start = at(indices[0]) * CHUNK
-            states, mixes, outputs, decay_tile = (compat.unhoisted(buffer, start) for buffer in buffers)
+            states, mixes, outputs, decay_tile, stored, whole = (compat.unhoisted(x, start) for x in buffers)
             compat.wait(fetched)
-            prepared = lambda: prepare(start, runs, states, mixes, decay_tile, q_tile, k_tile)
+            prepared = lambda: prepare(start, runs, states, mixes, decay_tile, stored, whole, q_tile, k_tile)
             only_first(halves, warpgroup, prepared, lambda: compat.wait(done))
             compat.arrive(ready)
             mine_v = v_tile.at[:, mine]
@@ -494,7 +494,7 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
             return after
 
         def around(run):
-            pl.when(warpgroup == 0)(lambda: compat.fetch(refs["stretches"], stored, made))
+            pl.when(warpgroup == 0)(lambda: compat.fetch(refs["stretches"], buffers[4].at[0], made))
             fetch(0)
             compat.arrive(done)
             where = (pl.ds(0, plan.key), columns)
@@ -530,8 +530,8 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
             compat.tile(1, halves, CHUNK, CHUNK),
             compat.tile(1, count, CHUNK, COLUMNS),
             compat.wide_tile(1, CHUNK, plan.key),
-            compat.tile(len(STORED), CHUNK, CHUNK),
-            compat.vector(plan.key),
+            compat.tile(1, len(STORED), CHUNK, CHUNK),
+            compat.vector(1, plan.key),
             compat.barrier(1),
             compat.barrier(1),
             compat.barrier(count),

@@ -16,12 +16,15 @@ LEAST_WRITE = 1e-30
 def reasons(implementation, q, k, v, log_decay, state, runs, write, *, scale, normalize, causal) -> dict:
     """For each target why its kernels cannot run this call here, in a few words, or None if they can.
 
-    With implementation None the TPU's, which never ran on a chip, are left out where their tiles would be partly empty.
+    With implementation None those for a decay per channel on GPUs are left out, which never ran on one, and the TPU's,
+    which did not either, where their tiles would be partly empty.
     """
     call = (q, k, v, log_decay, state, runs, write)
     found = {
         name: _unsupported(name, *call, scale=scale, normalize=normalize, causal=causal) for name in targets.TARGETS
     }
+    if implementation is None and found["gpu"] is None and _per_channel(log_decay):
+        found["gpu"] = "has not been run on a GPU with a decay per channel, only if named"
     if implementation is None and found["tpu"] is None:
         from pallas_kernels.linear_attention import tpu
 
@@ -39,9 +42,13 @@ def _unsupported(target, q, k, v, log_decay, state, runs, write, *, scale, norma
     return _modules(target, log_decay)[0].supports(q, k, v, log_decay, state, runs, write, scale=scale, **options)
 
 
+def _per_channel(log_decay):
+    return log_decay is not None and log_decay.ndim == 4
+
+
 def _modules(target, log_decay):
     """The modules of a target's forward and backward kernels for such decays."""
-    if target == "gpu" and log_decay is not None and log_decay.ndim == 4:
+    if target == "gpu" and _per_channel(log_decay):
         from pallas_kernels.linear_attention import gpu_channel, gpu_channel_backward
 
         return gpu_channel, gpu_channel_backward
