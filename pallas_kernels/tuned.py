@@ -3,6 +3,7 @@
 The table of a primitive is its `tuned.json`: {device kind: {key: {choice: value, ..., "ms": milliseconds}}}. A key
 names the kernel and the call's shape, batch and time rounded up to powers of two, as `key` writes it. Where a table has
 no entry the primitive's own rule decides, and so it does for what an entry leaves out. Nothing is timed by itself.
+"ms" is what the op took through the kernel, for a backward kernel forward and backward less the forward.
 """
 
 import contextlib

@@ -225,14 +225,12 @@ class Tokens:
         """What token i's output reads of token j's write, scale included: [i, j], or [j, i] transposed."""
         shape = (CHUNK, CHUNK)
         rows, columns = (self.sources, self.decays) if transposed else (self.decays, self.sources)
-        # A thread has 2 of the rows and 16 of the columns, so what is added to all pairs is added to rows.
-        down = compat.load_rows(rows) + (-self.shift if transposed else self.shift)
-        down = compat.spread_rows(down, shape)
+        down = compat.spread_rows(compat.load_rows(rows), shape)
         across = compat.spread_columns(compat.load_columns(columns), shape)
         # Without `start` the mask is computed before the loop over chunks, and held in registers.
         row, column = (compat.iota(shape, axis) + self.start for axis in (0, 1))
         visible = row <= column if transposed else row >= column
-        exponent = across - down if transposed else down - across
+        exponent = (across - down if transposed else down - across) + self.shift
         if self.segments is not None:
             row_runs = compat.spread_rows(compat.load_rows(self.runs), shape)
             column_runs = compat.spread_columns(compat.load_columns(self.runs), shape)

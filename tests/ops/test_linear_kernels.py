@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat, triton_calls
+from seqmix.ops import linear_kernels
 from seqmix.ops.linear import linear_attention
 
 TARGETS = [
@@ -56,3 +57,27 @@ def test_kernels_agree_with_the_chunked_form(target):
     for a, b in zip(got, _results_and_gradients("chunked"), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_the_backward_kernels_are_asked_for_no_more_than_the_gradient_needs(monkeypatch, constant):
+    """Constant decays have no gradient to compute, a state that nobody reads hands none back."""
+    asked = []
+
+    class Kernels:
+        def forward(q, k, v, log_decay, state, runs, log_write, *, scale):
+            return 2 * v, jnp.zeros((1, 2, 64, 64))
+
+        def backward(q, k, v, log_decay, state, runs, log_write, dy, dstate, *, scale, need_decay):
+            asked.append((need_decay, dstate is not None))
+            return q, k, 2 * dy, log_decay if need_decay else None, jnp.zeros((1, 2, 64, 64)), None
+
+    monkeypatch.setattr(linear_kernels, "_modules", lambda target, log_decay: (Kernels, Kernels))
+    q, k, v, log_decay, _ = _inputs()
+    call = lambda v, log_decay: linear_kernels.run("gpu", q, k, v, log_decay, None, None, None, 1.0)
+    values = lambda v, log_decay: jnp.sum(call(v, log_decay)[0])
+    gradient = jax.jit(jax.grad(values, argnums=0 if constant else (0, 1)))(v, log_decay)
+    assert asked == [(not constant, False)]
+    assert np.all(np.asarray(jax.tree.leaves(gradient)[0]) == 2)
+    jax.grad(lambda v, log_decay: jnp.sum(call(v, log_decay)[1]))(v, log_decay)
+    assert asked[1:] == [(False, True)]
