@@ -1,5 +1,5 @@
 """Pallas kernels, one package a primitive. They take and return arrays and know nothing of layers or parameters.
 
 Importing this package needs neither a GPU nor a recent jax: unstable Pallas interfaces are touched in `compat` alone,
-and only when a kernel is built.
+Triton in `triton_calls`, and only when a kernel is built.
 """

@@ -1,8 +1,8 @@
 """Linear attention with one decay per token and head: kernels and their costs.
 
 `gpu.supports(...)` says why a call cannot run (None: it can), `gpu.forward` and `gpu_backward.backward` are the Hopper
-kernels, `tpu` and `tpu_backward` the same for TPUs, `cost` the bytes and operations any implementation must spend. None
-of them has a differentiation rule: an op hangs them on one custom_vjp, whose residuals are forward's own arguments, so
-either half can be swapped for another implementation. Import them where they are dispatched; they build nothing before
-they are called.
+kernels, `tpu` and `tpu_backward` the same for TPUs, `triton` and `triton_backward` for other NVIDIA GPUs, `cost` the
+bytes and operations any implementation must spend. None of them has a differentiation rule: an op hangs them on one
+custom_vjp, whose residuals are forward's own arguments, so either half can be swapped for another implementation.
+Import them where they are dispatched; they build nothing before they are called.
 """

@@ -53,9 +53,9 @@ def linear_attention(
       causal: False lets each token read its whole segment, y_t = scale * q_t^T sum over all s of k_s v_s^T; without
         log_decay and state only. The state returned is the last segment's total.
       chunk: tokens computed as one matrix by the chunked form, a power of two. It changes rounding and speed alone.
-      implementation: None (the best for the call), "gpu" (Hopper kernels, without `write` if decays are per channel) or
-        "tpu" (TPU kernels; compiled, not run on a chip; for a decay per head or none), both for bfloat16, "chunked" or
-        "reference".
+      implementation: None (the best for the call), "gpu" (Hopper kernels, without `write` if decays are per channel),
+        "tpu" (TPU kernels; compiled, not run on a chip) or "triton" (other NVIDIA GPUs, with the extra triton), both
+        for a decay per head or none and all for bfloat16, "chunked" or "reference".
 
     Returns:
       (y [B, T, H, V] in the dtype of v, state in promote(dtype of q, k and v, float32)). Matmul operands are in the

@@ -35,7 +35,7 @@ def _unsupported(target, q, k, v, log_decay, state, runs, write, *, scale, norma
         return reason
     if normalize or not causal:
         return f"has no form for {'normalize' if normalize else 'causal=False'}"
-    options = {"capability": targets.capability()} if target == "gpu" else {}
+    options = {} if target == "tpu" else {"capability": targets.capability()}
     return _modules(target, log_decay)[0].supports(q, k, v, log_decay, state, runs, write, scale=scale, **options)
 
 
@@ -49,6 +49,10 @@ def _modules(target, log_decay):
         from pallas_kernels.linear_attention import gpu, gpu_backward
 
         return gpu, gpu_backward
+    if target == "triton":
+        from pallas_kernels.linear_attention import triton, triton_backward
+
+        return triton, triton_backward
     from pallas_kernels.linear_attention import tpu, tpu_backward
 
     return tpu, tpu_backward

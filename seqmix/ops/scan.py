@@ -41,8 +41,9 @@ def linear_scan(
       reverse: from right to left, h_t = exp(log_a_t) h_{t+1} + x_t: the scan of the flipped arrays, flipped.
         The incoming state then belongs to a row's last segment and the outgoing one to its first.
       chunk: tokens between two stored states of the chunked form; changes speed and rounding alone.
-      implementation: None (the best for the call), "gpu" (Hopper kernels) or "tpu" (TPU kernels; compiled, not run on a
-        chip), both real, bfloat16 or float32 and left to right, "chunked" or "reference".
+      implementation: None (the best for the call), "gpu" (Hopper kernels), "tpu" (TPU kernels; compiled, not run on a
+        chip) or "triton" (other NVIDIA GPUs, with the extra triton), all real, bfloat16 or float32 and left to right,
+        "chunked" or "reference".
     Returns:
       (h [B, T, ...], state [B, ...]). The state has the accumulation dtype: of x and log_a, at least float32
       or complex64. h has the dtype of x, or of the state where log_a is complex.

@@ -3,6 +3,7 @@
 The residuals are the decays and h: x is not kept.
 """
 
+import functools
 import math
 
 import jax
@@ -33,7 +34,7 @@ def _unsupported(target, x, log_a, reverse) -> str | None:
     if target == "gpu" and width < LEAST_WIDTH and not compat.interpreting():
         return f"was not run on a GPU below {LEAST_WIDTH} channels, got {channels}"
     given = (jax.ShapeDtypeStruct((*x.shape[:2], width), dtype) for dtype in (x.dtype, log_a.dtype))
-    options = {"capability": targets.capability()} if target == "gpu" else {}
+    options = {} if target == "tpu" else {"capability": targets.capability()}
     return _module(target).supports(*given, **options)
 
 
@@ -42,13 +43,17 @@ def _module(target):
         from pallas_kernels.linear_scan import gpu
 
         return gpu
+    if target == "triton":
+        from pallas_kernels.linear_scan import triton
+
+        return triton
     from pallas_kernels.linear_scan import tpu
 
     return tpu
 
 
 def _padded(target, width):
-    """The width that the kernels are given: a multiple of 128, on a GPU at least 256."""
+    """The width that the kernels are given: a multiple of 128, for the target "gpu" at least 256."""
     return max(256 if target == "gpu" else 128, width + -width % 128)
 
 
@@ -65,7 +70,7 @@ def scan(target, x, log_a, real, opened, state):
     if target == "tpu":
         h, state = _run_tpu(*_masked(x, log_a, real, opened), state)
     else:
-        h, state = _run_gpu(x, log_a, state, real, opened)
+        h, state = _run_gpu(target, x, log_a, state, real, opened)
     if real is not None:  # at padding the kernels give the state that is carried past it
         h = jnp.where(real[..., None], h, 0)
     return h[..., :width].reshape(shape), state[..., :width].reshape(shape[0], *shape[2:])
@@ -99,18 +104,18 @@ def _backward_tpu(residuals, cotangents):
 _run_tpu.defvjp(_forward_tpu, _backward_tpu)
 
 
-@jax.custom_vjp
-def _run_gpu(x, log_a, state, real, opened):
-    return _module("gpu").forward(x, log_a, state, real, opened)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run_gpu(target, x, log_a, state, real, opened):
+    return _module(target).forward(x, log_a, state, real, opened)
 
 
-def _forward_gpu(x, log_a, state, real, opened):
-    h, last = _run_gpu(x, log_a, state, real, opened)
+def _forward_gpu(target, x, log_a, state, real, opened):
+    h, last = _run_gpu(target, x, log_a, state, real, opened)
     return (h, last), (log_a, h, state, real, opened)
 
 
-def _backward_gpu(residuals, cotangents):
-    return *_module("gpu").backward(*residuals, *cotangents), None, None
+def _backward_gpu(target, residuals, cotangents):
+    return *_module(target).backward(*residuals, *cotangents), None, None
 
 
 _run_gpu.defvjp(_forward_gpu, _backward_gpu)

@@ -1,8 +1,12 @@
-"""What every op asks before it takes a kernel of `pallas_kernels`: "gpu", for Hopper, or "tpu"."""
+"""What every op asks before it takes a kernel of `pallas_kernels`.
+
+The targets are "gpu", for Hopper through Mosaic GPU, "tpu", and "triton", for NVIDIA GPUs through jax-triton, which is
+optional. By themselves the ops take the last where Mosaic GPU does not run.
+"""
 
 from seqmix.core import sharding
 
-TARGETS = ("gpu", "tpu")
+TARGETS = ("gpu", "tpu", "triton")  # best first
 SCATTERED = "needs one device, or rules that cut its arrays over a mesh (core/sharding.use_mesh)"
 LEAST = 64  # tokens; below it (decoding) the plain forms read no more than they must
 
@@ -15,6 +19,8 @@ def unsupported(target: str, length: int) -> str | None:
         platform = sharding.device().platform
         if target == "gpu" and capability() is None:
             return f"needs a Hopper GPU, the device is a {platform}"
+        if target == "triton" and capability() is None:
+            return f"needs an NVIDIA GPU, the device is a {platform}"
         if target == "tpu" and platform != "tpu":
             return f"needs a TPU, the device is a {platform}"
     if length < LEAST:

@@ -1,16 +1,20 @@
-"""The op through the kernels for GPU and TPU: interpreted on a CPU, refused with a reason without the device."""
+"""The op through the kernels for GPUs and TPUs: interpreted on a CPU, refused with a reason without the device."""
+
+import functools
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import compat
+from pallas_kernels import compat, triton_calls
 from seqmix.ops.linear import linear_attention
 
 TARGETS = [
     pytest.param("gpu", marks=pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))),
     "tpu",
+    pytest.param("triton", marks=pytest.mark.skipif(find_spec("triton") is None, reason=triton_calls.EXTRA)),
 ]
 IDS = jnp.asarray([[0] * 5 + [3] * 40 + [7] * 30 + [0] * 2])
 
@@ -24,30 +28,31 @@ def _inputs(dtype=jnp.bfloat16):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="not on a CPU")
-@pytest.mark.parametrize(("target", "needs"), [("gpu", "a Hopper GPU"), ("tpu", "a TPU")])
+@pytest.mark.parametrize(("target", "needs"), [("gpu", "a Hopper GPU"), ("tpu", "a TPU"), ("triton", "an NVIDIA GPU")])
 def test_without_the_device_a_kernel_is_refused_with_the_reason(target, needs):
     q, k, v, log_decay, _ = _inputs()
     with pytest.raises(ValueError, match=f"cannot run '{target}': needs {needs}"):
         linear_attention(q, k, v, log_decay, implementation=target)
 
 
+@functools.cache
+def _results_and_gradients(implementation):
+    write = jax.random.uniform(jax.random.key(1), (1, 77, 2)).at[:, ::7].set(0)  # 0 has a gradient too
+
+    def call(q, k, v, log_decay, state, write):
+        options = {"state": state, "write": write, "segment_ids": IDS, "implementation": implementation}
+        return linear_attention(q, k, v, log_decay, scale=0.5, **options)
+
+    results, pull = jax.vjp(call, *_inputs(), write)
+    cotangents = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), results)
+    return jax.tree.leaves(jax.block_until_ready((results, pull(cotangents))))
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_agree_with_the_chunked_form(target):
     """Values and all gradients of one packed call: 5e-3 is what bfloat16 operands leave of either form."""
-    write = jax.random.uniform(jax.random.key(1), (1, 77, 2)).at[:, ::7].set(0)  # 0 has a gradient too
-
-    def run(implementation):
-        def call(q, k, v, log_decay, state, write):
-            options = {"state": state, "write": write, "segment_ids": IDS, "implementation": implementation}
-            return linear_attention(q, k, v, log_decay, scale=0.5, **options)
-
-        results, pull = jax.vjp(call, *_inputs(), write)
-        return results, pull(
-            jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), results)
-        )
-
     with compat.interpret():
-        got = run(target)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(run("chunked")), strict=True):
+        got = _results_and_gradients(target)
+    for a, b in zip(got, _results_and_gradients("chunked"), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b)
