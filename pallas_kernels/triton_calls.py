@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from unittest import mock
 
 import jax
@@ -24,6 +25,7 @@ from pallas_kernels import compat
 EXTRA = "needs the extra triton: pip install 'seqmix[triton]'"
 OLDEST, NEWEST = (8, 0), (9, 0)  # compute capabilities: the first with bfloat16 matrix products, and the last tried
 _target = contextvars.ContextVar("pallas_kernels_triton_target", default=None)
+_one_at_a_time = threading.Lock()  # the interpreter's state is global, and XLA may call back from several threads
 
 
 def unsupported(capability) -> str | None:
@@ -131,7 +133,7 @@ def _interpreted(module, kernel, out, grid, constants, *arrays):
     given = [np.array(x) for x in arrays]
     # What a kernel fails to write shows.
     results = [np.full(x.shape, np.nan if jnp.issubdtype(x.dtype, jnp.floating) else -1, x.dtype) for x in out]
-    with _mended() as interpreted:
+    with _one_at_a_time, _mended() as interpreted:
         function = getattr(_interpreted_module(module, interpreted), kernel)
         function[grid](*map(_Tensor, [*given, *results]), **constants)
     return tuple(results)
@@ -148,12 +150,12 @@ def _mended():
     def converted(values, given, wanted, rounding):
         if (given, wanted) == (tl.float32, tl.bfloat16):
             return values.astype(jnp.bfloat16).view(np.uint16)
-        return (
-            wide(values) if (given, wanted) == (tl.bfloat16, tl.float32) else convert(values, given, wanted, rounding)
-        )
+        if (given, wanted) == (tl.bfloat16, tl.float32):
+            return wide(values)
+        return convert(values, given, wanted, rounding)
 
     def wide(values):
-        return values.astype(np.uint32).__lshift__(16).view(np.float32)
+        return (values.astype(np.uint32) << 16).view(np.float32)
 
     def dot(_, a, b, d, *options):
         a, b = (wide(x.data) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b))
