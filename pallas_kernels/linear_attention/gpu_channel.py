@@ -108,7 +108,7 @@ class Joins:
         self.spare = spare
         # Adds 0, which the compiler cannot know, so that it keeps no masks in registers from one chunk or level on.
         row, column = (compat.iota((CHUNK, CHUNK), axis) for axis in (0, 1))
-        self.row, self.column = row + jnp.minimum(start + level, 0), column + jnp.minimum(start, 0)
+        self.row, self.column = row + jnp.minimum(start + level, 0), column
 
     def later(self, level):
         """Rows in the later of two blocks of 2^level tokens."""

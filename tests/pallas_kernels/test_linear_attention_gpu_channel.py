@@ -99,6 +99,6 @@ def test_all_kernels_compile_for_an_h100_and_spill_little(spilled):
 
     found = spilled(run, q, q, q, decay, q)
     assert found["linear_attention_channel_states"] == 0
-    # Mostly addresses from before the loop over chunks: 136 and 880 bytes when written.
+    # Mostly addresses from before the loop over chunks: 92 to 116 and 624 bytes when written.
     assert found["linear_attention_channel_forward"] <= 192
-    assert found["linear_attention_channel_gradients"] <= 1024
+    assert found["linear_attention_channel_gradients"] <= 768
