@@ -75,10 +75,13 @@ def pair(tmp_path):
 
 
 def _close(workdir, unbroken):
-    """The losses of two runs agree as float32 sums in another order over sixty steps do."""
-    ours, theirs = runs.records(workdir), runs.records(unbroken)
-    assert [step for step, _ in ours] == [step for step, _ in theirs]
-    np.testing.assert_allclose([loss for _, loss in ours], [loss for _, loss in theirs], rtol=1e-5)
+    """The losses of two runs, in training and of the evaluation after it, agree as float32 sums in another order over
+    sixty steps do.
+    """
+    for kind in ("train", "final"):
+        ours, theirs = runs.records(workdir, kind), runs.records(unbroken, kind)
+        assert ours and [step for step, _ in ours] == [step for step, _ in theirs]
+        np.testing.assert_allclose([loss for _, loss in ours], [loss for _, loss in theirs], rtol=1e-5)
 
 
 def test_10_one_process_then_two(tmp_path, flags, unbroken, pair):
