@@ -28,7 +28,10 @@ def main(argv=None):
     """Parses, computes what is missing, writes the table; returns the exit code."""
     args = parse(argv)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return cli.refuse(f"--out: expected a folder that can be written, got {args.out!r} ({error.strerror})")
     cells = [(mixer, width) for mixer in args.mixers for width in args.widths]
     missing = [cell for cell in cells if read(out, args, *cell) is None]
     if args.cell:  # the table is its parent's
@@ -55,7 +58,7 @@ def parse(argv):
     names = [row.name for row in catalog.ROWS if suits(row)]
     add = lambda flag, kind, default, text: parser.add_argument(flag, type=kind, default=default, help=text)
     add("--out", str, "runs/recall", "folder of the results")
-    add("--mixers", _listed(str), names, "names of the catalogue, joined by commas (all causal ones without a memory)")
+    add("--mixers", _listed(str), names, "names of the catalogue, joined by commas (all causal ones)")
     add("--widths", _listed(int), [64, 128], "widths of the models, multiples of 64")
     add("--rates", _listed(float), [1e-3, 3e-3, 1e-2], "peak learning rates")
     add("--seeds", _listed(int), [0, 1, 2], "seeds of weights and batches")

@@ -8,7 +8,9 @@ case that fails is a row that says why. Exit codes: 0 done, 1 a case failed (the
 command.
 """
 
+import argparse
 import concurrent.futures
+import difflib
 import os
 import sys
 import time
@@ -26,10 +28,8 @@ def main(argv=None):
             return tune.run(args)
         suite = suites.load(args.suite)
         cases = suite.cases(args)
+        check_parts(args.only, dict.fromkeys(case.part for case in cases), suite.NAME)
         wanted = [case for case in cases if not args.only or case.part in args.only]
-        if not wanted:
-            here = ", ".join(dict.fromkeys(case.part for case in cases)) or "none on this machine"
-            raise ValueError(f"--only: no case of {suite.NAME} is left, its parts are {here}")
         if args.list:
             print(*(f"{case.part}: {case.label}" for case in wanted), sep="\n")
             return 0
@@ -37,7 +37,12 @@ def main(argv=None):
         return cli.refuse(error)
     if args.compile_only:
         return compiled(wanted, args)
-    kept = results.File(Path(args.out), suite, args)
+    try:
+        kept = results.File(Path(args.out), suite, args)
+    except OSError as error:
+        return cli.refuse(f"--out: expected a folder that can be written, got {args.out!r} ({error.strerror})")
+    if kept.device.platform == "cpu":
+        progress.say("the device is a CPU: the cases are sized for a GPU of 80 GB and will take long")
     failed = run(suite, wanted, args, kept)
     kept.finish()
     for label, reason in failed:
@@ -55,20 +60,39 @@ def parse(argv):
     add = parser.add_argument
     add("--suite", choices=tuple(suites.SUITES), help=commands)
     add("--out", default="runs/bench", help="folder of the results")
-    add("--only", type=_words, default=(), help="parts of the suite, joined by commas; all where none are named")
+    add("--only", type=_words, default=(), help="parts (of --list, before the colon), joined by commas; default all")
     add("--peers", action="store_true", help="time the PyTorch peers that can be imported, in the same run")
     add("--list", action="store_true", help="name the cases and end")
     add("--compile-only", action="store_true", help="compile the suite's programs (scaling), and time nothing")
     args = parser.parse(argv)
     if args.command == "run" and args.suite is None:
         raise ValueError(f"--suite: expected one of {', '.join(suites.SUITES)}, got none")
-    if args.command == "tune" and args.suite is not None:
-        raise ValueError(f"--suite: expected none beside tune, got {args.suite}")
+    if args.command == "tune":
+        for flag, given in (("--suite", args.suite), ("--peers", args.peers), ("--list", args.list)):
+            if given:
+                raise ValueError(f"{flag}: belongs to run, tune takes --only alone")
+    if args.compile_only and (args.command, args.suite) != ("run", "scaling"):
+        raise ValueError(f"--compile-only: expected --suite=scaling, got {args.suite or args.command}")
+    if not args.out:
+        raise ValueError("--out: expected a folder, got none")
     return args
 
 
+def check_parts(only, parts, name):
+    """Raises ValueError for a part that is none of a suite's."""
+    for word in only:
+        if word not in parts:
+            near = difflib.get_close_matches(word, parts, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            here = ", ".join(parts) or "none on this machine"
+            raise ValueError(f"--only: expected parts of {name}, which are {here}, got {word!r}{hint}")
+
+
 def _words(text):
-    return tuple(word for word in text.split(",") if word)
+    words = tuple(word for word in text.split(",") if word)
+    if not words:
+        raise argparse.ArgumentTypeError(f"expected words joined by commas, got {text!r}")
+    return words
 
 
 def compiled(cases, args):

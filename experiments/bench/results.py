@@ -1,6 +1,7 @@
 """What a suite measured, kept as it comes: JSON, a table in Markdown, a picture."""
 
 import datetime
+import itertools
 import re
 import shlex
 import sys
@@ -11,13 +12,16 @@ from experiments import files, progress
 
 
 class File:
-    """The rows of a suite in DIR/<card>_<suite>.json, rewritten after each one."""
+    """The rows of a suite in DIR/<card>_<suite>.json, rewritten after each one; an old file is kept as .json.1, ...."""
 
     def __init__(self, folder, suite, args):
         self.suite, self.rows = suite, []
         folder.mkdir(parents=True, exist_ok=True)
-        device = jax.devices()[0]
+        self.device = device = jax.devices()[0]
         self.path = folder / f"{short(device.device_kind)}_{suite.NAME}.json"
+        if self.path.exists():
+            olds = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
+            self.path.rename(next(old for old in olds if not old.exists()))
         self.head = {
             "command": shlex.join(["python", "-m", "experiments.bench", *sys.argv[1:]]),
             "date": datetime.date.today().isoformat(),

@@ -17,7 +17,7 @@ import jax
 
 from experiments import files, progress
 from experiments.bench import recurrent, timing
-from pallas_kernels import tuned
+from pallas_kernels import compat, tuned
 
 OPS = ("ssd", "simple_gla", "retnet")
 KERNELS = ("forward", "backward")
@@ -29,12 +29,13 @@ def run(args) -> int:
     """Tunes what args.only names, all if none; returns the exit code."""
     from pallas_kernels.linear_attention import plan
 
+    for name in args.only:
+        if name not in OPS:
+            raise ValueError(f"--only: expected some of {', '.join(OPS)}, got {name!r}")
     wanted = [name for name in OPS if not args.only or name in args.only]
-    if not wanted:
-        raise ValueError(f"--only: expected some of {', '.join(OPS)}, got {','.join(args.only)}")
     device = jax.devices()[0]
-    if device.platform != "gpu":
-        raise ValueError(f"tune: expected a GPU, the device is a {device.platform}")
+    if (compat.capability(device) or (0, 0))[0] != 9:
+        raise ValueError(f"tune: expected a Hopper GPU, the device is {device.device_kind}")
     cases = [(name, kernel, *shape) for name in wanted for kernel in KERNELS for shape in recurrent.SHAPES]
     work = progress.Work("tune", "calls", len(cases), seconds=0)
     for index, (name, kernel, b, t) in enumerate(cases):

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqmix.core.shapes import is_array
+
 
 def _last_nonzero(ids):
     """ids with every 0 replaced by the nearest non-zero id before it (0 where there is none)."""
@@ -71,7 +73,9 @@ def from_cu_seqlens(cu_seqlens, length: int | None = None) -> np.ndarray:
 
 
 def check(segment_ids, batch: int, time: int, name: str = "segment_ids"):
-    """Raises ValueError unless segment ids are integers of shape [batch, time]."""
+    """Raises ValueError unless segment ids are an array of integers of shape [batch, time]."""
+    if not is_array(segment_ids):
+        raise ValueError(f"{name}: expected an array, got {type(segment_ids).__name__}")
     if segment_ids.shape != (batch, time):
         raise ValueError(f"{name}: expected shape (B={batch}, T={time}), got {tuple(segment_ids.shape)}")
     if not jnp.issubdtype(segment_ids.dtype, jnp.integer):

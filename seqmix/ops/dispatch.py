@@ -20,7 +20,7 @@ def pick(op: str, implementation: str | None, reasons: dict[str, str | None]) ->
         implementation = next((name for name, reason in reasons.items() if reason is None), None)
         if implementation is None:
             raise ValueError(f"implementation: {op} has none for this call: {reasons}")
-    elif implementation not in reasons:
+    elif not isinstance(implementation, str) or implementation not in reasons:
         near = difflib.get_close_matches(str(implementation), reasons, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"implementation: expected one of {', '.join(reasons)} for {op}, got {implementation!r}{hint}")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.flops import matmul
-from seqmix.core.shapes import dims
+from seqmix.core.shapes import dims, is_array
 from seqmix.ops import linear_chunked, linear_context, linear_kernels, linear_reference
 from seqmix.ops.dispatch import pick
 from seqmix.ops.linear_reference import decay_spec
@@ -67,7 +67,7 @@ def linear_attention(
     Source: Katharopoulos et al. 2006.16236 (equations 16-20); RetNet 2307.08621, GLA 2312.06635, Mamba-2 2405.21060
     and Lightning 2401.04658 are it with their decays.
     """
-    d, acc = _check(q, k, v, log_decay, write, state, segment_ids, normalize, eps, causal, chunk)
+    d, acc = _check(q, k, v, log_decay, write, state, segment_ids, normalize, eps, causal, chunk, scale)
     runs = None if segment_ids is None else packing.runs(segment_ids)
     lay = layout(d.B, d.T, d.H, d.Hk)
     call = (q, k, v, log_decay, state, runs, write)
@@ -111,7 +111,7 @@ def linear_attention(
     return y, (states[0], states[1][..., 0]) if normalize else states[0]
 
 
-def _check(q, k, v, log_decay, write, state, segment_ids, normalize, eps, causal, chunk):
+def _check(q, k, v, log_decay, write, state, segment_ids, normalize, eps, causal, chunk, scale):
     """Sizes by letter and the accumulating dtype; raises ValueError for what does not fit."""
     pair = isinstance(state, tuple | list) and len(state) == 2
     if state is not None and pair != normalize:
@@ -138,6 +138,8 @@ def _check(q, k, v, log_decay, write, state, segment_ids, normalize, eps, causal
     if not causal and (log_decay is not None or state is not None):
         given = "log_decay" if log_decay is not None else "state"
         raise ValueError(f"{given}: expected None with causal=False, got an array")
+    if not (is_array(scale) or isinstance(scale, int | float)):
+        raise ValueError(f"scale: expected a number, got {scale!r}")
     if not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1):
         raise ValueError(f"chunk: expected a power of two, got {chunk!r}")
     return d, jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)

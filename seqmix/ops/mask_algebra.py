@@ -208,6 +208,8 @@ def lengths(time, keys) -> tuple[int, int]:
 
 def check_data(mask: Mask, time: int, keys: int, data, *, need: bool = False) -> dict:
     """The entries of `data` that the mask takes. Raises ValueError for other lengths and, `need`, missing ones."""
+    if data is not None and not isinstance(data, dict):
+        raise ValueError(f"data: expected a dict of arrays by name, got {type(data).__name__}")
     data = {} if data is None else {name: x for name, x in data.items() if name in mask.inputs}
     for name, side in mask.inputs.items():
         length = time if side == "queries" else keys

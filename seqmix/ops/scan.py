@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqmix.core import packing
+from seqmix.core.shapes import is_array
 from seqmix.ops import dispatch, scan_context, scan_kernels
 from seqmix.ops.mesh import layout
 
@@ -75,6 +76,9 @@ def linear_scan(
 
 
 def _check(x, log_a, state, segment_ids, chunk):
+    for name, array in (("x", x), ("log_a", log_a), ("state", state)):
+        if not (is_array(array) or (name == "state" and state is None)):
+            raise ValueError(f"{name}: expected an array, got {type(array).__name__}")
     for name, array in (("x", x), ("log_a", log_a)):
         if not jnp.issubdtype(array.dtype, jnp.inexact):
             raise ValueError(f"{name}: expected a floating or complex dtype, got {array.dtype}")

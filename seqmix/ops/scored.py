@@ -37,7 +37,12 @@ def check(q, k, rules, mask, bias, slopes, normalizer, sink_logits, return_lse, 
     if mask is not None and not isinstance(mask, masks.Mask):
         raise ValueError(f"mask: expected a mask of ops.masks, got {type(mask).__name__}")
     if mask is not None and (not rules.causal or rules.window is not None or rules.sinks):
-        raise ValueError("mask: expected causal, window and sinks left alone beside a mask, which says it all")
+        given = {"causal": False} if not rules.causal else {}
+        given |= {name: x for name, x in (("window", rules.window), ("sinks", rules.sinks)) if x}
+        got = ", ".join(f"{name}={x}" for name, x in given.items())
+        raise ValueError(
+            f"mask: expected causal, window and sinks left alone beside a mask, which says it all, got {got}"
+        )
     if data is not None and mask is None:
         raise ValueError("data: expected a mask that takes it, got none")
     if normalizer == "sigmoid" and (return_lse or sink_logits is not None):

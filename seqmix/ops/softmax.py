@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
@@ -208,12 +209,15 @@ def _check(q, k, v, sink_logits, *given):
 
 
 def _positive(name, value):
-    if not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
 def _rules(scale, causal, window, sinks, soft_cap) -> Rules:
     """`Rules` of checked numbers."""
+    if not isinstance(causal, bool | np.bool_):
+        got = f"shape {tuple(causal.shape)}" if hasattr(causal, "shape") else repr(causal)
+        raise ValueError(f"causal: expected True or False (a mask is given by mask=), got {got}")
     if window is not None:
         _positive("window", window)
     if not isinstance(sinks, int) or sinks < 0 or (sinks and not causal):
@@ -222,6 +226,7 @@ def _rules(scale, causal, window, sinks, soft_cap) -> Rules:
     scale, soft_cap = finite("scale", scale), None if soft_cap is None else finite("soft_cap", soft_cap)
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
+    window = None if window is None else int(window)
     return Rules(scale, bool(causal), window, sinks, soft_cap)
 
 

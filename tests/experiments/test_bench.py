@@ -15,8 +15,15 @@ from experiments.bench import attention, errors, profile, recurrent, results, sc
 def test_a_mistake_is_one_line_with_exit_code_2(capsys, tmp_path):
     for words, said in (
         (["run", "--suite=recurent"], "--suite: invalid choice: 'recurent'"),
-        (["run", "--suite=recurrent", "--only=gal", f"--out={tmp_path}"], "--only: no case of recurrent is left"),
+        (
+            ["run", "--suite=recurrent", "--only=gal", f"--out={tmp_path}"],
+            "--only: expected parts of recurrent, which are ssd, simple_gla, retnet, gla, scan, got 'gal'; did you",
+        ),
         (["run"], "--suite"),
+        (["run", "--suite=train", "--only="], "--only: expected words joined by commas, got ''"),
+        (["run", "--suite=recurrent", f"--out={__file__}"], "--out: expected a folder that can be written"),
+        (["run", "--suite=recurrent", "--compile-only"], "--compile-only: expected --suite=scaling, got recurrent"),
+        (["tune", "--list"], "--list: belongs to run"),
         (["run", "--suite=recurrent", "--peer"], "--peer: unknown flag, did you mean --peers?"),
     ):
         assert bench.main(words) == 2
@@ -146,7 +153,10 @@ def test_a_trace_is_booked_by_the_scopes_of_the_model(tmp_path):
 
 
 def test_tuning_needs_a_gpu_and_a_known_op(capsys):
-    for words, said in ((["tune"], "tune: expected a GPU"), (["tune", "--only=scan"], "--only: expected some of ssd")):
+    for words, said in (
+        (["tune"], "tune: expected a Hopper GPU"),
+        (["tune", "--only=scan"], "--only: expected some of ssd"),
+    ):
         assert bench.main(words) == 2
         assert said in capsys.readouterr().err
 

@@ -12,6 +12,7 @@ from seqmix.core import sharding
 from seqmix.ops import dispatch
 from seqmix.ops.linear import linear_attention, linear_attention_flops
 from seqmix.ops.linear_anchored import contract
+from seqmix.ops.scan import linear_scan
 
 T, HK, H, K, V = 70, 1, 2, 8, 8
 GATES = (0.0, -1e-4, -5.0, -20.0, -1e4)  # one a row of the batch, and a last row that mixes them
@@ -188,6 +189,16 @@ def test_what_does_not_fit_is_refused_in_one_line(change, message):
     given = {name: jnp.zeros(x) if isinstance(x, tuple) else x for name, x in given.items()}
     with pytest.raises(ValueError, match=message):
         linear_attention(**given)
+
+
+def test_what_is_no_array_or_number_is_refused():
+    q = jnp.ones((1, 2, 1, 2))
+    with pytest.raises(ValueError, match="segment_ids: expected an array, got list"):
+        linear_attention(q, q, q, segment_ids=[[1, 1]])
+    with pytest.raises(ValueError, match="scale: expected a number, got None"):
+        linear_attention(q, q, q, scale=None)
+    with pytest.raises(ValueError, match="log_a: expected an array, got float"):
+        linear_scan(q, -0.1)
 
 
 def test_integers_are_refused():

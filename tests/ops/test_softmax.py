@@ -208,6 +208,10 @@ def test_large_logits_stay_finite():
 
 IDS = np.ones((B, 6), np.int32)
 REFUSALS = [
+    ({"causal": "no"}, "causal: expected True or False"),
+    ({"causal": np.ones((4, 4), bool)}, "causal: expected True or False (a mask is given by mask=), got shape (4, 4)"),
+    ({"window": True}, "window: expected a positive integer, got True"),
+    ({"implementation": ["gpu"]}, "implementation: expected one of"),
     (
         {"k": np.ones((B, 6, 3, K)), "v": np.ones((B, 6, 3, V))},
         "k: expected a number of heads that divides H=4, got Hk=3",
