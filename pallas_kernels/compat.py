@@ -415,6 +415,20 @@ def capability(device=None) -> tuple[int, int] | None:
     return tuple(int(part) for part in str(text).split(".")) if device.platform == "gpu" and text else None
 
 
+def no_hopper(given: tuple[int, int] | None = None) -> str | None:
+    """Why no Hopper kernel runs on a GPU of that capability (None: the default device), in a few words, or None."""
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    if given is None and not interpreting():
+        given = capability()
+        if given is None:
+            return "needs a Hopper GPU, the default device is none"
+    if given is not None and given[0] != 9:
+        return f"needs a Hopper GPU (compute capability 9.x), this one has {given[0]}.{given[1]}"
+    return None
+
+
 # TPU. These kernels are plain `pallas_call`s and run, or are interpreted, with every jax that this project supports.
 
 

@@ -30,15 +30,9 @@ def supports(q, k, v, sizes, *, visible=None, q_data=None, k_data=None, scale=1.
     Takes arrays or shapes with dtypes; lengths are those of the call, before they are filled up to whole blocks.
     capability: (major, minor) of the GPU that will run it; None asks the default device.
     """
-    reason = compat.unavailable()
+    reason = compat.no_hopper(capability)
     if reason is not None:
         return reason
-    if capability is None and not compat.interpreting():
-        capability = compat.capability()
-    if capability is not None and capability[0] != 9:
-        return f"needs a Hopper GPU (compute capability 9.x), this one has {capability[0]}.{capability[1]}"
-    if capability is None and not compat.interpreting():
-        return "needs a Hopper GPU, the default device is none"
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
         return f"needs bfloat16 q, k and v, got {q.dtype}, {k.dtype}, {v.dtype}"
     if q.shape[-1] not in WIDTHS or v.shape[-1] not in WIDTHS:

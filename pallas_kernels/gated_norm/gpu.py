@@ -27,13 +27,9 @@ def supports(x, skip, gate, scale, weight, *, capability=None) -> str | None:
     Takes arrays or shapes with dtypes. capability: (major, minor) of the GPU that will run it; None asks the default
     device.
     """
-    reason = compat.unavailable()
+    reason = compat.no_hopper(capability)
     if reason is not None:
         return reason
-    if not compat.interpreting():
-        capability = capability or compat.capability()
-        if capability is None or capability[0] != 9:
-            return f"needs a Hopper GPU (compute capability 9.x), this is {capability}"
     for name, array in (("x", x), ("skip", skip), ("gate", gate)):
         if array.dtype != jnp.bfloat16 or array.shape != x.shape or x.ndim != 2:
             return f"needs bfloat16 rows [N, D] of one shape, got {name} of {array.dtype} {array.shape}"

@@ -38,15 +38,9 @@ def supports(
     Takes arrays or shapes with dtypes. capability: (major, minor) of the GPU that will run it; None asks the default
     device.
     """
-    reason = compat.unavailable()
+    reason = compat.no_hopper(capability)
     if reason is not None:
         return reason
-    if capability is None and not compat.interpreting():
-        capability = compat.capability()
-    if capability is not None and capability[0] != 9:
-        return f"needs a Hopper GPU (compute capability 9.x), this one has {capability[0]}.{capability[1]}"
-    if capability is None and not compat.interpreting():
-        return "needs a Hopper GPU, the default device is none"
     reason = planning.wrong_qkv(q, k, v)
     if reason is not None:
         return reason

@@ -192,12 +192,6 @@ def _heads_of(lanes, block, decay_tile, segment, start, shift):
         yield index, Tokens(decay_tile.at[:, index], segment, start, shift=shift), pl.ds(index * width, width)
 
 
-def _value_columns(lanes, block):
-    """The block's columns within each of its heads' values."""
-    width = COLUMNS * lanes.units // lanes.block_heads
-    return pl.ds(block * COLUMNS * lanes.units % lanes.plan.value, width)
-
-
 def _read(ref):
     return compat.load_tile(ref).astype(jnp.float32)
 

@@ -42,15 +42,9 @@ def supports(x, log_a, state=None, *, capability=None) -> str | None:
     Takes arrays or shapes with dtypes. capability: (major, minor) of the GPU that will run it; None asks the default
     device.
     """
-    reason = compat.unavailable()
+    reason = compat.no_hopper(capability)
     if reason is not None:
         return reason
-    if not compat.interpreting():
-        capability = capability or compat.capability()
-        if capability is None:
-            return "needs a Hopper GPU, the default device is none"
-        if capability[0] != 9:
-            return f"needs a Hopper GPU (compute capability 9.x), this one has {capability[0]}.{capability[1]}"
     for name, array in (("x", x), ("log_a", log_a)):
         if array.dtype not in (jnp.bfloat16, jnp.float32):
             return f"needs bfloat16 or float32, got {name} of {array.dtype}"

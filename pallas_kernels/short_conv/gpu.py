@@ -73,13 +73,9 @@ def supports(x, weight, bias, *, capability=None) -> str | None:
     Takes arrays or shapes with dtypes. capability: (major, minor) of the GPU that will run it; None asks the default
     device.
     """
-    reason = compat.unavailable()
+    reason = compat.no_hopper(capability)
     if reason is not None:
         return reason
-    if not compat.interpreting():
-        capability = capability or compat.capability()
-        if capability is None or capability[0] != 9:
-            return f"needs a Hopper GPU (compute capability 9.x), this is {capability}"
     if x.dtype != jnp.bfloat16 or x.ndim != 3 or 0 in x.shape or x.shape[2] % 128:
         return f"needs bfloat16 x [B, T, D], D a multiple of 128, got {x.dtype} {x.shape}"
     for name, array, shape in (("weight", weight, (len(weight), x.shape[2])), ("bias", bias, x.shape[2:])):

@@ -3,8 +3,6 @@
 import difflib
 import logging
 
-IMPLEMENTATIONS = ("reference", "chunked", "gpu", "tpu", "triton")
-
 _log = logging.getLogger("seqmix.ops")
 _chosen: dict[str, set[str]] = {}
 
