@@ -1,7 +1,7 @@
 """The suites by name, and what one is made of.
 
 A suite is a module with NAME, COLUMNS ((key of a row, heading, format), ...), cases(args) -> [Case], and, where a
-picture helps, draw(rows, figure).
+picture helps, draw(rows, figure). SMALL is true where its cases suit a CPU as well.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ SUITES = {
     "train": "whole training steps on one device, and where their time goes",
     "recurrent": "linear attention, SSD and scans on one device, beside fla and mamba_ssm",
     "attention": "dense, windowed, packed and sparse attention on one device, beside cuDNN and flex_attention",
+    "checks": "every kernel that runs here against float64, and 200 times against itself; no times",
     "scaling": "several GPUs of one host against one: training, attention and recurrences over a cut time axis",
 }
 

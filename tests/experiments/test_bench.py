@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import attention, errors, profile, recurrent, results, scaling_ops, suites, timing, tune
+from experiments.bench import attention, checks, errors, profile, recurrent, results, scaling_ops, suites, timing, tune
 
 
 def test_a_mistake_is_one_line_with_exit_code_2(capsys, tmp_path):
@@ -92,6 +92,34 @@ def test_ops_over_devices_are_timed_with_the_bytes_they_send(monkeypatch):
     (row,) = scaling_ops.attention("heads", 2, 64, {64: {"fwd_ms": 1e3, "fwd_bwd_ms": 1e3}}, args)
     assert row["fwd_ms"] > 0 and row["sent"] >= row["sent_formula"] > 0
     assert row["share"] == pytest.approx(2 * 2 * 8 * 64**2 / 2 / row["fwd_ms"] / 1e3)
+
+
+def test_a_check_fails_beyond_its_bound():
+    """A result that is 1% off is a row, and then a failed case that names it."""
+
+    def made(name):
+        run = lambda x, implementation: ((1 if implementation == "reference" else float(name)) * x * x,)
+        return checks.Check("square", name, {"x": jnp.linspace(1, 2, 16)}, run, ("y",))
+
+    (right, *_) = checks._case(made, "1.001", None)
+    assert right["share"] == pytest.approx(0.2, rel=0.01)
+    with pytest.raises(ArithmeticError, match="gpu: d?[xy] is off by 1.0e-02"):
+        list(checks._case(made, "1.01", None))
+
+
+def test_repeats_with_other_bits_are_counted(monkeypatch):
+    monkeypatch.setattr(checks, "REPEATS", 8)
+    calls = iter(range(9))
+    third = lambda x: (x, (x + 1e-6 * (next(calls) % 3 == 2),))
+    assert checks.repeated(third, (jnp.ones(4),)) == {"repeats": 8, "same_bits": 5}
+
+
+def test_the_checks_of_a_convolution_pass_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "REPEATS", 2)
+    assert bench.main(["run", "--suite=checks", "--only=short_conv", f"--out={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "cpu_checks.json").read_text())["rows"]
+    assert {row["case"] for row in rows} == set(checks.CONV)
+    assert all(0 < row["error"] < checks.BOUND and row["same_bits"] == 2 for row in rows)
 
 
 def test_device_kinds_become_words():

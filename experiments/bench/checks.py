@@ -1,0 +1,284 @@
+"""Every kernel that runs on this device, against float64 and against itself: no times.
+
+Each case is a call of an op at a small shape that one feature makes hard: a ragged length, packed rows, decays of 0 and
+-100 side by side, few key heads. Every implementation that takes it here runs forward and backward. Errors are root
+mean squares of the difference to the float64 reference of the same rounded inputs, over those of float64; `worst` names
+the result with the largest share of its bound, BOUND, or GATE_BOUND for the gradients of decays and write weights. Then
+the same program runs REPEATS times, and every bit must be as at first. A case beyond a bound, or with other bits,
+fails, so that the command ends with 1.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import timing
+from experiments.bench.suites import Case
+from seqmix import ops
+from seqmix.ops import masks
+from seqmix.ops.conv import short_conv_reference
+
+NAME = "checks"
+SMALL = True  # runs on a CPU too, in minutes
+COLUMNS = (
+    ("op", "op", ""),
+    ("case", "case", ""),
+    ("implementation", "implementation", ""),
+    ("share", "largest error over its bound", ".0%"),
+    ("worst", "of", ""),
+    ("error", "error", ".1e"),
+    ("repeats", "repeats", ","),
+    ("same_bits", "with the same bits", ","),
+)
+BOUND, GATE_BOUND = 5e-3, 2e-2
+NEGLIGIBLE = 1e-6  # a largest difference that is no error, whatever its share of a result that is nearly 0
+REPEATS = 200
+IMPLEMENTATIONS = ("gpu", "triton", "tpu", "cudnn", "tokamax", "splash", "chunked")
+DEFAULT = "default"  # of an op that has no names for its implementations
+GATES = ("log_decay", "log_a", "write")
+normal = jax.random.normal
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A call: inputs by name, (run(*inputs, implementation=...) -> results), and the results' names."""
+
+    op: str
+    case: str
+    inputs: dict
+    run: Callable
+    results: tuple[str, ...]
+
+
+def cases(args):
+    """The cases by op."""
+    return [
+        Case(make.__name__, f"{make.__name__} {name}", functools.partial(_case, make, name)) for make, name in _all()
+    ]
+
+
+def _all():
+    made = ((linear_attention, LINEAR), (per_channel, CHANNEL), (linear_scan, SCAN), (attention, ATTENTION))
+    made += ((block_sparse_attention, SPARSE), (short_conv, CONV))
+    return [(make, name) for make, features in made for name in features]
+
+
+# What a case changes of T, H, K, V and the decay's kind, and whether it has writes, segments, a state.
+LINEAR = {
+    "plain": {"decay": None},
+    "a decay per head": {"decay": "head"},
+    "a decay per token, of any size": {},
+    "K 64, V 64": {"K": 64, "V": 64},
+    "V 256": {"V": 256},
+    "one key head, writes": {"H": 4, "V": 64, "writes": True},
+    "ragged, packed, from a state": {"T": 333, "segments": True, "state": True, "writes": True},
+    "one long row": {"T": 4096, "H": 1, "K": 64, "V": 64},
+}
+CHANNEL = {
+    "decays of any size": {},
+    "K 64, V 64": {"K": 64, "V": 64},
+    "V 256": {"V": 256},
+    "ragged, packed, from a state": {"T": 333, "segments": True, "state": True},
+    "one long row": {"T": 4096, "H": 1, "K": 64, "V": 64},
+}
+
+
+def decays(key, shape):
+    """Logarithms of decays: a token in six is 0, -1e-4, -5, -20 or -100, the rest log-sigmoids over 16."""
+    usual = jax.nn.log_sigmoid(normal(key, shape)) / 16
+    rare = jnp.asarray([0.0, -1e-4, -5.0, -20.0, -100.0])[jax.random.randint(jax.random.fold_in(key, 1), shape, 0, 5)]
+    return jnp.where(jax.random.uniform(jax.random.fold_in(key, 2), shape) < 1 / 6, rare, usual)
+
+
+def segments(batch, length):
+    """Packed ids [B, T] with padding left, inside and right."""
+    ids = np.zeros((batch, length), np.int32)
+    ids[:, 5 : length // 3], ids[:, length // 3 : length // 2], ids[:, length // 2 + 9 : -7] = 3, 7, 3
+    return ids
+
+
+def linear_attention(name, features=None, decay="token"):
+    f = {"T": 320, "H": 2, "K": 128, "V": 128, "decay": decay} | (LINEAR[name] if features is None else features)
+    batch, time, heads = 2, f["T"], f["H"]
+    keys = jax.random.split(jax.random.key(1), 6)
+    key_heads = 1 if f.get("writes") else heads
+    q, k = (normal(key, (batch, time, key_heads, f["K"]), jnp.bfloat16) for key in keys[:2])
+    inputs = {"q": q, "k": k, "v": normal(keys[2], (batch, time, heads, f["V"]), jnp.bfloat16)}
+    shapes = {"head": (heads,), "token": (batch, time, heads), "channel": (batch, time, heads, f["K"])}
+    if f["decay"] is not None:
+        inputs["log_decay"] = decays(keys[3], shapes[f["decay"]])
+    if f.get("state"):
+        inputs["state"] = normal(keys[4], (batch, heads, f["K"], f["V"]))
+    if f.get("writes"):
+        inputs["write"] = jax.random.uniform(keys[5], (batch, time, heads))
+    ids = segments(batch, time) if f.get("segments") else None
+
+    def run(q, k, v, *others, implementation):
+        given = dict(zip(list(inputs)[3:], others, strict=True))
+        options = {"scale": f["K"] ** -0.5, "segment_ids": ids, "implementation": implementation}
+        return ops.linear_attention(q, k, v, **given, **options)
+
+    return Check("linear_attention", name, inputs, run, ("y", "state"))
+
+
+def per_channel(name):
+    return dataclasses.replace(linear_attention(name, CHANNEL[name], "channel"), op="linear_attention per channel")
+
+
+SCAN = {
+    "decays of any size": {},
+    "float32": {"dtype": jnp.float32},
+    "ragged, packed, from a state": {"T": 333, "segments": True, "state": True},
+    "one long row": {"B": 1, "T": 8192, "D": 128},
+    "right to left": {"reverse": True},
+}
+
+
+def linear_scan(name):
+    f = {"B": 2, "T": 512, "D": 512, "dtype": jnp.bfloat16} | SCAN[name]
+    keys = jax.random.split(jax.random.key(2), 3)
+    shape = f["B"], f["T"], f["D"]
+    inputs = {"x": normal(keys[0], shape, f["dtype"]), "log_a": decays(keys[1], shape).astype(f["dtype"])}
+    if f.get("state"):
+        inputs["state"] = normal(keys[2], (f["B"], f["D"]))
+    options = {"reverse": f.get("reverse", False), "segment_ids": segments(*shape[:2]) if f.get("segments") else None}
+
+    def run(x, log_a, state=None, *, implementation):
+        return ops.linear_scan(x, log_a, state=state, **options, implementation=implementation)
+
+    return Check("linear_scan", name, inputs, run, ("h", "state"))
+
+
+IDS = segments(2, 384)
+TABLE = np.random.default_rng(0).random((4, 4)) < 0.4
+ATTENTION = {
+    "causal": {},
+    "every key": {"causal": False},
+    "a window": {"window": 100},
+    "packed": {"segment_ids": IDS},
+    "packed, a window": {"segment_ids": IDS, "window": 70},
+    "few key heads, soft cap": {"soft_cap": 5.0, "Hk": 1},
+    "K 64": {"K": 64},
+    "with lse": {"return_lse": True},
+    "sinks and a window": {"sinks": 8, "window": 70},
+}
+NEAR = masks.Boxed(masks.Neighbourhood((16, 32), (5, 7)), (8, 8))
+SPARSE = {
+    "a window and sinks": {"mask": masks.Causal() & (masks.Window(100) | masks.Sinks(40)), "T": 512},
+    "a neighbourhood in boxes": {"mask": NEAR, "T": 512, "sizes": (128, 64)},
+    "blocks at random": {"mask": masks.BlockTable(TABLE | np.eye(4, dtype=bool), 128), "T": 512},
+    "packed, few key heads": {"mask": masks.Causal() & masks.Segments(), "ids": IDS, "Hk": 1},
+    "blocks by their scores": {"count": 2},
+}
+
+
+def attention(name):
+    options = {"Hk": 2, "K": 128} | ATTENTION[name]
+    inputs = _tokens(384, options.pop("Hk"), options.pop("K"))
+
+    def run(q, k, v, *, implementation):
+        found = ops.attention(q, k, v, **options, implementation=implementation)
+        return found if options.get("return_lse") else (found,)
+
+    return Check("attention", name, inputs, run, ("y", "lse") if options.get("return_lse") else ("y",))
+
+
+def block_sparse_attention(name):
+    f = {"Hk": 2, "T": 384, "sizes": (128, 128)} | SPARSE[name]
+    inputs = _tokens(f["T"], f["Hk"], 128)
+    ids = f.get("ids")
+    data = None if ids is None else dict.fromkeys(("segment_ids", "kv_segment_ids"), ids)
+
+    def run(q, k, v, *, implementation):
+        options = {"sizes": f["sizes"], "return_lse": True, "implementation": implementation}
+        if "count" in f:
+            scores = jnp.asarray(np.random.default_rng(1).random((2, 2, 3, 3)), jnp.float32)
+            return ops.topk_block_attention(q, k, v, count=f["count"], scores=scores, **options)
+        return ops.block_sparse_attention(q, k, v, mask=f["mask"], data=data, **options)
+
+    return Check("block_sparse_attention", name, inputs, run, ("y", "lse"))
+
+
+def _tokens(time, key_heads, width):
+    shapes = {"q": (2, time, 2, width), "k": (2, time, key_heads, width), "v": (2, time, key_heads, width)}
+    keys = jax.random.split(jax.random.key(3), 3)
+    return {name: normal(key, shapes[name], jnp.bfloat16) for name, key in zip("qkv", keys, strict=True)}
+
+
+CONV = {"width 4": {"T": 320}, "ragged, packed": {"T": 333, "segments": True}}
+
+
+def short_conv(name):
+    time, keys = CONV[name]["T"], jax.random.split(jax.random.key(4), 3)
+    ids = segments(2, time) if CONV[name].get("segments") else None
+    shapes = {"x": (2, time, 256), "weight": (4, 256), "bias": (256,)}
+    inputs = {name: normal(key, shapes[name], jnp.bfloat16) for name, key in zip(shapes, keys, strict=True)}
+
+    def run(*inputs, implementation):
+        if implementation not in (DEFAULT, "reference"):
+            raise ValueError(f"implementation: short_conv has none called {implementation!r}")
+        return (short_conv_reference if implementation == "reference" else ops.short_conv)(*inputs, segment_ids=ids)
+
+    return Check("short_conv", name, inputs, run, ("y", "state"))
+
+
+def _case(make, name, args):
+    """A row of each implementation that runs; raises ArithmeticError after the last where one is out of bounds."""
+    check = make(name)
+    inputs = tuple(check.inputs.values())
+    results = jax.eval_shape(functools.partial(check.run, implementation="reference"), *inputs)
+    keys = jax.random.split(jax.random.key(9), len(results))
+    cotangents = tuple(normal(key, x.shape, x.dtype) for key, x in zip(keys, results, strict=True))
+    exact, failed = _exact(check, cotangents, inputs), []
+    for label in (*IMPLEMENTATIONS, DEFAULT):
+        run = functools.partial(check.run, implementation=label)
+        try:
+            jax.eval_shape(run, *inputs)
+        except ValueError:  # it does not take the call here
+            continue
+        both = jax.jit(timing.with_gradients(run))
+        row = {"op": check.op, "case": name, "implementation": label}
+        row |= compared(check, both(cotangents, *inputs), exact) | repeated(both, (cotangents, *inputs))
+        yield row
+        if not row["share"] <= 1:
+            failed.append(f"{label}: {row['worst']} is off by {row['error']:.1e}")
+        if row["same_bits"] < row["repeats"]:
+            failed.append(f"{label}: {row['repeats'] - row['same_bits']} of {row['repeats']} repeats have other bits")
+    if failed:
+        raise ArithmeticError("; ".join(failed))
+
+
+def _exact(check, cotangents, inputs):
+    """Results and gradients of the reference in float64, as numpy."""
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (cotangents, *inputs))
+    with jax.enable_x64(True):
+        both = timing.with_gradients(functools.partial(check.run, implementation="reference"))
+        return jax.tree.map(np.asarray, jax.jit(both)(*wide))
+
+
+def compared(check, found, exact):
+    """{"share", "worst", "error", "errors"}: all errors by name, and that with the largest share of its bound."""
+    names = [*check.results, *(f"d{name}" for name in check.inputs)]
+    errors, shares = {}, {}
+    for name, a, b in zip(names, jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        a = np.asarray(a, np.float64)
+        with np.errstate(invalid="ignore"):  # the lse of a row that sees nothing is -inf in both
+            difference = np.where(a == b, 0, a - b)
+        scale = np.sqrt(np.mean(np.where(np.isfinite(b), b, 0) ** 2))
+        small = np.abs(difference).max() <= NEGLIGIBLE
+        errors[name] = 0.0 if small else float(np.sqrt(np.mean(difference**2)) / scale)
+        shares[name] = errors[name] / (GATE_BOUND if name.removeprefix("d") in GATES else BOUND)
+    worst = max(shares, key=lambda name: (not shares[name] <= 1, shares[name]))  # NaN is the worst of all
+    return {"share": shares[worst], "worst": worst, "error": errors[worst], "errors": errors}
+
+
+def repeated(both, arguments):
+    """{"repeats", "same_bits"}: how many further runs of a program gave the bits of its first."""
+    bits = lambda tree: [x.view(f"uint{8 * x.dtype.itemsize}") for x in jax.tree.leaves(tree)]
+    same = jax.jit(lambda a, b: jnp.stack([jnp.array_equal(x, y) for x, y in zip(bits(a), bits(b), strict=True)]).all())
+    first = both(*arguments)
+    return {"repeats": REPEATS, "same_bits": int(sum(same(first, both(*arguments)) for _ in range(REPEATS)))}
