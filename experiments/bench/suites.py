@@ -13,6 +13,7 @@ SUITES = {
     "recurrent": "linear attention, SSD and scans on one device, beside fla and mamba_ssm",
     "attention": "dense, windowed, packed and sparse attention on one device, beside cuDNN and flex_attention",
     "checks": "every kernel that runs here against float64, and 200 times against itself; no times",
+    "decode": "one token at a time: ops in the loop of a generation, against the bytes of their states",
     "scaling": "several GPUs of one host against one: training, attention and recurrences over a cut time axis",
 }
 

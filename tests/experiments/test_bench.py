@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 
 from experiments.bench import __main__ as bench
-from experiments.bench import attention, checks, errors, profile, recurrent, results, scaling_ops, suites, timing, tune
+from experiments.bench import (
+    attention,
+    checks,
+    decode,
+    errors,
+    profile,
+    recurrent,
+    results,
+    scaling_ops,
+    suites,
+    timing,
+    tune,
+)
 
 
 def test_a_mistake_is_one_line_with_exit_code_2(capsys, tmp_path):
@@ -120,6 +132,20 @@ def test_the_checks_of_a_convolution_pass_here(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "cpu_checks.json").read_text())["rows"]
     assert {row["case"] for row in rows} == set(checks.CONV)
     assert all(0 < row["error"] < checks.BOUND and row["same_bits"] == 2 for row in rows)
+
+
+def test_a_generation_is_the_op_over_all_tokens_and_its_bytes_are_counted(monkeypatch):
+    for name, value in {"HEADS": 2, "WIDTH": 8, "TOKENS": 5}.items():
+        monkeypatch.setattr(decode, name, value)
+    state, cache, tokens = decode._linear((2,))(jax.random.key(0), 3)
+    y, last = decode.generate("linear_attention, decay a token", state, cache, tokens)
+    whole = [jnp.moveaxis(x[:, :, 0], 0, 1) for x in tokens]
+    expected, expected_last = recurrent.ops.linear_attention(*whole, state=state)
+    np.testing.assert_allclose(np.moveaxis(np.asarray(y, np.float32)[:, :, 0], 0, 1), expected, rtol=0.02, atol=0.02)
+    np.testing.assert_allclose(last, expected_last, rtol=0.01, atol=0.01)
+    monkeypatch.setitem(decode.OPS, "decayed", decode._linear((2,)))
+    # float32 state read and written, q, k, v and y in bfloat16, decays in float32
+    assert decode.bytes_of("decayed", 3) == 3 * 2 * (2 * 4 * 8 * 8 + 4 * 2 * 8 + 4)
 
 
 def test_device_kinds_become_words():
