@@ -450,22 +450,26 @@ def tpu_roll(rows, by):
     return tpu().roll(rows, by, 0)
 
 
-def tpu_kernel(body, *, grid, parallel, inputs, outputs, scratch, name, flops, exponentials=0):
+def tpu_kernel(body, *, grid, parallel, inputs, outputs, scratch, name, flops, exponentials=0, prefetch=()):
     """The outputs of a Pallas TPU kernel, a list.
 
     inputs, outputs: lists of (array or its shape and dtype, block shape, index map). The grid's first `parallel` axes
     may go to different cores, the others are walked in order. flops and exponentials: what the kernel counts for in
-    XLA's schedule.
+    XLA's schedule. prefetch: arrays that lie in scalar memory before the first step; `body` takes them first, index
+    maps after the grid's indices.
     """
     spec = lambda entry: pl.BlockSpec(entry[1], entry[2])
     arrays = [entry[0] for entry in (*inputs, *outputs)]
     run = pl.pallas_call(
         body,
-        grid=grid,
-        in_specs=[spec(entry) for entry in inputs],
-        out_specs=[spec(entry) for entry in outputs],
+        grid_spec=tpu().PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetch),
+            grid=grid,
+            in_specs=[spec(entry) for entry in inputs],
+            out_specs=[spec(entry) for entry in outputs],
+            scratch_shapes=scratch,
+        ),
         out_shape=[jax.ShapeDtypeStruct(entry[0].shape, entry[0].dtype) for entry in outputs],
-        scratch_shapes=scratch,
         compiler_params=tpu().CompilerParams(
             dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
             vmem_limit_bytes=TPU_VMEM_BYTES,
@@ -478,4 +482,4 @@ def tpu_kernel(body, *, grid, parallel, inputs, outputs, scratch, name, flops, e
         interpret=tpu().InterpretParams() if interpreting() else False,
         name=name,
     )
-    return run(*[entry[0] for entry in inputs])
+    return run(*prefetch, *[entry[0] for entry in inputs])

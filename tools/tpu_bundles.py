@@ -69,7 +69,7 @@ def read(folder):
     """The counts of every Pallas kernel whose dump lies in a folder."""
     found = {}
     for path in sorted(folder.glob("*final_bundles.txt")):
-        kernel = re.search(r"((?:linear_attention|linear_scan)_\w+)", path.name)
+        kernel = re.search(r"((?:linear_attention|linear_scan|block_sparse_attention)_\w+)", path.name)
         if kernel is None or "schedule-analysis" in path.name:
             continue
         stem = path.name.split("-final_bundles")[0]

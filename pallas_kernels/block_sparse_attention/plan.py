@@ -94,7 +94,7 @@ class Visibility:
         """What of the mask no kernel can evaluate, in a few words; None if nothing."""
         return None if self.foreign is None else f"has no form for a mask that uses {self.foreign!r}"
 
-    def prepared(self, q_data, k_data, time: int, keys: int):
+    def prepared(self, q_data, k_data, time: int, keys: int, chain=CHAIN):
         """(mask, data of queries, data of keys) that see the same, with long chains on one side done beforehand."""
         given = {"queries": q_data | {"i": _indices(time)}, "keys": k_data | {"j": _indices(keys)}}
         data = {"queries": {}, "keys": {}}
@@ -106,8 +106,8 @@ class Visibility:
             return done[node]
 
         def fresh(node):
-            if node.kind in given and node.operation is not None and node.cost > CHAIN[node.kind]:
-                return made(node, _Values(given[node.kind]).of(node))
+            if node.kind in given and node.operation is not None and node.cost > chain[node.kind]:
+                return made(node, Values(given[node.kind]).of(node))
             if node.operation is None:
                 if node.kind in given and node.value not in ("i", "j"):
                     data[node.kind][node.value] = given[node.kind][node.value]
@@ -206,7 +206,7 @@ def _graph(jaxpr, consts, given):
     return [read(var) for var in jaxpr.outvars]
 
 
-class _Values:
+class Values:
     """Evaluates nodes of one side on whole arrays {name: [B or 1, length]}; in numpy's stead where all is known."""
 
     def __init__(self, leaves):
@@ -225,7 +225,7 @@ class _Values:
             return node.operation.bind(*jnp.broadcast_arrays(*given), **node.params)
 
 
-class _Tile(_Values):
+class _Tile(Values):
     """Evaluates nodes in a kernel; leaves are functions that give a vector."""
 
     def __init__(self, leaves, shape, turned):

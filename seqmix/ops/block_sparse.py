@@ -57,7 +57,9 @@ def block_sparse_attention(
       slopes: [H] floating, ALiBi's (arXiv 2108.12409); differentiable.
       return_lse: also return lse, for `merge`; it is differentiable like y.
       implementation: None (the best for the call), "gpu" (Hopper kernels, for bfloat16, K and V of 64 or 128, and
-        sizes of 64 or 128), "chunked" (memory linear in T and S; both differentiable once) or "reference" (dense).
+        sizes of 64 or 128), "tpu" (TPU kernels, for bfloat16 or float32, K and V of 64, 128 or 256 and listed blocks
+        of multiples of 128; interpreted and compiled, never run on a chip, hence only if named), "chunked" (memory
+        linear in T and S; all differentiable once) or "reference" (dense).
 
     Returns:
       y [B, T, H, V] in v.dtype, or (y, lse [B, H, T] in acc). A row that sees no key has y = 0 and lse = -inf, and
@@ -76,19 +78,19 @@ def block_sparse_attention(
     mask, data = with_segments(mask, data, segment_ids)
     data = checked_data(mask, time, keys, data, q.shape[0])
     given, sizes = sizes, clipped(sizes, time, keys)
-    blocked = block_sparse_kernels.block_sizes(given, blocks is not None)
     lay = layout(q.shape[0], time, q.shape[2], k.shape[2])
     if lay is not None and lay.time and blocks is None:
         sizes = block_sparse_context.row_size(lay, time, sizes[0]), sizes[1]
     index = None if blocks is None else _index(blocks, q.shape[0], k.shape[2], sizes, time, keys)
     config = Config(scale, soft_cap, mask, time, keys)
-    reason = block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=blocked, scale=scale)
-    name = pick("block_sparse_attention", implementation, {"gpu": reason, "chunked": None, "reference": None})
-    if name == "gpu":
+    call = {"mask": mask, "data": data, "sizes": given, "blocks": index, "scale": scale}
+    reasons, kernels = block_sparse_kernels.reasons(implementation, lay, q, k, v, **call)
+    name = pick("block_sparse_attention", implementation, reasons | {"chunked": None, "reference": None})
+    if name in kernels:
         if index is None:
-            index = block_lists.of_mask(mask, blocked, time, keys)
-        found = block_lists.lists(mask, index, blocked, time, keys, data)
-        y, lse = block_sparse_kernels.run(lay, config, q, k, v, slopes, data, found, blocked)
+            index = block_lists.of_mask(mask, kernels[name], time, keys)
+        found = block_lists.lists(mask, index, kernels[name], time, keys, data)
+        y, lse = block_sparse_kernels.run(lay, config, q, k, v, slopes, data, found, kernels[name], name)
     elif name == "chunked":
         if index is None:
             index = block_lists.of_mask(mask, sizes, time, keys)

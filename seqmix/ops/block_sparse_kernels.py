@@ -1,10 +1,10 @@
-"""Block-sparse attention through the Hopper kernels of `pallas_kernels`: when they can run, and their gradient.
+"""Block-sparse attention through the kernels of `pallas_kernels`: when they can run, and their gradient.
 
-Residuals are q, k, v, y and lse, so that forward and backward need not be of one implementation: the chunked form makes
-the gradients that the backward kernels do not.
+The targets are "gpu", for Hopper, and "tpu". Residuals are q, k, v, y and lse, so that forward and backward need not be
+of one implementation: the chunked form makes the gradients that the backward kernels do not.
 """
 
-import importlib.util
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmix.core import sharding
-from seqmix.ops import block_lists, block_sparse_chunked, targets
+from seqmix.ops import block_lists, block_sparse_chunked, block_sparse_sizes, targets
 from seqmix.ops.mask_algebra import EMPTY, FULL, Mask
 from seqmix.ops.masks import Sinks
 from seqmix.ops.mesh import on_shares
 
+TARGETS = "gpu", "tpu"
 BLOCKS = 64, 128
 HALVES = False  # whether halves of a block of queries pass over tiles; interpreted and compiled, not yet run on a chip
 
@@ -32,37 +33,70 @@ class Call(NamedTuple):
     sizes: tuple[int, int]
     lengths: tuple[int, int]
     full: bool
+    target: str = "gpu"
 
 
 def block_sizes(sizes, listed: bool) -> tuple[int, int]:
-    """Sizes of the kernels' blocks: those of a call that lists blocks, else 128 and, for keys, 64 where it says so."""
+    """Sizes of the Hopper kernels' blocks: those of a call that lists blocks, else 128, and 64 keys if it says so."""
     return tuple(sizes) if listed else (128, 64 if sizes[1] == 64 else 128)
 
 
-def reason(lay, q, k, v, *, mask, data, sizes, scale, cut=False) -> str | None:
-    """Why the kernels cannot run this call here, in a few words; None if they can. sizes: of `block_sizes`.
+def reasons(implementation, lay, q, k, v, *, mask, data, sizes, blocks=None, scale, cut=False) -> tuple[dict, dict]:
+    """({target: why its kernels cannot run this call here, or None}, {target: sizes of their blocks}).
 
-    cut: they are to run on stretches of time where the mesh cuts it.
+    sizes and blocks are those of the call. With implementation None the TPU's are left out, which never ran on one.
     """
+    found, chosen = dict.fromkeys(TARGETS, "was not asked for"), {}
+    lengths = q.shape[1], k.shape[1]
+    if implementation in (None, "gpu"):
+        chosen["gpu"] = block_sizes(sizes, blocks is not None)
+        options = dict(mask=mask, data=data, scale=scale, cut=cut)
+        found["gpu"] = reason(lay, q, k, v, sizes=chosen["gpu"], **options)
+    elif implementation == "tpu":
+        chosen["tpu"] = block_sparse_sizes.choose(mask, *lengths) if blocks is None else tuple(sizes)
+        listed = block_lists.of_mask(mask, chosen["tpu"], *lengths) if blocks is None else blocks
+        options = dict(mask=mask, data=data, scale=scale, cut=cut, target="tpu", entries=math.prod(listed.shape[1:]))
+        found["tpu"] = reason(lay, q, k, v, sizes=chosen["tpu"], **options)
+    return found, chosen
+
+
+def reason(lay, q, k, v, *, mask, data, sizes, scale, cut=False, target="gpu", **options) -> str | None:
+    """Why a target's kernels cannot run this call here, in a few words; None if they can. sizes: of their blocks.
+
+    cut: they are to run on stretches of time where the mesh cuts it. options: of their own `supports`.
+    """
+    call = dict(mask=mask, data=data, sizes=sizes, scale=scale, target=target, **options)
     if lay is None:
-        return _unsupported(q, k, v, mask, data, sizes, scale)
-    if lay.time and not cut:
+        return _unsupported(q, k, v, **call)
+    if lay.time and not (cut and target == "gpu"):
         return "has no form for time cut over a mesh"
     queries, keys = ("batch", "time", "heads", None), ("batch", "time", "key_heads", None)
     with sharding.shares(lay.mesh):
         local = [lay.share(x, *names) for x, names in ((q, queries), (k, keys), (v, keys))]
-        return _unsupported(*local, mask, data, sizes, scale)
+        return _unsupported(*local, **call)
 
 
-def _unsupported(q, k, v, mask, data, sizes, scale):
-    found = targets.unsupported("gpu", q.shape[1])
+def _unsupported(q, k, v, mask, data, sizes, scale, target, **options):
+    found = targets.unsupported(target, q.shape[1])
     if found is not None:
         return found
-    from pallas_kernels.block_sparse_attention import plan
+    if target == "gpu":
+        options["capability"] = targets.capability()
+    if mask is not None and not block_sparse_sizes.whole(mask, sizes, q.shape[1], k.shape[1]):
+        sides = _sides(mask, data)
+        options |= {"visible": mask.visible, "q_data": sides[0], "k_data": sides[1]}
+    return _modules(target)[0].supports(q, k, v, sizes, scale=scale, **options)
 
-    sides = None if mask is None else _sides(mask, data)
-    data = {} if sides is None else {"visible": mask.visible, "q_data": sides[0], "k_data": sides[1]}
-    return plan.supports(q, k, v, sizes, **data, scale=scale, capability=targets.capability())
+
+def _modules(target):
+    """A target's modules: what says whether it runs, and its forward and backward kernels."""
+    if target == "tpu":
+        from pallas_kernels.block_sparse_attention import tpu, tpu_backward
+
+        return tpu, tpu, tpu_backward
+    from pallas_kernels.block_sparse_attention import gpu, gpu_backward, plan
+
+    return plan, gpu, gpu_backward
 
 
 def _sides(mask, data):
@@ -71,10 +105,10 @@ def _sides(mask, data):
     return [{name: x for name, x in data.items() if sides[name] == side} for side in ("queries", "keys")]
 
 
-def run(lay, config, q, k, v, slopes, data, lists, sizes):
+def run(lay, config, q, k, v, slopes, data, lists, sizes, target="gpu"):
     """(y [B, T, H, V], lse [B, H, T]) of a call that there is no reason against; as `block_sparse_chunked.chunked`."""
     if lay is None:
-        return _local(config, q, k, v, slopes, data, lists, sizes)
+        return _local(config, q, k, v, slopes, data, lists, sizes, target)
     batch, heads = q.shape[0], k.shape[2]
     data_names = {name: ("batch" if len(x) == batch else None, None) for name, x in data.items()}
     lead = ("batch" if len(lists.index) == batch else None), ("key_heads" if lists.index.shape[1] == heads else None)
@@ -83,7 +117,7 @@ def run(lay, config, q, k, v, slopes, data, lists, sizes):
         k, v = (lay.local_key_heads(x, heads) for x in (k, v))
         if given is not None and lead[1]:
             given = jax.tree.map(lambda x: lay.local_key_heads(x, heads, axis=1), given)
-        return _local(config, q, k, v, slopes, data, lists if given is None else given, sizes)
+        return _local(config, q, k, v, slopes, data, lists if given is None else given, sizes, target)
 
     queries, keys = ("batch", None, "heads", None), ("batch", None, "key_heads", None)
     names = queries, keys, keys, ("heads",), data_names, type(lists)(*((*lead, None, None),) * 2)
@@ -92,18 +126,19 @@ def run(lay, config, q, k, v, slopes, data, lists, sizes):
     return on_shares(lay, local, arrays, names, (queries, ("batch", "heads", None)))
 
 
-def _local(config, q, k, v, slopes, data, lists, sizes):
+def _local(config, q, k, v, slopes, data, lists, sizes, target):
     """The call on one device."""
     static = isinstance(lists.full, np.ndarray)
     seen = config.mask
-    if static and (lists.full | (lists.index < 0)).all():
+    full = bool(lists.full.any()) if static else True
+    clear = static and (lists.full | (lists.index < 0)).all()
+    if clear or (seen is not None and block_sparse_sizes.whole(seen, sizes, config.time, config.keys)):
         seen = None
     elif config.keys % sizes[1]:  # keys that fill up the last block
         seen = Sinks(config.keys) if seen is None else seen & Sinks(config.keys)
-    full = bool(lists.full.any()) if static else True
-    call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, (config.time, config.keys), full)
+    call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, (config.time, config.keys), full, target)
     walks = block_lists.forward(lists), block_lists.transposed(lists, -(-config.keys // sizes[1]))
-    walks = *walks, _halves(config, lists, walks[0], sizes) if static and seen is not None else None
+    walks = *walks, _halves(config, lists, walks[0], sizes) if static and seen is not None and target == "gpu" else None
     return _attend(call, q, k, v, slopes, data, walks)
 
 
@@ -179,12 +214,12 @@ def _filled(x, size, axis=1, value=0):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(call, q, k, v, slopes, data, walks):
-    from pallas_kernels.block_sparse_attention import gpu
-
     time = q.shape[1]
     bq, bk = call.sizes
-    options = _options(call, data) | {"slopes": slopes, "own": walks[2]}
-    y, lse = gpu.forward(_filled(q, bq), _filled(k, bk), _filled(v, bk), walks[0], **options)
+    options = _options(call, data) | {"slopes": slopes}
+    if walks[2] is not None:
+        options["own"] = walks[2]
+    y, lse = _modules(call.target)[1].forward(_filled(q, bq), _filled(k, bk), _filled(v, bk), walks[0], **options)
     return y[:, :time], lse[:, :, :time]
 
 
@@ -196,7 +231,7 @@ def _attend_forward(call, q, k, v, slopes, data, walks):
 def _attend_backward(call, saved, cotangents):
     q, k, v, slopes, data, walks, y, lse = saved
     dy, dlse = cotangents
-    if slopes is None and _has_backward():
+    if slopes is None:
         delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=lse.dtype) - dlse
         return (*_by_kernel(call, q, k, v, data, walks, lse, dy, delta), None, None, None)
     config = block_sparse_chunked.Config(call.scale, call.soft_cap, call.mask, *call.lengths, call.full)
@@ -207,18 +242,12 @@ def _attend_backward(call, saved, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _has_backward() -> bool:
-    return importlib.util.find_spec("pallas_kernels.block_sparse_attention.gpu_backward") is not None
-
-
 def _by_kernel(call, q, k, v, data, walks, lse, dy, delta):
     """Gradients of q, k and v by the backward kernels."""
-    from pallas_kernels.block_sparse_attention import gpu_backward
-
     time, keys = q.shape[1], k.shape[1]
     bq, bk = call.sizes
     lse = jnp.where(lse > -jnp.inf, lse, jnp.inf)  # rows that see nothing have weights 0, and so have those filled up
     rows = _filled(lse, bq, 2, jnp.inf), _filled(dy, bq), _filled(delta, bq, 2)
     arrays = _filled(q, bq), _filled(k, bk), _filled(v, bk), *rows
-    dq, dk, dv = gpu_backward.backward(*arrays, *walks[:2], **_options(call, data))
+    dq, dk, dv = _modules(call.target)[2].backward(*arrays, *walks[:2], **_options(call, data))
     return dq[:, :time], dk[:, :keys], dv[:, :keys]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmix.ops import masks
+from seqmix.ops import block_sparse_kernels, masks
 from seqmix.ops.block_sparse import block_sparse_attention, checked_data
 from seqmix.ops.dispatch import pick
 
@@ -102,7 +102,8 @@ def attend(rules, q, k, v, sink_logits, *, mask, data, bias, slopes, normalizer,
         y, lse = block_sparse_attention(q, k, v, mask=mask, data=data, sizes=sizes, return_lse=True, **options)
         return (y, lse) if sink_logits is None else with_sink(y, lse, sink_logits)
     given = "bias" if bias is not None else f"normalizer={normalizer!r}"
-    name = pick("attention", implementation, {"gpu": f"has no form for {given}", "chunked": None, "reference": None})
+    kernels = dict.fromkeys(block_sparse_kernels.TARGETS, f"has no form for {given}")
+    name = pick("attention", implementation, kernels | {"chunked": None, "reference": None})
     scoring = Scoring(rules.scale, rules.soft_cap, normalizer, mask)
     y, lse = _blocks(scoring, q, k, v, bias, slopes, data, q.shape[1] if name == "reference" else block)
     return (y, lse) if sink_logits is None else with_sink(y, lse, sink_logits)

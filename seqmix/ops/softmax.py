@@ -77,8 +77,9 @@ def attention(
         "gather" (`softmax_context`) or None, the best for the call. It changes neither result nor layout.
       implementation: None, the best for the call; "gpu" (Hopper kernels: bfloat16, K and V of 64 or 128), "cudnn",
         "tokamax" (GPUs) or "splash" (TPUs; compiled, not run on a chip), which take a part of the calls
-        (`softmax_library`; docs/attention.md says which goes where); "chunked" (memory linear in T and S) or
-        "reference" (dense). All but the last are differentiable once.
+        (`softmax_library`; docs/attention.md says which goes where); "tpu" (TPU kernels, only if named: never run on a
+        chip either); "chunked" (memory linear in T and S) or "reference" (dense). All but the last are differentiable
+        once.
 
     Returns:
       y [B, T, H, V] in v.dtype, or (y, lse [B, H, T] in acc). A row that sees no key, padding above all, has
@@ -114,13 +115,13 @@ def attention(
     libraries = softmax_library.reasons(implementation, lay, form, rules, q, k, v, sink_logits, order, return_lse)
     mask, data = scored.visibility(rules, None, tokens, "given" if form else order, None)
     shape = {"mask": mask, "data": data, "sizes": (scored.SPARSE,) * 2, "scale": rules.scale}
-    kernel = block_sparse_kernels.reason(lay, q, k, v, **shape, cut=form is not None)
-    name = pick("attention", implementation, libraries | {"gpu": kernel, "chunked": None, "reference": None})
+    kernels, _ = block_sparse_kernels.reasons(implementation, lay, q, k, v, **shape, cut=form is not None)
+    name = pick("attention", implementation, libraries | kernels | {"chunked": None, "reference": None})
     if form:
         call = (rules, d, q, k, v, sink_logits, tokens)
         options = dict(order=order, block=block, need_lse=return_lse, library=None if name == "chunked" else name)
         y, lse = softmax_context.run(lay, form, *call, **options)
-    elif name == "gpu":
+    elif name in kernels:
         y, lse = scored.by_rules(rules, q, k, v, sink_logits, tokens, order, name)
     elif name in libraries:
         return softmax_library.run(name, lay, rules, q, k, v, tokens[0] if order == "runs" else None)

@@ -104,7 +104,7 @@ def test_what_a_mask_makes_of_one_side_alone_is_made_before_the_kernel():
     seen = plan.Visibility(mask.visible, ("a",), ("b",))
     prepared, q_data, k_data = seen.prepared({"a": data["a"]}, {"b": data["b"]}, 128, 128)
     assert "b" in k_data and len(k_data) == 3  # and the coordinates of a key; that it lies in the grid is always so
-    values = plan._Values({name: x[0][:, None] for name, x in q_data.items()} | k_data)
+    values = plan.Values({name: x[0][:, None] for name, x in q_data.items()} | k_data)
     values.leaves |= {"i": np.arange(128)[:, None], "j": np.arange(128)[None]}
     np.testing.assert_array_equal(values.of(prepared.root), mask.dense(128, data=data)[0])
 

@@ -1,0 +1,166 @@
+"""Gradients of block-sparse attention, on TPUs.
+
+    p_ij = exp(s_ij - lse_i),  s_ij = scale q_i k_j,  ds_ij = p_ij (dy_i v_j - delta_i)
+    dq_i = scale sum_j ds_ij k_j,  dk_j = scale sum_i ds_ij q_i,  dv_j = sum_i p_ij dy_i
+
+(arXiv 2307.08691, algorithm 2), over the pairs of listed tiles. One kernel walks, for each block of queries, its key
+blocks and adds up dq; the other walks, for each block of keys, the query blocks that list it, of all heads that share
+the keys, and adds up dk and dv. Its tiles have keys as their rows, so that no tile is transposed for a product and what
+belongs to queries, lse and delta, lies in the lanes as it does in memory. Both compute the scores anew.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels import compat
+from pallas_kernels.block_sparse_attention import tpu
+from pallas_kernels.block_sparse_attention.tpu import LANES, LOG2_E, Call, Step, across, dot, part
+
+
+def backward(
+    q,
+    k,
+    v,
+    lse,
+    dy,
+    delta,
+    walk,
+    turned,
+    *,
+    sizes,
+    visible=None,
+    q_data=None,
+    k_data=None,
+    scale,
+    soft_cap=None,
+):
+    """Gradients (dq, dk, dv) of block-sparse attention in the shapes and dtypes of q, k and v.
+
+    q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V], dy [B, T, H, V]; head h reads key head h // (H // Hk). lse and
+    delta: [B, H, T] float32, the logarithms of the rows' sums of exp(s), -inf or inf for a row that sees nothing, and
+    sum_v dy y less the cotangent of lse. walk, sizes, visible, q_data, k_data, scale and soft_cap as of `tpu.forward`;
+    turned: the walk of blocks of keys over the query blocks that list them.
+    """
+    some = jnp.isfinite(lse)
+    # A row that sees nothing gets p = exp(-inf) = 0 from a sum that is infinite.
+    rows = jnp.stack([jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0)], axis=2)
+    return _gradients(q, k, v, rows, dy.astype(q.dtype), walk, turned, q_data, k_data, sizes, visible, scale, soft_cap)
+
+
+def _gradients(q, k, v, rows, dy, walk, turned, q_data, k_data, sizes, visible, scale, soft_cap):
+    words = tpu.laid(walk, walk[2].shape[2]), tpu.laid(turned, turned[2].shape[2] + turned[0].shape[2])
+    if any(map(tpu.oversized, words)):
+
+        def each(*row, q_data, k_data):
+            return _gradients(*row, q_data, k_data, sizes, visible, scale, soft_cap)
+
+        return tpu.by_row(each, (q, k, v, rows, dy), (walk, turned), q_data, k_data)
+    seen, data, facts = tpu.prepared(visible, q_data, k_data, q.shape[1], k.shape[1])
+    given = {name: ("queries", tpu.packed(x)) for name, x in {"q": q, "dy": dy}.items()}
+    given |= {name: ("keys", tpu.packed(x)) for name, x in {"k": k, "v": v}.items()}
+    given |= {"rows": ("row", rows), **facts}
+    options = dict(scale=scale, soft_cap=soft_cap)
+    calls = [Call.of(q, k, sizes, x.shape, seen, data, keys_own=own, **options) for own, x in zip((False, True), words)]
+    widths = q.shape[3], v.shape[3]
+    (dq,) = _run(calls[0], words[0], given, _dq_body, [("queries", q)], widths)
+    dk, dv = _run(calls[1], words[1], given, _dkv_body, [("keys", k), ("keys", v)], widths)
+    return tpu.unpacked(dq, q.shape[2]), *(tpu.unpacked(x, k.shape[2]) for x in (dk, dv))
+
+
+def _run(call, words, given, make, outputs, widths):
+    """The outputs of one of the two kernels."""
+    names = list(given)
+    if call.keys_own:
+        scratch, name, products = [compat.tpu_scratch(call.own, width) for width in widths], "dkv", (2, 2)
+    else:
+        scratch, name, products = [compat.tpu_scratch(call.together, call.own, widths[0])], "dq", (2, 1)
+        scratch.append(compat.tpu_scratch(call.together, 2, call.own, LANES))
+    facts = tpu.own_facts(call)
+
+    def body(words, *refs):
+        here, rest = dict(zip(names, refs)), refs[len(names) :]
+        step = Step(call, words, here, *rest[len(rest) - len(facts) :])
+        make(call, step, here, rest[: len(outputs)], rest[len(outputs) : len(rest) - len(facts)])
+
+    pairs = math.prod(call.grid) * call.together * math.prod(call.sizes)
+    return compat.tpu_kernel(
+        body,
+        grid=call.grid,
+        parallel=2,
+        inputs=[call.spec(*given[name]) for name in names],
+        outputs=[call.spec(kind, tpu.shaped(x.shape, x.dtype)) for kind, x in outputs],
+        scratch=scratch + facts,
+        name=f"block_sparse_attention_{name}",
+        flops=2 * pairs * sum(n * width for n, width in zip(products, widths)),
+        exponentials=pairs,
+        prefetch=[words.reshape(-1)],
+    )
+
+
+def _weights(step, products, lse, hides):
+    """p of a tile, 0 where hidden, and p times the derivative of the soft cap."""
+    call = step.call
+    if call.soft_cap is None:
+        p = jnp.exp2(products * (call.scale * LOG2_E) - lse)
+        p = step.hide(p, 0.0) if hides else p
+        return p, p
+    bent = jnp.tanh(products * (call.scale / call.soft_cap))
+    p = jnp.exp2(bent * (call.soft_cap * LOG2_E) - lse)
+    p = step.hide(p, 0.0) if hides else p
+    return p, p - p * bent * bent
+
+
+def _dq_body(call, step, here, outputs, scratch):
+    (dq,), (acc, columns) = outputs, scratch
+
+    @pl.when(step.starts)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+        for head in range(call.together):
+            for n in range(2):
+                columns[head, n] = tpu.column(here["rows"][head, n : n + 1])
+        step.keep_facts()
+
+    def add(hides):
+        key, value = here["k"][...], here["v"][...]
+        for head in range(call.together):
+            lse, delta = (across(columns[head, n], call.other) for n in range(2))
+            _, p = _weights(step, dot(part(here["q"], head, call), key, 1, 1), lse, hides)
+            ds = p * (dot(part(here["dy"], head, call), value, 1, 1) - delta)
+            acc[head] += dot(ds.astype(key.dtype), key, 1, 0)
+
+    step.over_tile(add)
+
+    @pl.when(step.ends)
+    def _():
+        for head in range(call.together):
+            tpu.put(dq, head, call, acc[head] * call.scale)
+
+
+def _dkv_body(call, step, here, outputs, scratch):
+    """Tiles are [keys, queries]."""
+    (dk, dv), (dk_acc, dv_acc) = outputs, scratch
+
+    @pl.when(step.starts)
+    def _():
+        dk_acc[...], dv_acc[...] = jnp.zeros_like(dk_acc), jnp.zeros_like(dv_acc)
+        step.keep_facts()
+
+    def add(hides):
+        key, value = here["k"][...], here["v"][...]
+        for head in range(call.together):
+            query, dy = part(here["q"], head, call), part(here["dy"], head, call)
+            lse, delta = (here["rows"][head, n : n + 1] for n in range(2))
+            p, bent = _weights(step, dot(key, query, 1, 1), lse, hides)
+            dv_acc[...] += dot(p.astype(dy.dtype), dy, 1, 0)
+            ds = bent * (dot(value, dy, 1, 1) - delta)
+            dk_acc[...] += dot(ds.astype(query.dtype), query, 1, 0)
+
+    step.over_tile(add)
+
+    @pl.when(step.ends)
+    def _():
+        dk[...] = (dk_acc[...] * call.scale).astype(dk.dtype)
+        dv[...] = dv_acc[...].astype(dv.dtype)

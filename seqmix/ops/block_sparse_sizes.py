@@ -1,0 +1,41 @@
+"""How many queries and keys the blocks of the TPU kernels have, where the call does not list blocks."""
+
+from functools import lru_cache
+from itertools import product
+
+from seqmix.ops.mask_algebra import EMPTY, PARTIAL, Mask
+
+SIZES = 128, 256, 512  # of queries or keys
+MOST = 1 << 22  # tiles that are looked at
+
+
+@lru_cache(maxsize=64)
+def whole(mask: Mask, sizes: tuple[int, int], time: int, keys: int) -> bool:
+    """Whether every pair of every tile exists and a mask leaves all or none of them, whatever the data."""
+    if mask.inputs or time % sizes[0] or keys % sizes[1]:
+        return False
+    return not (mask.tiles(*sizes, time, keys) == PARTIAL).any()
+
+
+def bundles(sizes: tuple[int, int]) -> int:
+    """Of the three kernels, for a tile of a head, about as docs/benchmarks/tpu_bundles.json has them for a v5e.
+
+    Of the first term a half is what a grid step takes by itself, which is reckoned.
+    """
+    return 1000 + sizes[0] + sizes[0] * sizes[1] // 60
+
+
+@lru_cache(maxsize=64)
+def choose(mask: Mask, time: int, keys: int) -> tuple[int, int]:
+    """The sizes for which a mask's tiles take the fewest bundles; one that kernels cannot evaluate is left whole."""
+    from pallas_kernels.block_sparse_attention.plan import Visibility
+
+    sides = [[name for name, side in mask.inputs.items() if side == wanted] for wanted in ("queries", "keys")]
+    foreign = Visibility(mask.visible, *sides).wrong() is not None
+    costs = {}
+    for sizes in product(SIZES, repeat=2):
+        tiles = -(-time // sizes[0]) * -(-keys // sizes[1])
+        if tiles > MOST or (foreign and not whole(mask, sizes, time, keys)):
+            continue
+        costs[sizes] = int((mask.tiles(*sizes, time, keys) != EMPTY).sum()) * bundles(sizes)
+    return min(costs, key=costs.get, default=(SIZES[-1],) * 2)
