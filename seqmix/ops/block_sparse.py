@@ -7,7 +7,7 @@ import numpy as np
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
-from seqmix.ops import block_lists, block_sparse_context, block_sparse_kernels
+from seqmix.ops import block_groups, block_lists, block_sparse_context, block_sparse_kernels
 from seqmix.ops.block_sparse_chunked import Config, chunked
 from seqmix.ops.block_sparse_reference import reference
 from seqmix.ops.dispatch import pick
@@ -57,7 +57,8 @@ def block_sparse_attention(
       slopes: [H] floating, ALiBi's (arXiv 2108.12409); differentiable.
       return_lse: also return lse, for `merge`; it is differentiable like y.
       implementation: None (the best for the call), "gpu" (Hopper kernels, for bfloat16, K and V of 64 or 128, and
-        sizes of 64 or 128), "chunked" (memory linear in T and S; both differentiable once) or "reference" (dense).
+        sizes of 64 or 128; of lists with bq = 1 and bk a multiple of 64 only if named, as these have not been run on
+        a GPU), "chunked" (memory linear in T and S; both differentiable once) or "reference" (dense).
 
     Returns:
       y [B, T, H, V] in v.dtype, or (y, lse [B, H, T] in acc). A row that sees no key has y = 0 and lse = -inf, and
@@ -82,9 +83,17 @@ def block_sparse_attention(
         sizes = block_sparse_context.row_size(lay, time, sizes[0]), sizes[1]
     index = None if blocks is None else _index(blocks, q.shape[0], k.shape[2], sizes, time, keys)
     config = Config(scale, soft_cap, mask, time, keys)
-    reason = block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=blocked, scale=scale)
+    each = blocks is not None and given[0] == 1  # token chooses its own
+    if each:
+        options = {"mask": mask, "data": data, "size": given[1], "scale": scale, "slopes": slopes}
+        reason = block_groups.reason(lay, implementation, q, k, v, **options)
+    else:
+        reason = block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=blocked, scale=scale)
     name = pick("block_sparse_attention", implementation, {"gpu": reason, "chunked": None, "reference": None})
-    if name == "gpu":
+    if each and (name == "gpu" or name == "chunked" and block_groups.takes(lay, time, slopes)):
+        size = given[1] if name == "gpu" else sizes[1]
+        y, lse = block_groups.run(lay, config, q, k, v, data, index, size, name)
+    elif name == "gpu":
         if index is None:
             index = block_lists.of_mask(mask, blocked, time, keys)
         found = block_lists.lists(mask, index, blocked, time, keys, data)

@@ -94,6 +94,18 @@ def run(lay, config, q, k, v, slopes, data, lists, sizes):
 
 def _local(config, q, k, v, slopes, data, lists, sizes):
     """The call on one device."""
+    call, walks = _prepared(config, lists, sizes)
+    return _attend(call, q, k, v, slopes, data, walks)
+
+
+def gradients(config, q, k, v, data, lists, sizes, lse, delta, dy):
+    """Those of q, k and v of `run` on one device; lse [B, H, T] and delta, as in `visit_back`, may be over more keys."""
+    call, walks = _prepared(config, lists, sizes)
+    return _by_kernel(call, q, k, v, data, walks, lse, dy, delta)
+
+
+def _prepared(config, lists, sizes):
+    """`Call`, and the lists as the kernels walk them."""
     static = isinstance(lists.full, np.ndarray)
     seen = config.mask
     if static and (lists.full | (lists.index < 0)).all():
@@ -103,8 +115,7 @@ def _local(config, q, k, v, slopes, data, lists, sizes):
     full = bool(lists.full.any()) if static else True
     call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, (config.time, config.keys), full)
     walks = block_lists.forward(lists), block_lists.transposed(lists, -(-config.keys // sizes[1]))
-    walks = *walks, _halves(config, lists, walks[0], sizes) if static and seen is not None else None
-    return _attend(call, q, k, v, slopes, data, walks)
+    return call, (*walks, _halves(config, lists, walks[0], sizes) if static and seen is not None else None)
 
 
 def _halves(config, lists, walk, sizes):
