@@ -7,7 +7,7 @@ import numpy as np
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
-from seqmix.ops import block_lists, block_sparse_context, block_sparse_kernels
+from seqmix.ops import block_groups, block_lists, block_sparse_context, block_sparse_kernels
 from seqmix.ops.block_sparse_chunked import Config, chunked
 from seqmix.ops.block_sparse_reference import reference
 from seqmix.ops.dispatch import pick
@@ -57,9 +57,10 @@ def block_sparse_attention(
       slopes: [H] floating, ALiBi's (arXiv 2108.12409); differentiable.
       return_lse: also return lse, for `merge`; it is differentiable like y.
       implementation: None (the best for the call), "gpu" (Hopper kernels, for bfloat16, K and V of 64 or 128, and
-        sizes of 64 or 128), "tpu" (TPU kernels, for bfloat16 or float32, K and V of 64, 128 or 256 and listed blocks
-        of multiples of 128; interpreted and compiled, never run on a chip, hence only if named), "chunked" (memory
-        linear in T and S; all differentiable once) or "reference" (dense).
+        sizes of 64 or 128; of lists with bq = 1 and bk a multiple of 64 only if named, as these have not been run on
+        a GPU), "tpu" (TPU kernels, for bfloat16 or float32, K and V of 64, 128 or 256 and listed blocks of multiples
+        of 128; interpreted and compiled, never run on a chip, hence only if named), "chunked" (memory linear in T and
+        S; all differentiable once) or "reference" (dense).
 
     Returns:
       y [B, T, H, V] in v.dtype, or (y, lse [B, H, T] in acc). A row that sees no key has y = 0 and lse = -inf, and
@@ -85,8 +86,15 @@ def block_sparse_attention(
     config = Config(scale, soft_cap, mask, time, keys)
     call = {"mask": mask, "data": data, "sizes": given, "blocks": index, "scale": scale}
     reasons, kernels = block_sparse_kernels.reasons(implementation, lay, q, k, v, **call)
+    each = blocks is not None and given[0] == 1  # token chooses its own
+    if each:
+        options = {"mask": mask, "data": data, "size": given[1], "scale": scale, "slopes": slopes}
+        reasons["gpu"] = block_groups.reason(lay, implementation, q, k, v, **options)
     name = pick("block_sparse_attention", implementation, reasons | {"chunked": None, "reference": None})
-    if name in kernels:
+    if each and (name == "gpu" or name == "chunked" and block_groups.takes(lay, time, slopes)):
+        size = given[1] if name == "gpu" else sizes[1]
+        y, lse = block_groups.run(lay, config, q, k, v, data, index, size, name)
+    elif name in kernels:
         if index is None:
             index = block_lists.of_mask(mask, kernels[name], time, keys)
         found = block_lists.lists(mask, index, kernels[name], time, keys, data)

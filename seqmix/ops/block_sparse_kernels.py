@@ -128,6 +128,18 @@ def run(lay, config, q, k, v, slopes, data, lists, sizes, target="gpu"):
 
 def _local(config, q, k, v, slopes, data, lists, sizes, target):
     """The call on one device."""
+    call, walks = _prepared(config, lists, sizes, target)
+    return _attend(call, q, k, v, slopes, data, walks)
+
+
+def gradients(config, q, k, v, data, lists, sizes, lse, delta, dy):
+    """Those of q, k and v of `run` on one device; lse [B, H, T] and delta as in `visit_back`."""
+    call, walks = _prepared(config, lists, sizes)
+    return _by_kernel(call, q, k, v, data, walks, lse, dy, delta)
+
+
+def _prepared(config, lists, sizes, target="gpu"):
+    """`Call`, and the lists as the kernels walk them."""
     static = isinstance(lists.full, np.ndarray)
     seen = config.mask
     full = bool(lists.full.any()) if static else True
@@ -138,8 +150,8 @@ def _local(config, q, k, v, slopes, data, lists, sizes, target):
         seen = Sinks(config.keys) if seen is None else seen & Sinks(config.keys)
     call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, (config.time, config.keys), full, target)
     walks = block_lists.forward(lists), block_lists.transposed(lists, -(-config.keys // sizes[1]))
-    walks = *walks, _halves(config, lists, walks[0], sizes) if static and seen is not None and target == "gpu" else None
-    return _attend(call, q, k, v, slopes, data, walks)
+    own = static and seen is not None and target == "gpu"
+    return call, (*walks, _halves(config, lists, walks[0], sizes) if own else None)
 
 
 def _halves(config, lists, walk, sizes):
