@@ -7,7 +7,7 @@ import numpy as np
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
-from seqmix.ops import block_lists, block_sparse_context, block_sparse_kernels
+from seqmix.ops import block_lists, block_sparse_context, block_sparse_kernels, token_block_kernels
 from seqmix.ops.block_sparse_chunked import Config, chunked
 from seqmix.ops.block_sparse_reference import reference
 from seqmix.ops.dispatch import pick
@@ -57,7 +57,8 @@ def block_sparse_attention(
       slopes: [H] floating, ALiBi's (arXiv 2108.12409); differentiable.
       return_lse: also return lse, for `merge`; it is differentiable like y.
       implementation: None (the best for the call), "gpu" (Hopper kernels, for bfloat16, K and V of 64 or 128, and
-        sizes of 64 or 128), "chunked" (memory linear in T and S; both differentiable once) or "reference" (dense).
+        sizes of 64 or 128; sizes (1, 64) where named, with blocks alone, S of whole blocks and H / Hk of 8 to 64),
+        "chunked" (memory linear in T and S; both differentiable once) or "reference" (dense).
 
     Returns:
       y [B, T, H, V] in v.dtype, or (y, lse [B, H, T] in acc). A row that sees no key has y = 0 and lse = -inf, and
@@ -82,9 +83,16 @@ def block_sparse_attention(
         sizes = block_sparse_context.row_size(lay, time, sizes[0]), sizes[1]
     index = None if blocks is None else _index(blocks, q.shape[0], k.shape[2], sizes, time, keys)
     config = Config(scale, soft_cap, mask, time, keys)
-    reason = block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=blocked, scale=scale)
+    by_token = token_block_kernels.takes(given, blocks)
+    if by_token:
+        options = dict(mask=mask, soft_cap=soft_cap, slopes=slopes, scale=scale)
+        reason = token_block_kernels.reason(implementation, lay, q, k, v, **options)
+    else:
+        reason = block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=blocked, scale=scale)
     name = pick("block_sparse_attention", implementation, {"gpu": reason, "chunked": None, "reference": None})
-    if name == "gpu":
+    if name == "gpu" and by_token:
+        y, lse = token_block_kernels.run(lay, scale, q, k, v, index)
+    elif name == "gpu":
         if index is None:
             index = block_lists.of_mask(mask, blocked, time, keys)
         found = block_lists.lists(mask, index, blocked, time, keys, data)
