@@ -7,7 +7,7 @@ import numpy as np
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
-from seqmix.ops import block_groups, block_lists, block_sparse_context, block_sparse_kernels
+from seqmix.ops import block_groups, block_lists, block_sparse_context, block_sparse_kernels, token_block_kernels
 from seqmix.ops.block_sparse_chunked import Config, chunked
 from seqmix.ops.block_sparse_reference import reference
 from seqmix.ops.dispatch import pick
@@ -86,12 +86,18 @@ def block_sparse_attention(
     config = Config(scale, soft_cap, mask, time, keys)
     call = {"mask": mask, "data": data, "sizes": given, "blocks": index, "scale": scale}
     reasons, kernels = block_sparse_kernels.reasons(implementation, lay, q, k, v, **call)
-    each = blocks is not None and given[0] == 1  # token chooses its own
+    each, walks = blocks is not None and given[0] == 1, False  # token chooses its own
     if each:
-        options = {"mask": mask, "data": data, "size": given[1], "scale": scale, "slopes": slopes}
-        reasons["gpu"] = block_groups.reason(lay, implementation, q, k, v, **options)
+        options = {"mask": mask, "scale": scale, "slopes": slopes}
+        walks = token_block_kernels.takes(given, blocks) and None is token_block_kernels.reason(
+            implementation, lay, q, k, v, soft_cap=soft_cap, **options
+        )
+        options |= {"data": data, "size": given[1]}
+        reasons["gpu"] = None if walks else block_groups.reason(lay, implementation, q, k, v, **options)
     name = pick("block_sparse_attention", implementation, reasons | {"chunked": None, "reference": None})
-    if each and (name == "gpu" or name == "chunked" and block_groups.takes(lay, time, slopes)):
+    if name == "gpu" and walks:
+        y, lse = token_block_kernels.run(lay, scale, q, k, v, index)
+    elif each and (name == "gpu" or name == "chunked" and block_groups.takes(lay, time, slopes)):
         size = given[1] if name == "gpu" else sizes[1]
         y, lse = block_groups.run(lay, config, q, k, v, data, index, size, name)
     elif name in kernels:

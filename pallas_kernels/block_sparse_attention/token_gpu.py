@@ -1,0 +1,309 @@
+"""Softmax attention in which each token lists its own blocks of 64 keys, forward, on Hopper GPUs.
+
+    s_tgj = scale q_tg . k_j,   lse_tg = log sum_j exp(s_tgj),   y_tg = sum_j exp(s_tgj - lse_tg) v_j
+
+over the keys j of the blocks that token t lists. The G query heads of a key head share a list (arXiv 2502.11089). A
+thread block owns GROUP / G neighbouring tokens of a key head, and walks the union of their lists: what several of them
+chose is fetched once. Beside each block of the union stand bits: who of the tokens listed it.
+
+Rows of a tile are the heads of 64 / G tokens. A warpgroup has two such tiles, passes over a block that none of a tile's
+tokens listed, and gives the rows of those that did not weights of 0. So the tensor cores work in vain where neighbours
+disagree, by up to 64 / G. The other way, keys as rows and the heads of one token as columns, works in vain nowhere, but
+reads each block from shared memory once for each token, which takes as long, and has to reduce across warps.
+docs/attention.md counts both, and the order by key blocks, which writes sums to memory.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import compat
+
+SIZE = 64  # keys of a block
+ROWS = 64  # of a tile: the heads of some tokens
+UNITS, TILES = 2, 2  # warpgroups that compute, and tiles of each
+GROUP = UNITS * TILES * ROWS  # rows of a thread block
+HEADS = 8, 16, 32, 64  # G, query heads to a key head: one bit a token, 32 at most
+WIDTHS = 64, 128  # K or V
+LOG2_E = math.log2(math.e)
+LOWEST = -1e38  # a maximum before the first score: 2^(-inf - LOWEST) is 0, and LOWEST - LOWEST no NaN
+SHARED_BYTES = 222 * 1024  # for tiles, of the 227 KiB that a block may have
+FETCHING, COMPUTING = 24, 240  # registers of a thread
+F32 = jnp.float32
+
+
+def supports(q, k, v, *, scale=1.0, capability=None) -> str | None:
+    """Why the kernels cannot run this call, in a few words; None if they can. Takes arrays or shapes with dtypes.
+
+    capability: (major, minor) of the GPU that will run it; None asks the default device.
+    """
+    reason = compat.no_hopper(capability)
+    if reason is not None:
+        return reason
+    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
+        return f"needs bfloat16 q, k and v, got {q.dtype}, {k.dtype}, {v.dtype}"
+    if q.shape[-1] not in WIDTHS or v.shape[-1] not in WIDTHS:
+        return f"needs K and V in {WIDTHS}, got K={q.shape[-1]}, V={v.shape[-1]}"
+    if q.shape[2] // k.shape[2] not in HEADS:
+        return f"needs {HEADS} query heads to a key head, got H={q.shape[2]}, Hk={k.shape[2]}"
+    if k.shape[1] % SIZE:
+        return f"needs whole blocks of {SIZE} keys, got S={k.shape[1]}"
+    if isinstance(scale, jax.core.Tracer) or not scale > 0:
+        return "needs a scale that is a Python number above 0"
+    return None
+
+
+def group_tokens(q, k) -> int:
+    """Tokens of a thread block, which share a union of lists."""
+    return GROUP // (q.shape[2] // k.shape[2])
+
+
+def forward(q, k, v, union, *, scale):
+    """(y [B, T, H, V] bfloat16, lse [B, H, T] float32) of queries over the blocks of keys that their tokens list.
+
+    q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V] bfloat16; T is a multiple of n = `group_tokens`, S of 64. union:
+    (count [b, h, T / n], block [b, h, T / n, c], bits [b, h, T / n, c]) int32, b of B or 1 and h of Hk or 1: tokens
+    o n to o n + n - 1 read the key blocks block[o, : count[o]], token o n + i those entries whose bit i is set. A token
+    that lists nothing has y = 0 and lse = -inf. The call must be one that `supports` accepts.
+    """
+    (batch, time, heads, width), (_, _, key_heads, value) = q.shape, v.shape
+    call = Call(heads // key_heads, width, value, float(scale))
+    names = "q", "k", "v", "count", "block", "bits"
+    arrays = q.reshape(batch, time, key_heads, call.heads, width), k, v, *(jnp.asarray(x, jnp.int32) for x in union)
+    out = (
+        jax.ShapeDtypeStruct((batch, time, key_heads, call.heads, value), v.dtype),
+        jax.ShapeDtypeStruct((batch, key_heads, time * call.heads), F32),
+    )
+
+    def body(*refs):
+        given, (y, lse, shared) = dict(zip(names, refs)), refs[len(names) :]
+        block = Block(call, given, y, lse, shared)
+        fetches = compat.fetching_warpgroup(UNITS)
+        pl.when(fetches)(block.fetch)
+        pl.when(jnp.logical_not(fetches))(block.compute)
+
+    y, lse = compat.kernel(
+        body,
+        grid=(batch, key_heads, time // call.group),  # the last changes fastest: L2 holds the keys of one head
+        names=("row", "head", "group"),
+        out=out,
+        scratch=[shared_memory(call)],
+        warpgroups=UNITS,
+        name="token_block_attention_forward",
+        sums_columns=False,
+    )(*arrays)
+    return y.reshape(batch, time, heads, value), by_heads(lse, call.heads)
+
+
+def by_heads(rows, heads):
+    """[B, Hk, T G] as [B, Hk G, T]."""
+    batch, key_heads, _ = rows.shape
+    return jnp.swapaxes(rows.reshape(batch, key_heads, -1, heads), 2, 3).reshape(batch, key_heads * heads, -1)
+
+
+def by_tokens(rows, heads):
+    """[B, Hk G, T] as [B, Hk, T G]."""
+    batch, all_heads, time = rows.shape
+    return jnp.swapaxes(rows.reshape(batch, all_heads // heads, heads, time), 2, 3).reshape(batch, -1, time * heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static half of a call."""
+
+    heads: int  # G, query heads to a key head
+    width: int  # K
+    value: int  # V
+    scale: float
+
+    @property
+    def tokens(self) -> int:
+        """Of a tile."""
+        return ROWS // self.heads
+
+    @property
+    def group(self) -> int:
+        """Tokens of a thread block."""
+        return GROUP // self.heads
+
+    @property
+    def stages(self) -> int:
+        """Blocks of keys and values that shared memory holds."""
+        staged = self.value if self.value != self.width else 0
+        left = SHARED_BYTES - 2 * GROUP * (self.width + staged)
+        return min(4, left // (2 * SIZE * (self.width + self.value)))
+
+
+def shared_memory(call: Call):
+    """Tiles and barriers, by name: what is `there` has come, what is `free` has been used by all warpgroups."""
+    stages = call.stages
+    scratch = {
+        "q": compat.tile(UNITS, TILES, ROWS, call.width),
+        "k": compat.tile(stages, SIZE, call.width),
+        "v": compat.tile(stages, SIZE, call.value),
+        "lse": compat.vector(UNITS, TILES, ROWS),
+        "bits": compat.vector(stages, dtype=jnp.int32),
+        "q_there": compat.barriers(UNITS, TILES * call.tokens),
+        "there": compat.barriers(stages, 3),  # keys, values, bits
+        "free": compat.barriers(stages, UNITS),
+    }
+    if call.value != call.width:
+        scratch["y"] = compat.tile(UNITS, TILES, ROWS, call.value)
+    if compat.interpreting():
+        scratch["p"] = compat.tile(UNITS, ROWS, SIZE)
+    return scratch
+
+
+class Union:
+    """The blocks that a thread block's tokens list, and where its tokens are."""
+
+    def __init__(self, call: Call, given):
+        # Read wherever they are needed: what is known before the warpgroups' ways part would be spilled.
+        self.call, self.given = call, given
+        self.row, self.head = lax.axis_index("row"), lax.axis_index("head")
+        groups = given["count"].shape[2]
+        self.group = groups - 1 - lax.axis_index("group")  # with causal lists the longest come first
+        lead = given["count"].shape
+        self.at = (self.row if lead[0] > 1 else 0, self.head if lead[1] > 1 else 0, self.group)
+        self.count = given["count"][self.at]
+
+    def entry(self, n):
+        """The nth block and its bits."""
+        n = jnp.minimum(n, self.given["block"].shape[3] - 1)
+        return tuple(self.given[name][(*self.at, n)] for name in ("block", "bits"))
+
+    def token(self, unit, tile):
+        """First token of a tile."""
+        return self.group * self.call.group + (unit * TILES + tile) * self.call.tokens
+
+
+def by_token(call, union, unit, tile, move):
+    """move(token, rows) with each token of a tile and its rows there: a loop, as copies take registers."""
+    first = union.token(unit, tile)
+
+    def step(token, _):
+        move(first + token, pl.ds(pl.multiple_of(token * call.heads, 8), call.heads))
+
+    lax.fori_loop(0, call.tokens, step, None)
+
+
+def fetch_rows(call, union, source, target, unit, barrier):
+    """Starts the copies of a warpgroup's rows, token by token, from [B, T, Hk, G, width]."""
+    for tile in range(TILES):
+
+        def move(token, rows, tile=tile):
+            compat.fetch(source.at[union.row, token, union.head], target.at[unit, tile, rows], barrier)
+
+        by_token(call, union, unit, tile, move)
+
+
+def fetch_blocks(union, given, shared, stages):
+    """Keys, values and bits of the union's blocks, as shared memory comes free."""
+
+    def await_free(n):
+        """Until the block has been used that lay where the nth one goes."""
+        pl.when(n >= stages)(lambda: compat.wait(shared["free"].at[lax.rem(n, stages)]))
+
+    def step(n, entry):
+        block, bits = entry
+        later = union.entry(n + 1)
+        slot = lax.rem(n, stages)
+        keys, there = pl.ds(block * SIZE, SIZE), shared["there"].at[slot]
+        await_free(n)
+        for name in ("k", "v"):
+            compat.fetch(given[name].at[union.row, keys, union.head], shared[name].at[slot], there)
+        shared["bits"][slot] = bits
+        compat.arrive(there)
+        return later
+
+    lax.fori_loop(0, union.count, step, union.entry(0))
+    for left in range(stages):  # no barrier is left with an arrival that nobody has seen
+        await_free(union.count + left)
+
+
+def walk(call, shared, unit, count, stages, visit, starts):
+    """A warpgroup's way along the union: the last carries of its tiles.
+
+    visit(tile, slot, listed, carry) -> carry is called for the tiles of which `listed`, one bit a token, is not 0.
+    """
+
+    def step(n, carries):
+        slot = lax.rem(n, stages)
+        compat.wait(shared["there"].at[slot])
+        bits = shared["bits"][slot]
+        new = []
+        for tile, carry in enumerate(carries):
+            listed = (bits >> ((unit * TILES + tile) * call.tokens)) & ((1 << call.tokens) - 1)
+            seen = lambda *carry, tile=tile, listed=listed: visit(tile, slot, listed, carry)
+            new.append(lax.cond(listed != 0, seen, lambda *carry: carry, *carry))
+        compat.arrive(shared["free"].at[slot])
+        return tuple(new)
+
+    return lax.fori_loop(0, count, step, starts)
+
+
+def lists_block(call, listed):
+    """Whether the token of a row is among those of `listed`, bool [ROWS]."""
+    return ((listed >> (compat.row_places(ROWS) // call.heads)) & 1) == 1
+
+
+def store_rows(call, union, source, target, unit, tile):
+    """Starts the copies of a published tile to [B, T, Hk, G, width], token by token."""
+    move = lambda token, rows: compat.store(source.at[rows], target.at[union.row, token, union.head])
+    by_token(call, union, unit, tile, move)
+
+
+class Block:
+    """A thread block: the work of its warpgroups."""
+
+    def __init__(self, call: Call, given, y, lse, shared):
+        self.call, self.given, self.y, self.lse, self.shared = call, given, y, lse, shared
+
+    def fetch(self):
+        call, given, shared = self.call, self.given, self.shared
+        compat.registers(FETCHING, more=False)
+        union = Union(call, given)
+        for unit in range(UNITS):
+            fetch_rows(call, union, given["q"], shared["q"], unit, shared["q_there"].at[unit])
+        fetch_blocks(union, given, shared, call.stages)
+
+    def compute(self):
+        call, shared = self.call, self.shared
+        compat.registers(COMPUTING, more=True)
+        unit = compat.warpgroup(UNITS)
+        start = compat.zeros((ROWS, call.value)), compat.rows(ROWS, LOWEST), compat.rows(ROWS, 0.0)
+        compat.wait(shared["q_there"].at[unit])
+        visit = lambda *state: self.visit(unit, *state)
+        carries = walk(call, shared, unit, Union(call, self.given).count, call.stages, visit, (start,) * TILES)
+        union = Union(call, self.given)  # again, so that nothing of it has to be kept through the loop
+        staged = shared["y" if "y" in shared else "q"]  # nobody else reads a tile of q
+        for tile, (acc, top, total) in enumerate(carries):
+            some = total > 0
+            y = acc * compat.spread_rows(jnp.where(some, 1 / total, 0.0), acc.shape)
+            staged[unit, tile] = y.astype(jnp.bfloat16)
+            shared["lse"][unit, tile] = jnp.where(some, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
+        compat.publish()
+        for tile in range(TILES):
+            store_rows(call, union, staged.at[unit, tile], self.y, unit, tile)
+            rows = pl.ds(union.token(unit, tile) * call.heads, ROWS)
+            compat.store(shared["lse"].at[unit, tile], self.lse.at[union.row, union.head, rows])
+        compat.stores_done()
+
+    def visit(self, unit, tile, slot, listed, carry):
+        """(weighted sum of values [64, V], maximum in log2 and sum of weights [64]) after one more block."""
+        shared, factor = self.shared, self.call.scale * LOG2_E
+        acc, top, total = carry
+        seen = lists_block(self.call, listed)
+        scores = compat.matmul((shared["q"].at[unit, tile], compat.transposed(shared["k"].at[slot])))
+        now = jnp.maximum(top, jnp.where(seen, jnp.max(scores, axis=1) * factor, LOWEST))
+        kept = jnp.exp2(top - now)
+        weights = jnp.exp2(scores * factor - compat.spread_rows(jnp.where(seen, now, jnp.inf), scores.shape))
+        total = total * kept + jnp.sum(weights, axis=1)
+        p = compat.as_operand(weights, shared["p"].at[unit] if "p" in shared else None)
+        acc = acc * compat.spread_rows(kept, acc.shape)
+        acc, total, now, p = compat.together(acc, total, now, p)
+        return compat.matmul((p, shared["v"].at[slot]), start=acc), now, total

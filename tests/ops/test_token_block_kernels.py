@@ -1,0 +1,81 @@
+"""Lists of single tokens through the Hopper kernels: lists, interpreted kernels, refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import compat
+from seqmix import ops
+from seqmix.ops import masks, token_block_kernels
+
+needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
+BOUND = 5e-3
+
+
+def chosen(shape, blocks, seed=0):
+    """Lists in any order, with entries that are none and blocks listed twice."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(-2, blocks + 2, shape).astype(np.int32)
+
+
+@pytest.mark.parametrize("group", [8, 32])
+def test_unions_hold_what_the_tokens_list(group):
+    index = chosen((2, 1, 64, 5), 9)
+    index[0, 0, :32] = -1
+    count, block, bits = (np.asarray(x) for x in token_block_kernels.unions(jnp.asarray(index), group, 9))
+    for b, o in np.ndindex(2, 64 // group):
+        lists = index[b, 0, o * group : (o + 1) * group]
+        want = {n: sum(1 << i for i, row in enumerate(lists) if n in row) for n in range(9) if n in lists}
+        assert count[b, 0, o] == len(want)
+        got = block[b, 0, o, : len(want)], bits[b, 0, o, : len(want)].view(np.uint32)
+        assert dict(zip(*(x.tolist() for x in got), strict=True)) == want
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("shape", "lead"), [((1, 70, 192, 16, 1, 64, 128), (1, 1)), ((2, 64, 128, 16, 2, 64, 64), (1, 2))]
+)
+def test_kernels_match_float64(shape, lead):
+    """Ragged T, tokens that list nothing and lists that are not full; lists shared by rows."""
+    batch, time, keys, heads, key_heads, width, value = shape
+    draw = lambda n, *dims: jax.random.normal(jax.random.key(n), dims, jnp.bfloat16)
+    q, k = draw(0, batch, time, heads, width), draw(1, batch, keys, key_heads, width)
+    v, dy = draw(2, batch, keys, key_heads, value), draw(3, batch, time, heads, value)
+    rng = np.random.default_rng(0)
+    index = rng.permuted(np.broadcast_to(np.arange(keys // 64, dtype=np.int32), (*lead, time, keys // 64)), axis=-1)
+    index[..., 0] += rng.integers(-1, 1, (*lead, time), dtype=np.int32) * 8
+    index[:, :, 5] = -1
+    dlse = jnp.cos(jnp.arange(batch * heads * time, dtype=jnp.float32)).reshape(batch, heads, time)
+
+    def run(implementation, q, k, v, dy):
+        def call(*x):
+            options = dict(blocks=jnp.asarray(index), sizes=(1, 64), return_lse=True)
+            return ops.block_sparse_attention(*x, **options, implementation=implementation)
+
+        (y, lse), pull = jax.vjp(call, q, k, v)
+        return y, jnp.where(lse > -jnp.inf, lse, 0), *pull((dy, dlse.astype(lse.dtype)))
+
+    with compat.interpret():
+        got = jax.jit(run, static_argnums=0)("gpu", q, k, v, dy)
+    with jax.enable_x64(True):
+        wants = run("reference", *(jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, dy)))
+        wants = [np.asarray(x) for x in wants]
+    for one, want in zip(got, wants, strict=True):
+        assert np.linalg.norm(np.asarray(one, np.float64) - want) < BOUND * np.linalg.norm(want)
+    assert not np.any(np.asarray(got[0], np.float32)[:, 5]) and not np.any(np.asarray(got[2], np.float32)[:, 5])
+
+
+def test_calls_that_no_kernel_takes_are_refused_with_the_reason():
+    def refusal(match, heads=16, keys=128, sizes=(1, 64), dtype=jnp.bfloat16, named="gpu", **options):
+        q, k = jnp.zeros((1, 64, heads, 64), dtype), jnp.zeros((1, keys, 1, 64), dtype)
+        blocks = jnp.zeros((64, 1), jnp.int32)
+        with compat.interpret(), pytest.raises(ValueError, match=match):
+            ops.block_sparse_attention(q, k, k, blocks=blocks, sizes=sizes, implementation=named, **options)
+
+    refusal("no form for a mask", mask=masks.Causal())
+    refusal("no form for a soft cap", soft_cap=5.0)
+    if compat.unavailable() is None:
+        refusal("needs bfloat16", dtype=jnp.float32)
+        refusal("query heads to a key head, got H=4, Hk=1", heads=4)
+        refusal("whole blocks of 64 keys, got S=100", keys=100)
