@@ -7,11 +7,11 @@ import numpy as np
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
-from seqmix.ops import block_groups, block_lists, block_sparse_context, block_sparse_kernels, token_block_kernels
+from seqmix.ops import block_groups, block_lists, block_sparse_context, block_sparse_kernels, heads, token_block_kernels
 from seqmix.ops.block_sparse_chunked import Config, chunked
 from seqmix.ops.block_sparse_reference import reference
 from seqmix.ops.dispatch import pick
-from seqmix.ops.mask_algebra import EMPTY, Mask, check_data, positive
+from seqmix.ops.mask_algebra import EMPTY, Mask, check_data, library, positive
 from seqmix.ops.mask_data import Segments
 from seqmix.ops.mesh import layout
 
@@ -34,13 +34,14 @@ def block_sparse_attention(
     return_lse=False,
     implementation=None,
 ):
-    """Softmax attention of queries [B, T, H, K] over the keys [B, S, Hk, K], values [B, S, Hk, V], that are listed.
+    """Softmax attention of queries [B, T, H, K] over the keys [B, S, Hk, K], values [B, S, Hv, V], that are listed.
 
         s_ij  = scale q_i . k_j         (then soft_cap tanh(s_ij / soft_cap), then - slope |i - j|, where given)
         lse_i = log sum_{j visible to i} exp(s_ij),    y_i = sum_{j visible to i} exp(s_ij - lse_i) v_j
 
-    Hk divides H; query head h reads key head h // (H // Hk). With sizes (bq, bk), j is visible to i when the list
-    of i's block of queries, i // bq, holds j // bk, and the mask lets i see j. Work is that of the listed blocks,
+    Hk and Hv each divide H; query head h reads key head h // (H // Hk) and value head h // (H // Hv). Where Hk is not
+    Hv, both are repeated to the fewest heads that both numbers divide. With sizes (bq, bk), j is visible to i when the
+    list of i's block of queries, i // bq, holds j // bk, and the mask lets i see j. Work is that of the listed blocks,
     or without a list of the tiles in which the mask may see; memory is linear in T and S, beside the lists.
 
     Args:
@@ -75,14 +76,17 @@ def block_sparse_attention(
     soft_cap = None if soft_cap is None else finite("soft_cap", soft_cap)
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
-    time, keys = q.shape[1], k.shape[1]
+    time, keys, listed = q.shape[1], k.shape[1], k.shape[2]
+    k, v = heads.alike(k, v)
     mask, data = with_segments(mask, data, segment_ids)
     data = checked_data(mask, time, keys, data, q.shape[0])
     given, sizes = sizes, clipped(sizes, time, keys)
     lay = layout(q.shape[0], time, q.shape[2], k.shape[2])
     if lay is not None and lay.time and blocks is None:
         sizes = block_sparse_context.row_size(lay, time, sizes[0]), sizes[1]
-    index = None if blocks is None else _index(blocks, q.shape[0], k.shape[2], sizes, time, keys)
+    index = None if blocks is None else _index(blocks, q.shape[0], listed, sizes, time, keys)
+    if index is not None and index.shape[1] not in (1, k.shape[2]):
+        index = library(index).repeat(index, k.shape[2] // listed, axis=1)
     config = Config(scale, soft_cap, mask, time, keys)
     call = {"mask": mask, "data": data, "sizes": given, "blocks": index, "scale": scale}
     reasons, kernels = block_sparse_kernels.reasons(implementation, lay, q, k, v, **call)
@@ -140,12 +144,11 @@ def block_sparse_flops(
 
 
 def _check(q, k, v, slopes, segment_ids, mask, blocks):
-    shapes = {"q": "B T H K", "k": "B S Hk K", "v": "B S Hk V", "slopes": "H", "segment_ids": "B T"}
+    shapes = {"q": "B T H K", "k": "B S Hk K", "v": "B S Hv V", "slopes": "H", "segment_ids": "B T"}
     d = dims(shapes, q=q, k=k, v=v, slopes=slopes, segment_ids=segment_ids)
     if min(d.T, d.S) < 1:
         raise ValueError(f"q, k: expected at least one query and one key, got T={d.T}, S={d.S}")
-    if d.H % d.Hk:
-        raise ValueError(f"k: expected a number of heads that divides H={d.H}, got Hk={d.Hk}")
+    heads.check(d)
     for name, x in {"q": q, "k": k, "v": v, "slopes": slopes}.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")

@@ -178,6 +178,6 @@ def _rows(scoring, k, v, slopes, of_keys, q, index, bias, of_queries):
         weight /= total[..., None]
         if scoring.normalizer == "signed":
             weight *= jnp.sign(score)
-    weight = weight.astype(v.dtype).reshape(batch, groups, -1, time, k.shape[1])
+    weight = weight.astype(v.dtype).reshape(batch, v.shape[2], -1, time, k.shape[1])
     y = jnp.einsum("bjrts,bsjv->btjrv", weight, v, preferred_element_type=acc)
     return y.reshape(batch, time, heads, -1).astype(v.dtype), lse

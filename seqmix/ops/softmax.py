@@ -1,12 +1,14 @@
 """Softmax attention, and how results over parts of the keys are joined."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from seqmix.core import packing
 from seqmix.core.shapes import dims, finite
-from seqmix.ops import block_sparse_kernels, scored, softmax_context, softmax_library
+from seqmix.ops import block_sparse_kernels, heads, scored, softmax_context, softmax_library
 from seqmix.ops.dispatch import pick
 from seqmix.ops.mesh import layout
 from seqmix.ops.softmax_chunked import block_pairs, block_sizes, chunked
@@ -40,15 +42,16 @@ def attention(
     context=None,
     implementation=None,
 ):
-    """Softmax attention of queries [B, T, H, K] over keys [B, S, Hk, K] with values [B, S, Hk, V].
+    """Softmax attention of queries [B, T, H, K] over keys [B, S, Hk, K] with values [B, S, Hv, V].
 
         s_ij  = scale q_i . k_j                  (then soft_cap tanh(s_ij / soft_cap), where there is a cap)
         lse_i = log(sum_{j visible to i} exp(s_ij) + exp(sink_logit))            (the sink: where given)
         y_i   = sum_{j visible to i} exp(s_ij - lse_i) v_j
 
-    Hk divides H; query head h reads key head h // (H // Hk). With pos the positions, j is visible to i when
-    both are of one segment and, causal, pos_j <= pos_i; with a window W, 0 <= pos_i - pos_j < W as well (not
-    causal: |pos_i - pos_j| < W), except that positions below `sinks` stay visible to all that follow them.
+    Hk and Hv each divide H, and one need not divide the other (Sigma, arXiv 2501.13629, has 32, 4 and 16): query head h
+    reads key head h // (H // Hk) and value head h // (H // Hv). With pos the positions, j is visible to i when both are
+    of one segment and, causal, pos_j <= pos_i; with a window W, 0 <= pos_i - pos_j < W as well (not causal:
+    |pos_i - pos_j| < W), except that positions below `sinks` stay visible to all that follow them.
 
     Args:
       q, k, v: floating. Softmax, LSE and sums are in acc = promote(their dtype, float32); the operands of
@@ -79,7 +82,8 @@ def attention(
         "tokamax" (GPUs) or "splash" (TPUs; compiled, not run on a chip), which take a part of the calls
         (`softmax_library`; docs/attention.md says which goes where); "tpu" (TPU kernels, only if named: never run on a
         chip either); "chunked" (memory linear in T and S) or "reference" (dense). All but the last are differentiable
-        once.
+        once. Where Hv is not Hk, the last two repeat no head, and the others (and what takes a mask) repeat those of
+        keys and values to the fewest that both numbers divide.
 
     Returns:
       y [B, T, H, V] in v.dtype, or (y, lse [B, H, T] in acc). A row that sees no key, padding above all, has
@@ -108,14 +112,19 @@ def attention(
         options = {"mask": mask, "data": data, "block": block, "implementation": implementation}
         y, lse = scored.attend(rules, q, k, v, sink_logits, **scoring, **options)
         return (y, lse) if return_lse else y
-    lay = layout(d.B, d.T, d.H, d.Hk)
+    lay = layout(d.B, d.T, d.H, math.gcd(d.Hk, d.Hv))
+    if d.Hk != d.Hv and lay != layout(d.B, d.T, d.H):  # a device's heads would begin within a head of keys
+        k, v = heads.alike(k, v)
+        d.Hk = d.Hv = k.shape[2]
+        lay = layout(d.B, d.T, d.H, d.Hk)
+    alike = (k, v) if d.Hk == d.Hv else jax.eval_shape(heads.alike, k, v)  # as kernels take them
     form = None
     if lay is not None and lay.time and implementation != "reference":
         form = softmax_context.choose(lay, rules, d, order, context)
-    libraries = softmax_library.reasons(implementation, lay, form, rules, q, k, v, sink_logits, order, return_lse)
+    libraries = softmax_library.reasons(implementation, lay, form, rules, q, *alike, sink_logits, order, return_lse)
     mask, data = scored.visibility(rules, None, tokens, "given" if form else order, None)
     shape = {"mask": mask, "data": data, "sizes": (scored.SPARSE,) * 2, "scale": rules.scale}
-    kernels, _ = block_sparse_kernels.reasons(implementation, lay, q, k, v, **shape, cut=form is not None)
+    kernels, _ = block_sparse_kernels.reasons(implementation, lay, q, *alike, **shape, cut=form is not None)
     name = pick("attention", implementation, libraries | kernels | {"chunked": None, "reference": None})
     if form:
         call = (rules, d, q, k, v, sink_logits, tokens)
@@ -186,12 +195,11 @@ def attention_flops(
 def _check(q, k, v, sink_logits, *given):
     shapes = {"segment_ids": "B T", "kv_segment_ids": "B S", "q_positions": "B T", "kv_positions": "B S"}
     given = dict(zip(shapes, given, strict=True))
-    shapes |= {"q": "B T H K", "k": "B S Hk K", "v": "B S Hk V", "sink_logits": "H"}
+    shapes |= {"q": "B T H K", "k": "B S Hk K", "v": "B S Hv V", "sink_logits": "H"}
     d = dims(shapes, q=q, k=k, v=v, sink_logits=sink_logits, **given)
     if min(d.T, d.S) < 1:
         raise ValueError(f"q, k: expected at least one query and one key, got T={d.T}, S={d.S}")
-    if d.H % d.Hk:
-        raise ValueError(f"k: expected a number of heads that divides H={d.H}, got Hk={d.Hk}")
+    heads.check(d)
     for name, x in {"q": q, "k": k, "v": v, "sink_logits": sink_logits}.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")

@@ -8,7 +8,8 @@ sum per row (online softmax, arXiv 1805.02867), the backward pass walks it again
 
 With indices for positions the list is known while tracing; segment ids and given positions shorten it at run
 time. Shapes here are head-major, with J key heads and R query heads to each: q [B, J, R, T, K],
-k [B, J, S, K], v [B, J, S, V].
+k [B, J, S, K], v [B, J, S, V]. Where values have heads of their own, v [B, J', S, V], the weights are regrouped
+by them: no head is repeated.
 """
 
 from functools import partial
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqmix.ops.heads import regrouped
 from seqmix.ops.softmax_reference import Rules, visible
 
 
@@ -148,7 +150,7 @@ def _scores(rules, q, k, tokens, i, j, sizes, acc):
 def part(rules: Rules, sizes, q, k, v, sink, tokens, work):
     """(y, lse), both in acc = promote(dtype, float32), of whole blocks of queries and keys.
 
-    q [B, J, R, T, K], k [B, J, S, K], v [B, J, S, V], sink [J, R] or None; tokens and work as of `live_pairs`.
+    q [B, J, R, T, K], k [B, J, S, K], v [B, J', S, V], sink [J, R] or None; tokens and work as of `live_pairs`.
     """
     acc = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
     rows = q.shape[:-1]
@@ -168,8 +170,9 @@ def part(rules: Rules, sizes, q, k, v, sink, tokens, work):
         p = jnp.exp(score - base[..., None])
         keep = jnp.exp(old - base)
         sum_i = keep * sum_i + jnp.sum(p, axis=-1)
-        mixed = jnp.einsum("bjrts,bjsv->bjrtv", p.astype(v.dtype), v_j, preferred_element_type=acc)
-        y_i = keep[..., None] * y_i + mixed
+        p = regrouped(p.astype(v.dtype), v.shape[1])
+        mixed = jnp.einsum("bjrts,bjsv->bjrtv", p, v_j, preferred_element_type=acc)
+        y_i = keep[..., None] * y_i + regrouped(mixed, k.shape[1])
         return _put(y, y_i, i, 3), _put(top, new, i, 3), _put(total, sum_i, i, 3)
 
     y, top, total = _walk(body, (jnp.zeros((*rows, v.shape[-1]), acc), top, total), work)
@@ -193,13 +196,15 @@ def part_gradients(rules: Rules, sizes, q, k, v, tokens, work, lse, dy, delta):
         k_j, v_j = _get(k, j, sizes[1], 2), _get(v, j, sizes[1], 2)
         score, seen = _scores(rules, q_i, k_j, tokens, i, j, sizes, acc)
         p = jnp.exp(jnp.where(seen, score - base_i[..., None], -jnp.inf))
+        dy_i = regrouped(dy_i, v.shape[1])
         dp = jnp.einsum("bjrtv,bjsv->bjrts", dy_i, v_j, preferred_element_type=acc)
-        ds = rules.scale * p * (dp - delta_i[..., None])
+        ds = rules.scale * p * (regrouped(dp, k.shape[1]) - delta_i[..., None])
         if rules.soft_cap is not None:
             ds *= 1 - jnp.square(score / rules.soft_cap)
         dq_i = jnp.einsum("bjrts,bjsk->bjrtk", ds.astype(k.dtype), k_j, preferred_element_type=acc)
         dk_j = jnp.einsum("bjrts,bjrtk->bjsk", ds.astype(q.dtype), q_i, preferred_element_type=acc)
-        dv_j = jnp.einsum("bjrts,bjrtv->bjsv", p.astype(dy.dtype), dy_i, preferred_element_type=acc)
+        p = regrouped(p.astype(dy.dtype), v.shape[1])
+        dv_j = jnp.einsum("bjrts,bjrtv->bjsv", p, dy_i, preferred_element_type=acc)
         dq = _put(dq, _get(dq, i, sizes[0], 3) + dq_i, i, 3)
         dk = _put(dk, _get(dk, j, sizes[1], 2) + dk_j, j, 2)
         return dq, dk, _put(dv, _get(dv, j, sizes[1], 2) + dv_j, j, 2)

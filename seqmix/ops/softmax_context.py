@@ -26,12 +26,13 @@ def choose(lay: Layout, rules, d, order: str, context: str | None) -> str | None
     Raises ValueError, with the reason, where the named form does not fit the call.
     """
     ways, heads = lay.ways("time"), d.H // lay.ways("heads")
-    keys = lay.count_key_heads(d.Hk)
+    counts = [lay.count_key_heads(n) for n in sorted({d.Hk, d.Hv})]
     reasons = dict.fromkeys(FORMS)
     if d.S % ways:
         reasons = dict.fromkeys(FORMS, f"S={d.S} keys are no multiple of the {ways} ways in which time is cut")
-    elif heads % ways or (keys % ways and ways % keys):
-        reasons["heads"] = f"{heads} heads and {keys} key heads of a device cannot be divided by {ways} ways"
+    elif heads % ways or any(n % ways and ways % n for n in counts):
+        shown = " and ".join(map(str, counts))
+        reasons["heads"] = f"{heads} heads and {shown} key heads of a device cannot be divided by {ways} ways"
     if not reasons["zigzag"] and (d.T != d.S or d.T % (2 * ways)):
         reasons["zigzag"] = f"T={d.T} and S={d.S} are not the same multiple of twice the {ways} ways"
     if context is not None:
@@ -44,7 +45,7 @@ def choose(lay: Layout, rules, d, order: str, context: str | None) -> str | None
         return "ring"
     if d.S <= GATHER:
         return "gather"
-    if not reasons["heads"] and keys % ways == 0:
+    if not reasons["heads"] and not any(n % ways for n in counts):
         return "heads"
     return "zigzag" if rules.causal and not reasons["zigzag"] else "ring"
 
@@ -119,8 +120,8 @@ def _travelled(travel, q, k, v, sink, q_places, k_places, *, zigzag, need_lse):
 def _by_heads(travel, q, k, v, sink, q_places, k_places, *, order, block, need_lse, library):
     """Each device attends over all of time with its part of the heads."""
     axis, ways = travel.axis, jax.lax.axis_size(travel.axis)
-    if k.shape[2] % ways:  # fewer key heads than devices: each device takes the one that its heads read
-        k, v = (jnp.repeat(x, ways // x.shape[2], axis=2) for x in (k, v))
+    # Of fewer heads of keys than devices each device takes the one that its heads read.
+    k, v = (jnp.repeat(x, ways // x.shape[2], axis=2) if x.shape[2] % ways else x for x in (k, v))
     turn = lambda x, split, concat: jax.lax.all_to_all(x, axis, split, concat, tiled=True)
     q, k, v = (turn(x, 2, 1) for x in (q, k, v))
     if sink is not None:
@@ -167,6 +168,7 @@ def attention_bytes(
     value_dim: int,
     *,
     keys: int | None = None,
+    value_heads: int | None = None,
     itemsize: int = 2,
     causal: bool = True,
     window: int | None = None,
@@ -176,13 +178,15 @@ def attention_bytes(
 ) -> tuple[int, int]:
     """Bytes that a device sends for one call of `attention` in this form: (forward, backward).
 
-    batch, heads and key_heads are those of a device; time and keys (None: time) are cut in `ways`. itemsize is that
+    batch and heads, those of keys and of values (None: as keys) too, are those of a device; time and keys (None: time)
+    are cut in `ways`. itemsize is that
     of q, k and v; packed: segment_ids are given. Of what all gather or scatter, each device sends (ways - 1) /
     ways, and a permutation all of its operand. Gradients of weights, the sink logits above all, are not counted.
     """
     rules, keys = Rules(1.0, causal, window, sinks, None), time if keys is None else keys
     t, s, acc = time // ways, keys // ways, max(itemsize, 4)
-    block = batch * s * key_heads * (key_dim + value_dim)
+    sides = (key_heads, key_dim), (key_heads if value_heads is None else value_heads, value_dim)
+    block = batch * s * sum(n * width for n, width in sides)
     rows = 8 * (batch if packed else 1)  # an id and a position, int32
     query, result = batch * t * heads * key_dim, batch * t * heads * value_dim
     lse = acc * batch * t * heads if need_lse else 0
@@ -190,8 +194,7 @@ def attention_bytes(
         there = (ways - 1) * (itemsize * block + rows * s)
         return there, there + (ways - 1) * acc * block
     if form == "heads":
-        if key_heads % ways:
-            block = block // key_heads * ways
+        block = batch * s * sum((ways if n % ways else n) * width for n, width in sides)
         turned = (itemsize * (query + block + result) + lse) * (ways - 1) // ways
         places = rows * (t if keys == time else t + s) if packed else 0
         return turned + (ways - 1) * places, turned

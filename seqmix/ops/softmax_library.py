@@ -8,7 +8,8 @@
 
 None of them takes given positions, `kv_segment_ids`, `sinks`, sink logits, or a call that wants lse: what they give of
 it is rounded to bfloat16 or has no gradient. Public names of the libraries only: those of tokamax know no segments.
-Key heads may be fewer than query heads everywhere, and float32 stays with the chunked form. With implementation None a
+Key heads may be fewer than query heads everywhere, value heads that are not as many as key heads are repeated with
+them (`heads.alike`), and float32 stays with the chunked form. With implementation None a
 call goes to the first of them, in this order, that takes it here, any other one to our own kernels or the chunked form;
 so does a window that is short beside T, rather than to tokamax (docs/attention.md says why, and what was measured).
 """
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from seqmix.core import sharding
 from seqmix.ops import targets
 from seqmix.ops.dispatch import pick
+from seqmix.ops.heads import alike
 from seqmix.ops.mesh import on_shares
 
 NAMES = ("cudnn", "tokamax", "splash")
@@ -171,6 +173,7 @@ def run(name, lay, rules, q, k, v, ids):
 
 def on_one(name, rules, q, k, v, ids):
     """`run` on one device."""
+    k, v = alike(k, v)
     if name == "splash":
         return _splash(rules, q, k, v, ids)
     return {"cudnn": _cudnn, "tokamax": _tokamax}[name](rules, q, k, v)

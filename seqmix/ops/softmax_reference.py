@@ -37,7 +37,7 @@ def visible(rules: Rules, q_ids, k_ids, q_positions, k_positions):
 def reference(rules: Rules, q, k, v, sink_logits, q_ids, k_ids, q_positions, k_positions):
     """(y [B, T, H, V], lse [B, H, T]) by the whole [T, S] matrix, computed in promote(dtype, float32).
 
-    q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V], sink_logits [H] or None; ids and positions as `visible`.
+    q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hv, V], sink_logits [H] or None; ids and positions as `visible`.
     """
     acc = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
     b, t, h, _ = q.shape
@@ -60,6 +60,6 @@ def reference(rules: Rules, q, k, v, sink_logits, q_ids, k_ids, q_positions, k_p
     some = total > 0
     total = jnp.where(some, total, 1)
     p = (weight / total[..., None])[..., : k.shape[1]]
-    p = p.reshape(b, groups, h // groups, t, -1)
+    p = p.reshape(b, v.shape[2], -1, t, k.shape[1])
     y = jnp.einsum("bjrts,bsjv->btjrv", p, v.astype(acc)).reshape(b, t, h, -1)
     return y.astype(v.dtype), jnp.where(some, top[..., 0] + jnp.log(total), -jnp.inf)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmix.ops import block_sparse_kernels, masks, scored
+from seqmix.ops.heads import alike
 from seqmix.ops.softmax_chunked import (
     block_pairs,
     block_sizes,
@@ -177,6 +178,7 @@ def _visit_by_kernel(travel, q, q_places, block, sink):
 def _by_head(travel, q, q_places, block):
     """The arguments of `block_sparse_kernels.visit`."""
     k, v, k_places = block
+    k, v = alike(k, v, axis=1)
     places = q_places[0], k_places[0], q_places[1], k_places[1]
     data = dict(zip(scored.PLACES, places, strict=True))
     return travel.rules.scale, travel.rules.soft_cap, travel.kernel, data, _flat(q), k, v
@@ -193,6 +195,8 @@ def _visit_back(travel, q, q_places, block, rows):
     if travel.kernel is not None:
         found = block_sparse_kernels.visit_back(*_by_head(travel, q, q_places, block), *map(_flat, rows))
         dq, dk, dv = (x.astype(rows[0].dtype) for x in found)
+        # Heads that were repeated for the kernel are added up.
+        dk, dv = (x.reshape(*own.shape[:2], -1, *own.shape[2:]).sum(2) for x, own in zip((dk, dv), block, strict=False))
         return dq.reshape(q.shape), dk, dv
     sizes, q, k, v, tokens, work = _blocks(travel, q, q_places, block)
     lse, dy, delta = (whole(x, sizes[0], 3) for x in rows)

@@ -29,7 +29,7 @@ def test_a_visit_by_the_kernels_is_one_by_chunks():
     keys = jax.random.split(jax.random.key(first), 5)
     draw = lambda key, *shape: jax.random.normal(key, shape, jnp.bfloat16)
     q, dy = (draw(key, B, J, R, T, K) for key in keys[:2])
-    k, v = (draw(key, B, J, S, K) for key in keys[2:4])
+    k, v = draw(keys[2], B, J, S, K), draw(keys[3], B, R * J, S, K)  # a head of values for each query head
     sink = jnp.array([[0.3, -0.2]])
     places = lambda ids, at: jnp.stack([ids, at])[:, None].astype(jnp.int32)
     own = places(jnp.where(jnp.arange(T) < 50, 1, 2), first + jnp.arange(T))

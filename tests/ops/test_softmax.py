@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqmix.ops import masks
 from seqmix.ops.softmax import attention, merge
 
 B, H, K, V = 2, 4, 4, 3
@@ -17,8 +18,9 @@ def draw(seed, *shape, dtype=np.float64):
 
 
 def tensors(time, keys, kv_heads=2, dtype=np.float64):
-    """q, k, v, sink logits, and cotangents of y and lse."""
-    inputs = (B, time, H, K), (B, keys, kv_heads, K), (B, keys, kv_heads, V), (H,)
+    """q, k, v, sink logits, and cotangents of y and lse. kv_heads: of keys and values, or (of keys, of values)."""
+    of_keys, of_values = kv_heads if isinstance(kv_heads, tuple) else (kv_heads, kv_heads)
+    inputs = (B, time, H, K), (B, keys, of_keys, K), (B, keys, of_values, V), (H,)
     outputs = (B, time, H, V), (B, H, time)
     return [draw(i, *shape, dtype=dtype) for i, shape in enumerate(inputs + outputs)]
 
@@ -49,7 +51,7 @@ def places(ids):
 def loop(q, k, v, sink=None, *, causal=True, window=None, sinks=0, soft_cap=None, scale=None, **tokens):
     """(y, lse) pair by pair, from the definition."""
     batch, time, heads, _ = q.shape
-    keys, group = k.shape[1], heads // k.shape[2]
+    keys, group, value_group = k.shape[1], heads // k.shape[2], heads // v.shape[2]
     if "kv_segment_ids" in tokens or "segment_ids" not in tokens:
         q_ids = tokens.get("segment_ids", np.ones((batch, time)))
         k_ids = tokens.get("kv_segment_ids", np.ones((batch, keys)))
@@ -73,7 +75,7 @@ def loop(q, k, v, sink=None, *, causal=True, window=None, sinks=0, soft_cap=None
             top = max(scores + extra)
             lse[b, h, i] = top + np.log(sum(np.exp(s - top) for s in scores + extra))
         for s, j in zip(scores, seen):
-            y[b, i, h] += np.exp(s - lse[b, h, i]) * v[b, j, h // group]
+            y[b, i, h] += np.exp(s - lse[b, h, i]) * v[b, j, h // value_group]
     return y, lse
 
 
@@ -107,10 +109,10 @@ CASES = {
     "one token": (1, 1, 32, 2, False, {}),
     "one query": (1, 65, 32, 1, True, ONE),
     "causal": (63, 63, 32, 2, False, {"scale": 0.9}),
-    "window and sinks": (64, 64, 32, 4, True, {"window": 7, "sinks": 2, "soft_cap": 1.5}),
+    "window and sinks": (64, 64, 32, (4, 2), True, {"window": 7, "sinks": 2, "soft_cap": 1.5}),
     "both sides": (65, 65, 64, 1, False, {"window": 9, "causal": False, "segment_ids": ragged(65, 20, 31)}),
     "packed": (200, 200, 64, 2, False, {"segment_ids": BACK}),
-    "packed window": (200, 200, 32, 2, True, {"window": 20, "sinks": 3, "segment_ids": PACKED}),
+    "packed window": (200, 200, 32, (1, 2), True, {"window": 20, "sinks": 3, "segment_ids": PACKED}),
     "past the keys": (200, 65, 32, 2, False, {"window": 20}),
     "before the keys": (65, 200, 64, 2, True, {"window": 33, "causal": False}),
     "positions": (63, 200, 64, 2, False, {**SHIFTED, "window": 50, "sinks": 4}),
@@ -207,6 +209,7 @@ def test_large_logits_stay_finite():
 
 
 IDS = np.ones((B, 6), np.int32)
+BIAS = draw(5, 1, 6, 7, 7)
 REFUSALS = [
     ({"causal": "no"}, "causal: expected True or False"),
     ({"causal": np.ones((4, 4), bool)}, "causal: expected True or False (a mask is given by mask=), got shape (4, 4)"),
@@ -216,7 +219,8 @@ REFUSALS = [
         {"k": np.ones((B, 6, 3, K)), "v": np.ones((B, 6, 3, V))},
         "k: expected a number of heads that divides H=4, got Hk=3",
     ),
-    ({"k": np.ones((B, 5, 2, K))}, "v: expected shape (B=2, S=5, Hk=2, V), got (2, 6, 2, 3)"),
+    ({"k": np.ones((B, 5, 2, K))}, "v: expected shape (B=2, S=5, Hv, V), got (2, 6, 2, 3)"),
+    ({"v": np.ones((B, 6, 3, V))}, "v: expected a number of heads that divides H=4, got Hv=3"),
     ({"q": np.ones((B, 0, H, K))}, "q, k: expected at least one query"),
     ({"v": np.ones((B, 6, 2, V), int)}, "v: expected a floating dtype, got int"),
     ({"window": 0}, "window: expected a positive integer, got 0"),
@@ -241,6 +245,21 @@ def test_refusals_name_the_argument(change, message):
     with pytest.raises(ValueError) as error:
         attention(**({"q": q, "k": k, "v": v} | change))
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"implementation": "reference"}, {"mask": masks.Causal()}, {"bias": BIAS}])
+def test_heads_of_keys_and_of_values_need_not_divide_each_other(options, x64):
+    """Two and three of six: the heads that query heads read, written out, give the same."""
+    q, k, v = draw(0, B, 7, 6, K), draw(1, B, 7, 2, K), draw(2, B, 7, 3, V)
+    options |= {"segment_ids": np.array([[1, 1, 1, 2, 2, 0, 0], [0, 3, 3, 3, 3, 3, 3]]), "return_lse": True, "block": 4}
+
+    def pulled(expand, q, k, v):
+        out, back = jax.vjp(lambda q, k, v: attention(q, *expand(k, v), **options), q, k, v)
+        return out, back((draw(3, *out[0].shape), np.where(out[1] > -np.inf, draw(4, *out[1].shape), 0)))
+
+    want = pulled(lambda k, v: (k[:, :, np.arange(6) // 3], v[:, :, np.arange(6) // 2]), q, k, v)
+    got = pulled(lambda k, v: (k, v), q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13), got, want)
 
 
 def test_merge_refuses_no_parts_and_unequal_shapes():

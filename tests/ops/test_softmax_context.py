@@ -21,14 +21,14 @@ B, T, H, K, V = 2, 16, 8, 3, 5
 # of padding alone.
 PACKED = np.array([[1, 1, 1, 0, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 5, 5, 5, 5, 5, 5, 5, 0, 0, 5, 5]])
 PLACES = np.random.default_rng(0).permuted(np.tile(np.arange(T), (B, 1)), axis=1)
-# name: (keys, key heads, sink logits, options)
+# name: (keys, heads of keys or (of keys, of values), sink logits, options)
 CASES = {
-    "causal": (T, 2, True, {}),
+    "causal": (T, (2, 4), True, {}),
     "window and sinks": (T, 8, True, {"window": 3, "sinks": 1, "soft_cap": 1.5, "return_lse": True}),
     "window": (T, 4, False, {"window": 3}),
     "both sides": (T, 1, False, {"window": 3, "causal": False}),
     "packed": (T, 8, True, {"segment_ids": PACKED, "window": 5, "return_lse": True}),
-    "all of a segment": (T, 1, False, {"segment_ids": PACKED, "causal": False}),
+    "all of a segment": (T, (1, 4), False, {"segment_ids": PACKED, "causal": False}),
     "positions": (T, 2, False, {"q_positions": PLACES, "kv_positions": PLACES[:, ::-1]}),
     "other keys": (8, 2, False, {"causal": False, "segment_ids": PACKED, "kv_segment_ids": PACKED[:, 4:12]}),
 }
@@ -41,7 +41,8 @@ def draw(seed, *shape):
 def pull(name, **options):
     """(results, gradients of q, k, v and the sink), compiled under the rules in force."""
     keys, key_heads, sink, more = CASES[name]
-    shapes = (B, T, H, K), (B, keys, key_heads, K), (B, keys, key_heads, V), (H,)
+    of_keys, of_values = key_heads if isinstance(key_heads, tuple) else (key_heads, key_heads)
+    shapes = (B, T, H, K), (B, keys, of_keys, K), (B, keys, of_values, V), (H,)
     args = [draw(i, *shape) for i, shape in enumerate(shapes)]
 
     def f(q, k, v, logits):
@@ -79,20 +80,20 @@ def test_every_form_gives_what_one_device_gives(name, form, x64):
 SENT = {
     "ring": (2, {}),
     "ring, packed": (2, {"packed": True}),
-    "ring, one neighbour": (2, {"window": 9}),
+    "ring, one neighbour": (2, {"window": 9, "value_heads": 4}),
     "ring, both neighbours": (4, {"window": 9, "causal": False}),
     "zigzag": (2, {"need_lse": True}),
-    "heads": (4, {"need_lse": True}),
+    "heads": (4, {"need_lse": True, "value_heads": 2}),
     "heads, packed": (2, {"packed": True}),
     "gather": (2, {"packed": True}),
 }
 
 
-def compiled(form, ways, time, key_heads=2, *, packed=False, need_lse=False, dtype=jnp.float32, heads=8, **options):
+def compiled(form, ways, time, key_heads=2, *, value_heads=None, packed=False, need_lse=False, heads=8, **options):
     """(forward, backward) of the op on this form, B = 2, K = 16 and V = 8."""
     mesh = sharding.make_mesh(context=ways, devices=jax.devices()[:ways])
     cut = jax.NamedSharding(mesh, jax.P(None, "context"))
-    shape = lambda *s, dtype=dtype: jax.ShapeDtypeStruct(s, dtype, sharding=cut)
+    shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype, sharding=cut)
     ids = shape(2, time, dtype=jnp.int32)
 
     def forward(q, k, v, ids):
@@ -101,7 +102,7 @@ def compiled(form, ways, time, key_heads=2, *, packed=False, need_lse=False, dty
         return jax.vjp(op, q, k, v)
 
     with sharding.use_mesh(mesh):
-        args = *(shape(2, time, *size) for size in ((heads, 16), (key_heads, 16), (key_heads, 8))), ids
+        args = *(shape(2, time, *size) for size in ((heads, 16), (key_heads, 16), (value_heads or key_heads, 8))), ids
         there = jax.jit(forward).lower(*args).compile(QUICK)
         out, pullback = there.out_info
         given = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
@@ -151,7 +152,7 @@ def test_stretches_that_nobody_sees_are_not_computed():
 
 
 def form_of(time, heads, key_heads, ways=4, context=None, keys=None, order="index", causal=True, window=None, **axes):
-    shapes = dict(B=2, T=time, S=keys or time, H=heads, Hk=key_heads)
+    shapes = dict(B=2, T=time, S=keys or time, H=heads, Hk=key_heads, Hv=key_heads)
     with sharding.use_mesh(
         sharding.make_mesh(context=ways, devices=jax.devices()[: ways * axes.get("model", 1)], **axes)
     ):

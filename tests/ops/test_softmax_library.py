@@ -18,8 +18,11 @@ T = 64
 PACKED = jnp.asarray([[0] * 10 + [3] * 40 + [0] * 4 + [3] * 20 + [7] * 40 + [0] * 14])
 
 
-def tensors(time=T, keys=T, heads=2, key_heads=1, key_dim=8, value_dim=8, dtype=jnp.bfloat16, batch=2):
-    shapes = (batch, time, heads, key_dim), (batch, keys, key_heads, key_dim), (batch, keys, key_heads, value_dim)
+def tensors(
+    time=T, keys=T, heads=2, key_heads=1, value_heads=None, key_dim=8, value_dim=8, dtype=jnp.bfloat16, batch=2
+):
+    of_keys, of_values = (batch, keys, key_heads, key_dim), (batch, keys, value_heads or key_heads, value_dim)
+    shapes = (batch, time, heads, key_dim), of_keys, of_values
     draw = lambda seed, shape: np.random.default_rng(seed).normal(size=shape).astype(dtype)
     return [jnp.asarray(draw(seed, shape)) for seed, shape in enumerate(shapes)]
 
@@ -132,6 +135,7 @@ CALLS = {
     "other keys": ({"causal": False, "scale": 0.3}, {"keys": 80}),
     "odd widths": ({}, {"key_dim": 12, "value_dim": 5}),
     "around": ({"window": 7, "causal": False}, {}),
+    "more heads of values": ({}, {"value_heads": 2}),
 }
 
 
