@@ -221,7 +221,7 @@ BAD = {
     "soft_cap: expected a positive number": {"soft_cap": -1.0},
     "slopes: expected shape": {"slopes": np.zeros(3)},
     "segment_ids: expected integers": {"segment_ids": np.zeros((2, 8))},
-    "implementation: expected one of gpu, chunked, reference": {"implementation": "tpu"},
+    "implementation: expected one of gpu, tpu, chunked, reference": {"implementation": "triton"},
 }
 
 

@@ -45,7 +45,7 @@ def test_calls_that_do_not_fit_are_refused():
     params = param.materialise(mixer.params(), jax.random.key(0))
     with pytest.raises(ValueError, match="memory: Attention does not take this input"):
         mixer.forward(params, x, memory=x)
-    with pytest.raises(ValueError, match="implementation: expected one of cudnn, tokamax, splash, gpu, chunked"):
+    with pytest.raises(ValueError, match="implementation: expected one of cudnn, tokamax, splash, gpu, tpu, chunked"):
         dataclasses.replace(mixer, implementation="gpux").forward(params, x)
     encoder = dataclasses.replace(mixer, causal=False)
     assert mixer.decodes and not encoder.decodes and not encoder.causal
