@@ -73,9 +73,11 @@ def _run(call, words, given, make, outputs, widths):
     """The outputs of one of the two kernels."""
     names = list(given)
     if call.keys_own:
-        scratch, name, products = [compat.tpu_scratch(call.own, width) for width in widths], "dkv", (2, 2)
+        name, products = "dkv", (2, 2)
+        scratch = [compat.tpu_scratch(call.key_heads, call.own, width) for width in widths]
     else:
-        scratch, name, products = [compat.tpu_scratch(call.together, call.own, widths[0])], "dq", (2, 1)
+        name, products = "dq", (2, 1)
+        scratch = [compat.tpu_scratch(call.together, call.own, widths[0])]
         scratch.append(compat.tpu_scratch(call.together, 2, call.own, LANES))
     facts = tpu.own_facts(call)
 
@@ -124,11 +126,12 @@ def _dq_body(call, step, here, outputs, scratch):
         step.keep_facts()
 
     def add(hides):
-        key, value = here["k"][...], here["v"][...]
         for head in range(call.together):
+            key, value = (part(here[name], call.key_head(head), call.key_heads) for name in "kv")
             lse, delta = (across(columns[head, n], call.other) for n in range(2))
-            _, p = _weights(step, dot(part(here["q"], head, call), key, 1, 1), lse, hides)
-            ds = p * (dot(part(here["dy"], head, call), value, 1, 1) - delta)
+            query, dy = (part(here[name], head, call.together) for name in ("q", "dy"))
+            _, bent = _weights(step, dot(query, key, 1, 1), lse, hides)
+            ds = bent * (dot(dy, value, 1, 1) - delta)
             acc[head] += dot(ds.astype(key.dtype), key, 1, 0)
 
     step.over_tile(add)
@@ -136,7 +139,7 @@ def _dq_body(call, step, here, outputs, scratch):
     @pl.when(step.ends)
     def _():
         for head in range(call.together):
-            tpu.put(dq, head, call, acc[head] * call.scale)
+            tpu.put(dq, head, call.together, acc[head] * call.scale)
 
 
 def _dkv_body(call, step, here, outputs, scratch):
@@ -149,18 +152,20 @@ def _dkv_body(call, step, here, outputs, scratch):
         step.keep_facts()
 
     def add(hides):
-        key, value = here["k"][...], here["v"][...]
         for head in range(call.together):
-            query, dy = part(here["q"], head, call), part(here["dy"], head, call)
+            place = call.key_head(head)
+            key, value = (part(here[name], place, call.key_heads) for name in "kv")
+            query, dy = (part(here[name], head, call.together) for name in ("q", "dy"))
             lse, delta = (here["rows"][head, n : n + 1] for n in range(2))
             p, bent = _weights(step, dot(key, query, 1, 1), lse, hides)
-            dv_acc[...] += dot(p.astype(dy.dtype), dy, 1, 0)
+            dv_acc[place] += dot(p.astype(dy.dtype), dy, 1, 0)
             ds = bent * (dot(value, dy, 1, 1) - delta)
-            dk_acc[...] += dot(ds.astype(query.dtype), query, 1, 0)
+            dk_acc[place] += dot(ds.astype(query.dtype), query, 1, 0)
 
     step.over_tile(add)
 
     @pl.when(step.ends)
     def _():
-        dk[...] = (dk_acc[...] * call.scale).astype(dk.dtype)
-        dv[...] = dv_acc[...].astype(dv.dtype)
+        for place in range(call.key_heads):
+            tpu.put(dk, place, call.key_heads, dk_acc[place] * call.scale)
+            tpu.put(dv, place, call.key_heads, dv_acc[place])
