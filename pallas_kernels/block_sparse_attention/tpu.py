@@ -206,7 +206,7 @@ def forward(
     scale=1.0,
     soft_cap=None,
     slopes=None,
-    by_head=False,
+    steps=None,
 ):
     """Attention of queries to the blocks of keys that their block lists: (y [B, T, H, V], lse [B, H, T] float32).
 
@@ -215,16 +215,15 @@ def forward(
     1 and h of Hk or 1: block o of queries reads the key blocks other[begin[o] : begin[o] + count[o]]; full says that
     all pairs of a tile are visible. visible(i, j, values) says which are, of int32 i [bq, 1] and j [1, bk] and the
     values there of q_data {name: [B or 1, T] int32} and k_data {name: [B or 1, S]}; None: all. slopes: [H] float32,
-    - slope |i - j| is added. A row that sees nothing has y = 0 and lse = -inf. by_head: q, k, v and y are [B, H, T, K]
-    instead. The call must be one that `supports` accepts.
+    - slope |i - j| is added. A row that sees nothing has y = 0 and lse = -inf. steps: bounds of the
+    number of steps (`laid`) of the walk and of the transposed one, where they are known though the lists are traced.
+    The call must be one that `supports` accepts.
     """
-    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k, v)) if by_head else (q, k, v)
     seen, data, facts = prepared(visible, q_data, k_data, q.shape[1], k.shape[1])
-    words = laid(walk, walk[2].shape[2])
+    words = laid(walk, walk[2].shape[2] if steps is None else steps[0])
     if oversized(words):
-        each = functools.partial(forward, sizes=sizes, visible=visible, scale=scale, soft_cap=soft_cap, slopes=slopes)
-        y, lse = by_row(each, (q, k, v), (walk,), q_data, k_data)
-        return (jnp.moveaxis(y, 1, 2) if by_head else y), lse
+        options = dict(sizes=sizes, visible=visible, scale=scale, soft_cap=soft_cap, slopes=slopes, steps=steps)
+        return by_row(functools.partial(forward, **options), (q, k, v), (walk,), q_data, k_data)
     call = Call.of(q, k, sizes, words.shape, seen, data, scale=scale, soft_cap=soft_cap)
     (batch, time, heads, _), value = q.shape, v.shape[3]
     given = {"q": ("queries", packed(q)), "k": ("keys", packed(k)), "v": ("keys", packed(v)), **facts}
@@ -283,8 +282,7 @@ def forward(
         exponentials=pairs,
         prefetch=prefetch,
     )
-    y, lse = unpacked(y, heads), lse[:, :, 0]
-    return (jnp.moveaxis(y, 1, 2) if by_head else y), lse
+    return unpacked(y, heads), lse[:, :, 0]
 
 
 def prepared(visible, q_data, k_data, time, keys):

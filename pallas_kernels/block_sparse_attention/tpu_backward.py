@@ -9,6 +9,7 @@ the keys, and adds up dk and dv. Its tiles have keys as their rows, so that no t
 belongs to queries, lse and delta, lies in the lanes as it does in memory. Both compute the scores anew.
 """
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -35,28 +36,28 @@ def backward(
     k_data=None,
     scale,
     soft_cap=None,
+    steps=None,
 ):
     """Gradients (dq, dk, dv) of block-sparse attention in the shapes and dtypes of q, k and v.
 
     q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V], dy [B, T, H, V]; head h reads key head h // (H // Hk). lse and
     delta: [B, H, T] float32, the logarithms of the rows' sums of exp(s), -inf or inf for a row that sees nothing, and
-    sum_v dy y less the cotangent of lse. walk, sizes, visible, q_data, k_data, scale and soft_cap as of `tpu.forward`;
-    turned: the walk of blocks of keys over the query blocks that list them.
+    sum_v dy y less the cotangent of lse. turned: the walk of blocks of keys over the query blocks that list them. All
+    else is as of `tpu.forward`.
     """
     some = jnp.isfinite(lse)
     # A row that sees nothing gets p = exp(-inf) = 0 from a sum that is infinite.
     rows = jnp.stack([jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0)], axis=2)
-    return _gradients(q, k, v, rows, dy.astype(q.dtype), walk, turned, q_data, k_data, sizes, visible, scale, soft_cap)
+    steps = (walk[2].shape[2], turned[2].shape[2] + turned[0].shape[2]) if steps is None else steps
+    options = dict(sizes=sizes, visible=visible, scale=scale, soft_cap=soft_cap, steps=steps)
+    return _gradients(q, k, v, rows, dy.astype(q.dtype), walk, turned, q_data=q_data, k_data=k_data, **options)
 
 
-def _gradients(q, k, v, rows, dy, walk, turned, q_data, k_data, sizes, visible, scale, soft_cap):
-    words = tpu.laid(walk, walk[2].shape[2]), tpu.laid(turned, turned[2].shape[2] + turned[0].shape[2])
+def _gradients(q, k, v, rows, dy, walk, turned, *, q_data, k_data, sizes, visible, scale, soft_cap, steps):
+    words = tuple(map(tpu.laid, (walk, turned), steps))
     if any(map(tpu.oversized, words)):
-
-        def each(*row, q_data, k_data):
-            return _gradients(*row, q_data, k_data, sizes, visible, scale, soft_cap)
-
-        return tpu.by_row(each, (q, k, v, rows, dy), (walk, turned), q_data, k_data)
+        options = dict(sizes=sizes, visible=visible, scale=scale, soft_cap=soft_cap, steps=steps)
+        return tpu.by_row(functools.partial(_gradients, **options), (q, k, v, rows, dy), (walk, turned), q_data, k_data)
     seen, data, facts = tpu.prepared(visible, q_data, k_data, q.shape[1], k.shape[1])
     given = {name: ("queries", tpu.packed(x)) for name, x in {"q": q, "dy": dy}.items()}
     given |= {name: ("keys", tpu.packed(x)) for name, x in {"k": k, "v": v}.items()}
