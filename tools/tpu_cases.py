@@ -5,10 +5,15 @@ Arguments lie as the kernels cut them, heads side by side, so that little but th
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from seqmix.ops import block_lists, block_sparse_sizes, masks
 
 BATCH, TIME, WIDTH = 8, 2048, 4096
 SHAPES = {"ssd": (1, 64, 128, 64), "simple_gla": (16, 16, 128, 128), "retnet": (8, 8, 256, 512)}  # Hk, H, K, V
+SPARSE = {  # mask, Hk, H, K and V, soft cap
+    "packed": (masks.Causal() & masks.Segments(), 4, 16, 128, None),
+    "boxed": (masks.Boxed(masks.Neighbourhood((32, 64), (13, 13)), (8, 16)), 8, 8, 64, 30.0),
+}
 
 
 def cases(tile=None):
@@ -23,46 +28,34 @@ def cases(tile=None):
 
     found["scan_forward"] = (lambda *args: tpu.forward(*args, tile=tile)), (x, x, state)
     found["scan_backward"] = (lambda *args: tpu.backward(*args, tile=tile)), (x, x, state, x, state)
-    for way in ("forward", "backward"):
-        found[f"packed_{way}"] = _block_sparse(way, tile)
+    for name in SPARSE:
+        for way in ("forward", "backward"):
+            found[f"{name}_{way}"] = _block_sparse(way, *SPARSE[name], tile)
     return found
 
 
-def _block_sparse(way, sizes):
-    """Packed rows under a causal mask, heads in groups of four."""
+def _block_sparse(way, mask, key_heads, heads, width, soft_cap, sizes):
+    """Attention under a mask; sizes: of the blocks, None for the kernels' choice."""
     from pallas_kernels.block_sparse_attention import tpu, tpu_backward
 
-    sizes, key_heads, heads, width, time = sizes or (512, 512), 4, 16, 128, 2048
-    walk = _causal_walk(time, sizes)
-    turned = _causal_walk(time, sizes, turned=True)
-    options = dict(sizes=sizes, scale=width**-0.5, visible=_packed)
+    sizes = sizes or block_sparse_sizes.choose(mask, TIME, TIME)
+    lists = block_lists.lists(mask, block_lists.of_mask(mask, sizes, TIME, TIME), sizes, TIME, TIME, {})
+    walks = block_lists.forward(lists), block_lists.transposed(lists, TIME // sizes[1])
+    options = dict(sizes=sizes, scale=width**-0.5, visible=mask.visible, soft_cap=soft_cap)
 
-    def run(q, k, v, ids, lse, dy, delta):
-        q, dy = (x.reshape(BATCH, time, heads, width) for x in (q, dy))
-        k, v = (x.reshape(BATCH, time, key_heads, width) for x in (k, v))
-        data = dict(q_data={"ids": ids}, k_data={"key_ids": ids})
+    def run(q, k, v, data, lse, dy, delta):
+        q, dy = (x.reshape(BATCH, TIME, heads, width) for x in (q, dy))
+        k, v = (x.reshape(BATCH, TIME, key_heads, width) for x in (k, v))
+        sides = ({n: x for n, x in data.items() if mask.inputs[n] == side} for side in ("queries", "keys"))
+        more = options | dict(zip(("q_data", "k_data"), sides))
         if way == "forward":
-            return tpu.forward(q, k, v, walk, **options, **data)
-        return tpu_backward.backward(q, k, v, lse, dy, delta, walk, turned, **options, **data)
+            return tpu.forward(q, k, v, walks[0], **more)
+        return tpu_backward.backward(q, k, v, lse, dy, delta, *walks, **more)
 
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((BATCH, *shape), dtype)
-    q, k = array(time, heads * width), array(time, key_heads * width)
-    row = array(heads, time, dtype=jnp.float32)
-    return run, (q, k, k, array(time, dtype=jnp.int32), row, q, row)
-
-
-def _packed(i, j, values):
-    return (j <= i) & (values["ids"] == values["key_ids"]) & (values["ids"] != 0)
-
-
-def _causal_walk(time, sizes, turned=False):
-    """Begin, count, other and full of the lists of a causal mask, or transposed; none is full, as far as is known."""
-    rows, columns = (np.arange(0, time, size) for size in sizes)
-    live = columns <= rows[:, None] + sizes[0] - 1
-    live = live.T if turned else live
-    count = live.sum(1, dtype=np.int32)
-    other = np.nonzero(live)[1].astype(np.int32)
-    return tuple(x[None, None] for x in (np.cumsum(count, dtype=np.int32) - count, count, other, other < 0))
+    q, k = array(TIME, heads * width), array(TIME, key_heads * width)
+    row = array(heads, TIME, dtype=jnp.float32)
+    return run, (q, k, k, {name: array(TIME, dtype=jnp.int32) for name in mask.inputs}, row, q, row)
 
 
 def _attention(way, key_heads, heads, key, value, tile):

@@ -38,7 +38,7 @@ SIDE, NEAR, BOX = 64, 13, (8, 8)  # of the neighbourhood: T = SIDE**2 tokens, in
 DOCUMENTS, WINDOW, PREFIX, SINK_TOKENS, BLOCK = 8, 512, 1024, 64, 128
 DENSITIES = (0.125, 0.25, 0.5)
 ERROR_T = 512
-NAMES = ("gpu", "cudnn", "tokamax", "splash", "chunked")
+NAMES = ("gpu", "tpu", "cudnn", "tokamax", "splash", "chunked")
 SETS = 2
 TIMES = ("fwd_ms", "fwd_bwd_ms")
 

@@ -14,10 +14,36 @@ from pallas_kernels import compat
 BLOCKS = 64, 128  # queries or keys of a block
 WIDTHS = 64, 128  # K or V
 
-# What a mask may be made of: every one works on vectors and tiles of integers and truth values, element by element.
-ELEMENTWISE = {"abs", "add", "and", "clamp", "convert_element_type", "div", "eq", "ge", "gt", "le", "lt", "max", "min"}
-ELEMENTWISE |= {"mul", "ne", "neg", "not", "or", "rem", "select_n", "sign", "sub", "xor"}
-ELEMENTWISE |= {"shift_left", "shift_right_arithmetic", "shift_right_logical"}
+# What a mask may be made of: every one works on vectors and tiles of integers and truth values, element by element. The
+# functions are for what is known while tracing, which must not be computed on the device: it may be absent.
+ELEMENTWISE = {
+    "abs": np.abs,
+    "add": np.add,
+    "and": np.bitwise_and,
+    "clamp": lambda low, x, high: np.minimum(np.maximum(x, low), high),
+    "convert_element_type": lambda x, new_dtype: np.asarray(x).astype(new_dtype),
+    "div": lambda x, y: np.sign(x) * np.sign(y) * (np.abs(x) // np.abs(y)),
+    "eq": np.equal,
+    "ge": np.greater_equal,
+    "gt": np.greater,
+    "le": np.less_equal,
+    "lt": np.less,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "ne": np.not_equal,
+    "neg": np.negative,
+    "not": np.invert,
+    "or": np.bitwise_or,
+    "rem": np.fmod,
+    "select_n": lambda which, *cases: np.choose(np.asarray(which).astype(np.int32), cases),
+    "shift_left": np.left_shift,
+    "shift_right_arithmetic": np.right_shift,
+    "shift_right_logical": lambda x, by: (np.uint32(x) >> np.uint32(by)).view(np.int32),
+    "sign": np.sign,
+    "sub": np.subtract,
+    "xor": np.bitwise_xor,
+}
 CALLS = {"jit", "pjit", "closed_call"}
 RESHAPES = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims"}
 # Longest chains of operations on one side that a kernel computes; a thread holds 2 queries and 32 keys of a tile.
@@ -152,7 +178,7 @@ def _first_foreign(jaxpr) -> str | None:
             inner = _first_foreign(eqn.params["jaxpr"].jaxpr)
             if inner is not None:
                 return inner
-        elif name not in ELEMENTWISE | RESHAPES:
+        elif name not in ELEMENTWISE and name not in RESHAPES:
             return name
         elif any(jnp.issubdtype(var.aval.dtype, jnp.floating) for var in eqn.outvars):
             return f"{name} of {eqn.outvars[0].aval.dtype}"
@@ -221,8 +247,10 @@ class Values:
         if node.operation is None:
             return node.value if node.kind == "scalar" else self.leaves[node.value]
         given = [self.of(x) for x in node.inputs]
-        with jax.ensure_compile_time_eval():
-            return node.operation.bind(*jnp.broadcast_arrays(*given), **node.params)
+        if not any(isinstance(x, jax.Array) for x in given):
+            params = {name: x for name, x in node.params.items() if name == "new_dtype"}
+            return ELEMENTWISE[node.operation.name](*given, **params)
+        return node.operation.bind(*jnp.broadcast_arrays(*given), **node.params)
 
 
 class _Tile(Values):

@@ -30,7 +30,7 @@ LANES = 128
 WIDTHS = 64, 128, 256  # K or V
 DTYPES = jnp.bfloat16, jnp.float32
 LONGEST = 1024  # queries or keys of a block
-ROWS = 1024  # queries of a step, of all its heads together
+ROW_BYTES = 4096  # of a channel of a step's queries, of all its heads together: 2048 in bfloat16
 LOG2_E = math.log2(math.e)
 LOWEST = -1e38  # a maximum before the first score: 2^(-inf - LOWEST) is 0, and LOWEST - LOWEST no NaN
 SCALAR_BYTES = 512 * 1024  # of lists; a core has 1 MiB of scalar memory
@@ -98,6 +98,7 @@ class Call:
     heads: int
     group: int  # query heads to a key head
     together: int  # query heads of a step
+    key_heads: int  # of a step: several where they have the same lists
     sizes: tuple[int, int]
     lists: tuple[int, int, int]  # shape of the lists
     scale: float
@@ -109,16 +110,21 @@ class Call:
     @classmethod
     def of(cls, q, k, sizes, lists, seen, data, *, keys_own=False, **numbers):
         """Of q [B, T, H, K] and k [B, S, Hk, K]."""
-        heads, group = q.shape[2], q.shape[2] // k.shape[2]
-        together = max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * sizes[0] <= ROWS))
+        heads, key_heads = q.shape[2], k.shape[2]
+        group = heads // key_heads
+        most = max(1, ROW_BYTES // (sizes[0] * q.dtype.itemsize))
+        together = max(n for n in range(1, group + 1) if group % n == 0 and n <= most)
+        several = 1
+        if together == group and lists[1] == 1:
+            several = max(n for n in range(1, key_heads + 1) if key_heads % n == 0 and (n == 1 or n * group <= most))
         names = tuple(tuple(x) for x in data)
         shared = dict(sizes=tuple(sizes), lists=lists, seen=seen, names=names, keys_own=keys_own)
-        return cls(q.shape[0], heads, group, together, **shared, **numbers)
+        return cls(q.shape[0], heads, group, together * several, several, **shared, **numbers)
 
     @property
     def turns(self) -> int:
         """Steps for an entry: all heads of a key head go over what its keys own."""
-        return self.group // self.together if self.keys_own else 1
+        return max(1, self.group // self.together) if self.keys_own else 1
 
     @property
     def grid(self):
@@ -140,14 +146,18 @@ class Call:
     def other_names(self):
         return self.names[not self.keys_own]
 
+    def keys_at(self, head):
+        """Which of the blocks of key heads a step reads, by its place in the grid."""
+        return lax.div(head, max(1, self.group // self.together // self.turns))
+
     def key_head(self, head):
-        """Of a step, by its place in the grid."""
-        return lax.div(head, self.group // self.together // self.turns)
+        """Of the step's key heads, the one that one of its query heads reads."""
+        return head // self.group if self.key_heads > 1 else 0
 
     def word(self, words, b, h, p):
         """A step's entry."""
         rows, heads, number = self.lists
-        lead = (b if rows > 1 else 0) * heads + (self.key_head(h) if heads > 1 else 0)
+        lead = (b if rows > 1 else 0) * heads + (self.keys_at(h) if heads > 1 else 0)
         return words[lead * number + p]
 
     def spec(self, kind, array):
@@ -157,12 +167,12 @@ class Call:
         "q_facts" [b, n, T], "k_facts" [b, n, S].
         """
         side = kind in ("keys", "k_facts")
-        size, count = self.sizes[side], 1 if side else self.together
+        size, count = self.sizes[side], self.key_heads if side else self.together
 
         def at(b, h, p, t, words, *_):
             word = self.word(words, b, h, p)
             owner, other = word >> OWNER_AT, word >> OTHER_AT & (MOST_BLOCKS - 1)
-            return self.key_head(h) if side else h * self.turns + t, owner if side == self.keys_own else other
+            return self.keys_at(h) if side else h * self.turns + t, owner if side == self.keys_own else other
 
         def index(b, h, *rest):
             head, block = at(b, h, *rest)
@@ -179,7 +189,7 @@ class Call:
         elif len(array.shape) == 3:
             shape = None, size, count * (array.shape[2] // (self.heads // self.group if side else self.heads))
         else:
-            shape = None, None if side else count, size, array.shape[3]
+            shape = None, count, size, array.shape[3]
         return array, shape, index
 
 
@@ -196,7 +206,7 @@ def forward(
     scale=1.0,
     soft_cap=None,
     slopes=None,
-    by_head=False,
+    steps=None,
 ):
     """Attention of queries to the blocks of keys that their block lists: (y [B, T, H, V], lse [B, H, T] float32).
 
@@ -205,16 +215,15 @@ def forward(
     1 and h of Hk or 1: block o of queries reads the key blocks other[begin[o] : begin[o] + count[o]]; full says that
     all pairs of a tile are visible. visible(i, j, values) says which are, of int32 i [bq, 1] and j [1, bk] and the
     values there of q_data {name: [B or 1, T] int32} and k_data {name: [B or 1, S]}; None: all. slopes: [H] float32,
-    - slope |i - j| is added. A row that sees nothing has y = 0 and lse = -inf. by_head: q, k, v and y are [B, H, T, K]
-    instead. The call must be one that `supports` accepts.
+    - slope |i - j| is added. A row that sees nothing has y = 0 and lse = -inf. steps: bounds of the
+    number of steps (`laid`) of the walk and of the transposed one, where they are known though the lists are traced.
+    The call must be one that `supports` accepts.
     """
-    q, k, v = (jnp.moveaxis(x, 1, 2) for x in (q, k, v)) if by_head else (q, k, v)
     seen, data, facts = prepared(visible, q_data, k_data, q.shape[1], k.shape[1])
-    words = laid(walk, walk[2].shape[2])
+    words = laid(walk, walk[2].shape[2] if steps is None else steps[0])
     if oversized(words):
-        each = functools.partial(forward, sizes=sizes, visible=visible, scale=scale, soft_cap=soft_cap, slopes=slopes)
-        y, lse = by_row(each, (q, k, v), (walk,), q_data, k_data)
-        return (jnp.moveaxis(y, 1, 2) if by_head else y), lse
+        options = dict(sizes=sizes, visible=visible, scale=scale, soft_cap=soft_cap, slopes=slopes, steps=steps)
+        return by_row(functools.partial(forward, **options), (q, k, v), (walk,), q_data, k_data)
     call = Call.of(q, k, sizes, words.shape, seen, data, scale=scale, soft_cap=soft_cap)
     (batch, time, heads, _), value = q.shape, v.shape[3]
     given = {"q": ("queries", packed(q)), "k": ("keys", packed(k)), "v": ("keys", packed(v)), **facts}
@@ -234,9 +243,9 @@ def forward(
             step.keep_facts()
 
         def attend(hides):
-            key, values = here["k"][...], here["v"][...]
             for head in range(call.together):
-                scores = step.logits(dot(part(here["q"], head, call), key, 1, 1), head, slopes)
+                key, values = (part(here[name], call.key_head(head), call.key_heads) for name in "kv")
+                scores = step.logits(dot(part(here["q"], head, call.together), key, 1, 1), head, slopes)
                 scores = step.hide(scores, -jnp.inf) if hides else scores
                 before = top[head]
                 now = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
@@ -253,7 +262,7 @@ def forward(
             for head in range(call.together):
                 some = jnp.sum(total[head], axis=1, keepdims=True)
                 one = jnp.where(some > 0, some, 1.0)
-                put(y, head, call, acc[head] / one)
+                put(y, head, call.together, acc[head] / one)
                 sums = jnp.where(some > 0, (top[head] + jnp.log2(one)) * (1 / LOG2_E), -jnp.inf)
                 lse[head] = sums.T[:1]
 
@@ -273,8 +282,7 @@ def forward(
         exponentials=pairs,
         prefetch=prefetch,
     )
-    y, lse = unpacked(y, heads), lse[:, :, 0]
-    return (jnp.moveaxis(y, 1, 2) if by_head else y), lse
+    return unpacked(y, heads), lse[:, :, 0]
 
 
 def prepared(visible, q_data, k_data, time, keys):
@@ -327,21 +335,21 @@ def unpacked(x, heads):
     return jnp.moveaxis(x, 1, 2) if x.ndim == 4 else x.reshape(*x.shape[:2], heads, -1)
 
 
-def part(ref, head, call):
-    """A head [bq, K] of a step's queries."""
-    return ref[head] if len(ref.shape) == 3 else ref[:, _columns(ref, head, call)]
+def part(ref, head, heads):
+    """A head [n, K] of those of a step."""
+    return ref[head] if len(ref.shape) == 3 else ref[:, _columns(ref, head, heads)]
 
 
-def put(ref, head, call, value):
-    """Writes a head of a step's queries."""
+def put(ref, head, heads, value):
+    """Writes a head of those of a step."""
     if len(ref.shape) == 3:
         ref[head] = value.astype(ref.dtype)
     else:
-        ref[:, _columns(ref, head, call)] = value.astype(ref.dtype)
+        ref[:, _columns(ref, head, heads)] = value.astype(ref.dtype)
 
 
-def _columns(ref, head, call):
-    width = ref.shape[1] // call.together
+def _columns(ref, head, heads):
+    width = ref.shape[1] // heads
     return slice(head * width, (head + 1) * width)
 
 

@@ -9,6 +9,7 @@ the keys, and adds up dk and dv. Its tiles have keys as their rows, so that no t
 belongs to queries, lse and delta, lies in the lanes as it does in memory. Both compute the scores anew.
 """
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -35,28 +36,28 @@ def backward(
     k_data=None,
     scale,
     soft_cap=None,
+    steps=None,
 ):
     """Gradients (dq, dk, dv) of block-sparse attention in the shapes and dtypes of q, k and v.
 
     q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V], dy [B, T, H, V]; head h reads key head h // (H // Hk). lse and
     delta: [B, H, T] float32, the logarithms of the rows' sums of exp(s), -inf or inf for a row that sees nothing, and
-    sum_v dy y less the cotangent of lse. walk, sizes, visible, q_data, k_data, scale and soft_cap as of `tpu.forward`;
-    turned: the walk of blocks of keys over the query blocks that list them.
+    sum_v dy y less the cotangent of lse. turned: the walk of blocks of keys over the query blocks that list them. All
+    else is as of `tpu.forward`.
     """
     some = jnp.isfinite(lse)
     # A row that sees nothing gets p = exp(-inf) = 0 from a sum that is infinite.
     rows = jnp.stack([jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0)], axis=2)
-    return _gradients(q, k, v, rows, dy.astype(q.dtype), walk, turned, q_data, k_data, sizes, visible, scale, soft_cap)
+    steps = (walk[2].shape[2], turned[2].shape[2] + turned[0].shape[2]) if steps is None else steps
+    options = dict(sizes=sizes, visible=visible, scale=scale, soft_cap=soft_cap, steps=steps)
+    return _gradients(q, k, v, rows, dy.astype(q.dtype), walk, turned, q_data=q_data, k_data=k_data, **options)
 
 
-def _gradients(q, k, v, rows, dy, walk, turned, q_data, k_data, sizes, visible, scale, soft_cap):
-    words = tpu.laid(walk, walk[2].shape[2]), tpu.laid(turned, turned[2].shape[2] + turned[0].shape[2])
+def _gradients(q, k, v, rows, dy, walk, turned, *, q_data, k_data, sizes, visible, scale, soft_cap, steps):
+    words = tuple(map(tpu.laid, (walk, turned), steps))
     if any(map(tpu.oversized, words)):
-
-        def each(*row, q_data, k_data):
-            return _gradients(*row, q_data, k_data, sizes, visible, scale, soft_cap)
-
-        return tpu.by_row(each, (q, k, v, rows, dy), (walk, turned), q_data, k_data)
+        options = dict(sizes=sizes, visible=visible, scale=scale, soft_cap=soft_cap, steps=steps)
+        return tpu.by_row(functools.partial(_gradients, **options), (q, k, v, rows, dy), (walk, turned), q_data, k_data)
     seen, data, facts = tpu.prepared(visible, q_data, k_data, q.shape[1], k.shape[1])
     given = {name: ("queries", tpu.packed(x)) for name, x in {"q": q, "dy": dy}.items()}
     given |= {name: ("keys", tpu.packed(x)) for name, x in {"k": k, "v": v}.items()}
@@ -73,9 +74,11 @@ def _run(call, words, given, make, outputs, widths):
     """The outputs of one of the two kernels."""
     names = list(given)
     if call.keys_own:
-        scratch, name, products = [compat.tpu_scratch(call.own, width) for width in widths], "dkv", (2, 2)
+        name, products = "dkv", (2, 2)
+        scratch = [compat.tpu_scratch(call.key_heads, call.own, width) for width in widths]
     else:
-        scratch, name, products = [compat.tpu_scratch(call.together, call.own, widths[0])], "dq", (2, 1)
+        name, products = "dq", (2, 1)
+        scratch = [compat.tpu_scratch(call.together, call.own, widths[0])]
         scratch.append(compat.tpu_scratch(call.together, 2, call.own, LANES))
     facts = tpu.own_facts(call)
 
@@ -124,11 +127,12 @@ def _dq_body(call, step, here, outputs, scratch):
         step.keep_facts()
 
     def add(hides):
-        key, value = here["k"][...], here["v"][...]
         for head in range(call.together):
+            key, value = (part(here[name], call.key_head(head), call.key_heads) for name in "kv")
             lse, delta = (across(columns[head, n], call.other) for n in range(2))
-            _, p = _weights(step, dot(part(here["q"], head, call), key, 1, 1), lse, hides)
-            ds = p * (dot(part(here["dy"], head, call), value, 1, 1) - delta)
+            query, dy = (part(here[name], head, call.together) for name in ("q", "dy"))
+            _, bent = _weights(step, dot(query, key, 1, 1), lse, hides)
+            ds = bent * (dot(dy, value, 1, 1) - delta)
             acc[head] += dot(ds.astype(key.dtype), key, 1, 0)
 
     step.over_tile(add)
@@ -136,7 +140,7 @@ def _dq_body(call, step, here, outputs, scratch):
     @pl.when(step.ends)
     def _():
         for head in range(call.together):
-            tpu.put(dq, head, call, acc[head] * call.scale)
+            tpu.put(dq, head, call.together, acc[head] * call.scale)
 
 
 def _dkv_body(call, step, here, outputs, scratch):
@@ -149,18 +153,20 @@ def _dkv_body(call, step, here, outputs, scratch):
         step.keep_facts()
 
     def add(hides):
-        key, value = here["k"][...], here["v"][...]
         for head in range(call.together):
-            query, dy = part(here["q"], head, call), part(here["dy"], head, call)
+            place = call.key_head(head)
+            key, value = (part(here[name], place, call.key_heads) for name in "kv")
+            query, dy = (part(here[name], head, call.together) for name in ("q", "dy"))
             lse, delta = (here["rows"][head, n : n + 1] for n in range(2))
             p, bent = _weights(step, dot(key, query, 1, 1), lse, hides)
-            dv_acc[...] += dot(p.astype(dy.dtype), dy, 1, 0)
+            dv_acc[place] += dot(p.astype(dy.dtype), dy, 1, 0)
             ds = bent * (dot(value, dy, 1, 1) - delta)
-            dk_acc[...] += dot(ds.astype(query.dtype), query, 1, 0)
+            dk_acc[place] += dot(ds.astype(query.dtype), query, 1, 0)
 
     step.over_tile(add)
 
     @pl.when(step.ends)
     def _():
-        dk[...] = (dk_acc[...] * call.scale).astype(dk.dtype)
-        dv[...] = dv_acc[...].astype(dv.dtype)
+        for place in range(call.key_heads):
+            tpu.put(dk, place, call.key_heads, dk_acc[place] * call.scale)
+            tpu.put(dv, place, call.key_heads, dv_acc[place])

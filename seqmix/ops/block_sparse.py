@@ -108,7 +108,7 @@ def block_sparse_attention(
         if index is None:
             index = block_lists.of_mask(mask, kernels[name], time, keys)
         found = block_lists.lists(mask, index, kernels[name], time, keys, data)
-        y, lse = block_sparse_kernels.run(lay, config, q, k, v, slopes, data, found, kernels[name], name)
+        y, lse = block_sparse_kernels.run(lay, config, q, k, v, slopes, data, found, kernels[name], name, index)
     elif name == "chunked":
         if index is None:
             index = block_lists.of_mask(mask, sizes, time, keys)

@@ -34,6 +34,7 @@ class Call(NamedTuple):
     lengths: tuple[int, int]
     full: bool
     target: str = "gpu"
+    steps: tuple[int, int] | None = None  # of the TPU kernels, at most, over lists and transposed ones
 
 
 def block_sizes(sizes, listed: bool) -> tuple[int, int]:
@@ -48,6 +49,8 @@ def reasons(implementation, lay, q, k, v, *, mask, data, sizes, blocks=None, sca
     """
     found, chosen = dict.fromkeys(TARGETS, "was not asked for"), {}
     lengths = q.shape[1], k.shape[1]
+    if implementation is None:
+        found["tpu"] = "has never run on a TPU, only if named"
     if implementation in (None, "gpu"):
         chosen["gpu"] = block_sizes(sizes, blocks is not None)
         options = dict(mask=mask, data=data, scale=scale, cut=cut)
@@ -105,10 +108,14 @@ def _sides(mask, data):
     return [{name: x for name, x in data.items() if sides[name] == side} for side in ("queries", "keys")]
 
 
-def run(lay, config, q, k, v, slopes, data, lists, sizes, target="gpu"):
-    """(y [B, T, H, V], lse [B, H, T]) of a call that there is no reason against; as `block_sparse_chunked.chunked`."""
+def run(lay, config, q, k, v, slopes, data, lists, sizes, target="gpu", index=None):
+    """(y [B, T, H, V], lse [B, H, T]) of a call that there is no reason against; as `block_sparse_chunked.chunked`.
+
+    index: that of which the lists are what the data leaves.
+    """
+    steps = block_sparse_sizes.steps(index, -(-k.shape[1] // sizes[1])) if target == "tpu" else None
     if lay is None:
-        return _local(config, q, k, v, slopes, data, lists, sizes, target)
+        return _local(config, q, k, v, slopes, data, lists, sizes, target, steps)
     batch, heads = q.shape[0], k.shape[2]
     data_names = {name: ("batch" if len(x) == batch else None, None) for name, x in data.items()}
     lead = ("batch" if len(lists.index) == batch else None), ("key_heads" if lists.index.shape[1] == heads else None)
@@ -117,7 +124,7 @@ def run(lay, config, q, k, v, slopes, data, lists, sizes, target="gpu"):
         k, v = (lay.local_key_heads(x, heads) for x in (k, v))
         if given is not None and lead[1]:
             given = jax.tree.map(lambda x: lay.local_key_heads(x, heads, axis=1), given)
-        return _local(config, q, k, v, slopes, data, lists if given is None else given, sizes, target)
+        return _local(config, q, k, v, slopes, data, lists if given is None else given, sizes, target, steps)
 
     queries, keys = ("batch", None, "heads", None), ("batch", None, "key_heads", None)
     names = queries, keys, keys, ("heads",), data_names, type(lists)(*((*lead, None, None),) * 2)
@@ -126,7 +133,7 @@ def run(lay, config, q, k, v, slopes, data, lists, sizes, target="gpu"):
     return on_shares(lay, local, arrays, names, (queries, ("batch", "heads", None)))
 
 
-def _local(config, q, k, v, slopes, data, lists, sizes, target):
+def _local(config, q, k, v, slopes, data, lists, sizes, target, steps):
     """The call on one device."""
     call, walks = _prepared(config, lists, sizes, target)
     return _attend(call, q, k, v, slopes, data, walks)
@@ -148,7 +155,8 @@ def _prepared(config, lists, sizes, target="gpu"):
         seen = None
     elif config.keys % sizes[1]:  # keys that fill up the last block
         seen = Sinks(config.keys) if seen is None else seen & Sinks(config.keys)
-    call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, (config.time, config.keys), full, target)
+    lengths = config.time, config.keys
+    call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, lengths, full, target, steps)
     walks = block_lists.forward(lists), block_lists.transposed(lists, -(-config.keys // sizes[1]))
     own = static and seen is not None and target == "gpu"
     return call, (*walks, _halves(config, lists, walks[0], sizes) if own else None)
@@ -215,6 +223,8 @@ def _options(call, data):
         given = {}, {}
     visible = None if call.seen is None else call.seen.visible
     options = {"sizes": call.sizes, "visible": visible, "q_data": given[0], "k_data": given[1]}
+    if call.target == "tpu":
+        options["steps"] = call.steps
     return options | {"scale": call.scale, "soft_cap": call.soft_cap}
 
 

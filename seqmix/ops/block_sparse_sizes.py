@@ -3,6 +3,8 @@
 from functools import lru_cache
 from itertools import product
 
+import numpy as np
+
 from seqmix.ops.mask_algebra import EMPTY, PARTIAL, Mask
 
 SIZES = 128, 256, 512  # of queries or keys
@@ -23,6 +25,19 @@ def bundles(sizes: tuple[int, int]) -> int:
     Of the first term a half is what a grid step takes by itself, which is reckoned.
     """
     return 1000 + sizes[0] + sizes[0] * sizes[1] // 60
+
+
+def steps(index, blocks: int) -> tuple[int, int] | None:
+    """How many steps the lists of index [b, h, nq, n] take, and those transposed, of `blocks` of keys; None if traced.
+
+    Every entry takes one, and every empty list.
+    """
+    if not isinstance(index, np.ndarray):
+        return None
+    rows = index.reshape(-1, *index.shape[2:])
+    listed = [row[(row >= 0) & (row < blocks)] for row in rows]
+    forward = max(int(np.maximum((row >= 0).sum(1), 1).sum()) for row in rows)
+    return forward, max(int(np.maximum(np.bincount(row, minlength=blocks), 1).sum()) for row in listed)
 
 
 @lru_cache(maxsize=64)
