@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import attention_peers, errors, timing
+from experiments.bench import attention_nsa, attention_peers, errors, timing
 from experiments.bench.suites import Case
 from seqmix import ops
 from seqmix.ops import masks
@@ -78,12 +78,12 @@ def documents(length):
 
 
 def cases(args):
-    """Dense causal attention at each length, then the patterns."""
+    """Dense causal attention at each length, then the patterns, then native sparse attention."""
     made = [("causal", length) for length in LENGTHS] + [(name, T) for name in patterns(T) if name != "causal"]
     return [
         Case("dense" if name in ("causal", "full") else "patterns", f"{name} T={t}", functools.partial(_case, name, t))
         for name, t in made
-    ]
+    ] + attention_nsa.cases(args)
 
 
 def _call(options, batch):

@@ -80,3 +80,26 @@ def _neighbourhood(side, window):
         return rows & (cj >= start(ci)) & (cj < start(ci) + window)
 
     return seen
+
+
+def nsa_times(name, length, index):
+    """{peer: times} of fla's parallel_nsa, with the lists index [1, HK, T, c], or with its own choice and branch."""
+    import numpy as np
+    import torch
+    from fla.ops.nsa import parallel_nsa
+
+    from experiments.bench import attention_nsa as a
+
+    draw = lambda heads: torch.randn(1, length, heads, a.WIDTH, device="cuda", dtype=torch.bfloat16)
+    inputs = [draw(heads).requires_grad_() for heads in (a.HEADS, a.KEY_HEADS, a.KEY_HEADS)]
+    gate = torch.ones(1, length, a.HEADS, device="cuda", dtype=torch.bfloat16)
+    options = {"g_slc": gate, "block_counts": a.COUNT, "block_size": a.SIZE}
+    if name == a.SELECTED:
+        own = np.broadcast_to(np.arange(length) // a.SIZE, (1, a.KEY_HEADS, length))[..., None]
+        both = np.concatenate([own, np.asarray(index)], axis=-1).swapaxes(1, 2)
+        options["block_indices"] = torch.tensor(both.copy(), device="cuda", dtype=torch.long)
+    else:
+        options["g_cmp"] = gate
+    found = {"fla parallel_nsa": _timed(lambda q, k, v: parallel_nsa(q, k, v, **options), inputs)}
+    torch.cuda.empty_cache()
+    return found

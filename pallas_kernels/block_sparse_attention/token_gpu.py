@@ -130,6 +130,10 @@ class Call:
         """Tokens of a thread block."""
         return GROUP // self.heads
 
+    def rows(self, token):
+        """Rows of a token in a tile."""
+        return pl.ds(pl.multiple_of(token * self.heads, 8), self.heads)
+
     @property
     def stages(self) -> int:
         """Blocks of keys and values that shared memory holds."""
@@ -142,17 +146,18 @@ def shared_memory(call: Call):
     """Tiles and barriers, by name: what is `there` has come, what is `free` has been used by all warpgroups."""
     stages = call.stages
     scratch = {
-        "q": compat.tile(UNITS, TILES, ROWS, call.width),
+        "q": compat.tile(UNITS * TILES, ROWS, call.width),
         "k": compat.tile(stages, SIZE, call.width),
         "v": compat.tile(stages, SIZE, call.value),
-        "lse": compat.vector(UNITS, TILES, ROWS),
+        "lse": compat.vector(UNITS * TILES, ROWS),
+        "block": compat.vector(stages, dtype=jnp.int32),
         "bits": compat.vector(stages, dtype=jnp.int32),
         "q_there": compat.barriers(UNITS, TILES * call.tokens),
         "there": compat.barriers(stages, 3),  # keys, values, bits
         "free": compat.barriers(stages, UNITS),
     }
     if call.value != call.width:
-        scratch["y"] = compat.tile(UNITS, TILES, ROWS, call.value)
+        scratch["y"] = compat.tile(UNITS * TILES, ROWS, call.value)
     if compat.interpreting():
         scratch["p"] = compat.tile(UNITS, ROWS, SIZE)
     return scratch
@@ -170,6 +175,7 @@ class Union:
         lead = given["count"].shape
         self.at = (self.row if lead[0] > 1 else 0, self.head if lead[1] > 1 else 0, self.group)
         self.count = given["count"][self.at]
+        self.first = self.group * call.group  # token
 
     def entry(self, n):
         """The nth block and its bits."""
@@ -178,27 +184,19 @@ class Union:
 
     def token(self, unit, tile):
         """First token of a tile."""
-        return self.group * self.call.group + (unit * TILES + tile) * self.call.tokens
+        return self.first + (unit * TILES + tile) * self.call.tokens
 
 
-def by_token(call, union, unit, tile, move):
-    """move(token, rows) with each token of a tile and its rows there: a loop, as copies take registers."""
-    first = union.token(unit, tile)
+def fetch_rows(call, union, sources, targets, there):
+    """Starts the copies of all rows from [B, T, Hk, G, width], token by token: a loop, as copies take registers."""
 
-    def step(token, _):
-        move(first + token, pl.ds(pl.multiple_of(token * call.heads, 8), call.heads))
+    def step(place, _):
+        tile, token = place // call.tokens, union.first + place
+        for source, target in zip(sources, targets, strict=True):
+            rows = target.at[tile, call.rows(lax.rem(place, call.tokens))]
+            compat.fetch(source.at[union.row, token, union.head], rows, there.at[tile // TILES])
 
-    lax.fori_loop(0, call.tokens, step, None)
-
-
-def fetch_rows(call, union, source, target, unit, barrier):
-    """Starts the copies of a warpgroup's rows, token by token, from [B, T, Hk, G, width]."""
-    for tile in range(TILES):
-
-        def move(token, rows, tile=tile):
-            compat.fetch(source.at[union.row, token, union.head], target.at[unit, tile, rows], barrier)
-
-        by_token(call, union, unit, tile, move)
+    lax.fori_loop(0, call.group, step, None)
 
 
 def fetch_blocks(union, given, shared, stages):
@@ -216,7 +214,7 @@ def fetch_blocks(union, given, shared, stages):
         await_free(n)
         for name in ("k", "v"):
             compat.fetch(given[name].at[union.row, keys, union.head], shared[name].at[slot], there)
-        shared["bits"][slot] = bits
+        shared["block"][slot], shared["bits"][slot] = block, bits
         compat.arrive(there)
         return later
 
@@ -228,17 +226,19 @@ def fetch_blocks(union, given, shared, stages):
 def walk(call, shared, unit, count, stages, visit, starts):
     """A warpgroup's way along the union: the last carries of its tiles.
 
-    visit(tile, slot, listed, carry) -> carry is called for the tiles of which `listed`, one bit a token, is not 0.
+    visit(tile, own, slot, listed, carry) -> carry is called for the tiles of which `listed`, one bit a token, is not 0;
+    own: where the tile's rows lie, which the compiler cannot know before the loop: it would keep every address.
     """
 
     def step(n, carries):
         slot = lax.rem(n, stages)
         compat.wait(shared["there"].at[slot])
-        bits = shared["bits"][slot]
+        block, bits = shared["block"][slot], shared["bits"][slot]
         new = []
         for tile, carry in enumerate(carries):
             listed = (bits >> ((unit * TILES + tile) * call.tokens)) & ((1 << call.tokens) - 1)
-            seen = lambda *carry, tile=tile, listed=listed: visit(tile, slot, listed, carry)
+            own = unit * TILES + tile + jnp.minimum(block, 0)
+            seen = lambda *carry, at=(tile, own, slot, listed): visit(*at, carry)
             new.append(lax.cond(listed != 0, seen, lambda *carry: carry, *carry))
         compat.arrive(shared["free"].at[slot])
         return tuple(new)
@@ -251,10 +251,15 @@ def lists_block(call, listed):
     return ((listed >> (compat.row_places(ROWS) // call.heads)) & 1) == 1
 
 
-def store_rows(call, union, source, target, unit, tile):
-    """Starts the copies of a published tile to [B, T, Hk, G, width], token by token."""
-    move = lambda token, rows: compat.store(source.at[rows], target.at[union.row, token, union.head])
-    by_token(call, union, unit, tile, move)
+def store_rows(call, union, source, target, unit):
+    """Starts the copies of a warpgroup's published tiles to [B, T, Hk, G, width], token by token."""
+    first = unit * TILES * call.tokens
+
+    def step(place, _):
+        rows = source.at[unit * TILES + place // call.tokens, call.rows(lax.rem(place, call.tokens))]
+        compat.store(rows, target.at[union.row, union.first + first + place, union.head])
+
+    lax.fori_loop(0, TILES * call.tokens, step, None)
 
 
 class Block:
@@ -267,8 +272,7 @@ class Block:
         call, given, shared = self.call, self.given, self.shared
         compat.registers(FETCHING, more=False)
         union = Union(call, given)
-        for unit in range(UNITS):
-            fetch_rows(call, union, given["q"], shared["q"], unit, shared["q_there"].at[unit])
+        fetch_rows(call, union, [given["q"]], [shared["q"]], shared["q_there"])
         fetch_blocks(union, given, shared, call.stages)
 
     def compute(self):
@@ -284,21 +288,21 @@ class Block:
         for tile, (acc, top, total) in enumerate(carries):
             some = total > 0
             y = acc * compat.spread_rows(jnp.where(some, 1 / total, 0.0), acc.shape)
-            staged[unit, tile] = y.astype(jnp.bfloat16)
-            shared["lse"][unit, tile] = jnp.where(some, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
+            staged[unit * TILES + tile] = y.astype(jnp.bfloat16)
+            shared["lse"][unit * TILES + tile] = jnp.where(some, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
         compat.publish()
+        store_rows(call, union, staged, self.y, unit)
         for tile in range(TILES):
-            store_rows(call, union, staged.at[unit, tile], self.y, unit, tile)
             rows = pl.ds(union.token(unit, tile) * call.heads, ROWS)
-            compat.store(shared["lse"].at[unit, tile], self.lse.at[union.row, union.head, rows])
+            compat.store(shared["lse"].at[unit * TILES + tile], self.lse.at[union.row, union.head, rows])
         compat.stores_done()
 
-    def visit(self, unit, tile, slot, listed, carry):
+    def visit(self, unit, tile, own, slot, listed, carry):
         """(weighted sum of values [64, V], maximum in log2 and sum of weights [64]) after one more block."""
         shared, factor = self.shared, self.call.scale * LOG2_E
         acc, top, total = carry
         seen = lists_block(self.call, listed)
-        scores = compat.matmul((shared["q"].at[unit, tile], compat.transposed(shared["k"].at[slot])))
+        scores = compat.matmul((shared["q"].at[own], compat.transposed(shared["k"].at[slot])))
         now = jnp.maximum(top, jnp.where(seen, jnp.max(scores, axis=1) * factor, LOWEST))
         kept = jnp.exp2(top - now)
         weights = jnp.exp2(scores * factor - compat.spread_rows(jnp.where(seen, now, jnp.inf), scores.shape))

@@ -85,7 +85,7 @@ def unions(index, group: int, blocks: int) -> Unions:
     entries = group * c
     real = (index >= 0) & (index < blocks)
     key = jnp.where(real, index * group + (jnp.arange(time, dtype=jnp.int32) % group)[:, None], blocks * group)
-    key = jnp.sort(key.reshape(-1, entries), axis=-1).astype(jnp.int32)
+    key = jax.lax.sort(key.reshape(-1, entries).astype(jnp.int32), is_stable=False)
     block, real = key // group, key < blocks * group
     fresh = jnp.pad(key[:, 1:] != key[:, :-1], ((0, 0), (1, 0)), constant_values=True)  # not listed twice by a token
     last = real & jnp.pad(block[:, 1:] != block[:, :-1], ((0, 0), (0, 1)), constant_values=True)
@@ -113,6 +113,70 @@ def _filled(x, axis, size, value=0):
     return jnp.pad(x, width, constant_values=value) if width[axis][1] else x
 
 
+class Visitors(NamedTuple):
+    """Who lists the blocks of keys: a list for each block, and more of the blocks whose own would be too long."""
+
+    block: jax.Array  # [B, Hk, lists] int32; of the first ones its number
+    begin: jax.Array  # [B, Hk, lists] int32
+    count: jax.Array  # [B, Hk, lists] int32, a multiple of the tokens of a tile, <= `most`
+    order: jax.Array  # [B, Hk, lists] int32: the long ones, then as the blocks lie, whose lists share queries
+    token: jax.Array  # [B, Hk, n] int32: list o is token[begin[o] : begin[o] + count[o]], ascending
+    counts: jax.Array  # [B, Hk, n] bool: is no filling, nor listed twice
+
+
+def visitors(index, blocks: int, most: int, tile: int) -> Visitors:
+    """The lists index [B, Hk, T, c] transposed, filled up to whole tiles of `tile` tokens, which divides `most`."""
+    batch, heads, time, c = index.shape
+    rows, room = batch * heads, time * c
+    block, token = _by_block(index, blocks)
+    again = (block[:, 1:] == block[:, :-1]) & (token[:, 1:] == token[:, :-1])
+    entry = jnp.where(jnp.pad(again, ((0, 0), (1, 0))), -1, token)
+    ends = jax.vmap(partial(jnp.searchsorted, v=jnp.arange(blocks + 1)))(block).astype(jnp.int32)
+    whole = -(-(ends[:, 1:] - ends[:, :-1]) // tile) * tile
+    begin = jnp.cumsum(whole, axis=-1, dtype=jnp.int32) - whole
+    size = -(-(room + blocks * (tile - 1)) // tile) * tile
+    shift = jnp.pad(begin - ends[:, :-1], ((0, 0), (0, 1)), constant_values=size)  # past the end for what is no block
+    place = jnp.arange(room, dtype=jnp.int32) + jnp.take_along_axis(shift, block, axis=-1)
+    filled = jnp.full((rows, size), -1, jnp.int32)
+    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    filled = filled.at[row, place].set(entry, mode="drop", unique_indices=True)
+    # What is beyond `most` of a list goes into further ones, of which there are room for as many as there can be.
+    more = jnp.maximum(-(-whole // most) - 1, 0)
+    last = jnp.cumsum(more, axis=-1, dtype=jnp.int32)
+    number = jnp.arange(size // most, dtype=jnp.int32)
+    of = jax.vmap(partial(jnp.searchsorted, v=number, side="right"))(last).astype(jnp.int32)
+    there, of = of < blocks, jnp.minimum(of, blocks - 1)
+    taken = lambda x: jnp.take_along_axis(x, of, axis=-1)
+    part = (number - taken(last - more) + 1) * most
+    owner = jnp.concatenate([jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), (rows, blocks)), of], axis=-1)
+    begin = jnp.concatenate([begin, jnp.where(there, taken(begin) + part, 0)], axis=-1)
+    count = jnp.concatenate([whole, jnp.where(there, taken(whole) - part, 0)], axis=-1)
+    count = jnp.minimum(count, most)
+    order = jnp.argsort(2 * count <= most, axis=-1, stable=True).astype(jnp.int32)
+    found = owner, begin, count, order, jnp.maximum(filled, 0), filled >= 0
+    return Visitors(*(x.reshape(batch, heads, -1) for x in found))
+
+
+def _by_block(index, blocks: int):
+    """(block, token) [B Hk, T c] of the entries of index [B, Hk, T, c], in ascending order; what is no block last."""
+    batch, heads, time, c = index.shape
+    token = jnp.arange(time, dtype=jnp.int32)[:, None]
+    block = jnp.where((index >= 0) & (index < blocks), index, blocks)
+    if (blocks + 1) * time < 2**31:  # one number for both sorts faster
+        key = jax.lax.sort((block * time + token).reshape(batch * heads, -1), is_stable=False)
+        return key // time, key % time
+    both = (x.reshape(batch * heads, -1) for x in (block, jnp.broadcast_to(token, index.shape)))
+    return jax.lax.sort(tuple(both), num_keys=2, is_stable=False)
+
+
+def _added(sums, owner, blocks: int, like):
+    """Sums [B, Hk, lists, 64, K] of lists, added up by block, [B, S, Hk, K]; the same in every run."""
+    own = (owner[..., None, blocks:] == jnp.arange(blocks)[:, None]).astype(sums.dtype)
+    more = jnp.einsum("bhnm,bhmsk->bhnsk", own, sums[:, :, blocks:], precision="highest")
+    total = jnp.moveaxis((sums[:, :, :blocks] + more).reshape(*sums.shape[:2], -1, sums.shape[-1]), 1, 2)
+    return total.astype(like.dtype)
+
+
 def _walk(q, k, index):
     """The lists of whole groups, and their unions."""
     from pallas_kernels.block_sparse_attention import token_gpu
@@ -134,19 +198,39 @@ def _attend_forward(scale, q, k, v, index):
     index, union = _walk(q, k, index)
     y, lse = token_gpu.forward(_filled(q, 1, token_gpu.group_tokens(q, k)), k, v, tuple(union), scale=scale)
     y, lse = y[:, :time], lse[:, :, :time]
-    return (y, lse), (q, k, v, index, union, y, lse)
+    return (y, lse), (q, k, v, index[:, :, :time], union, y, lse)
 
 
 def _attend_backward(scale, saved, cotangents):
-    from seqmix.ops import block_lists, block_sparse_chunked
+    from pallas_kernels.block_sparse_attention import token_gpu
+    from pallas_kernels.block_sparse_attention import token_gpu_backward as kernels
 
-    q, k, v, index, _, y, lse = saved
+    q, k, v, index, union, y, lse = saved
     dy, dlse = cotangents
-    config = block_sparse_chunked.Config(scale, None, None, q.shape[1], k.shape[1])
-    lists = block_lists.lists(None, index[:, :, : q.shape[1]], SIZES, q.shape[1], k.shape[1], {})
-    walks = block_lists.forward(lists), block_lists.transposed(lists, k.shape[1] // SIZES[1])
-    dq, dk, dv = block_sparse_chunked.gradients(config, q, k, v, None, {}, walks, SIZES, y, lse, dy, dlse)[:3]
-    return dq, dk, dv, None
+    delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=lse.dtype) - dlse
+    delta = jnp.where(lse > -jnp.inf, delta, 0)
+    group, time = token_gpu.group_tokens(q, k), q.shape[1]
+    rows = _filled(lse, 2, group), _filled(dy, 1, group), _filled(delta, 2, group)
+    dq = kernels.backward_queries(_filled(q, 1, group), k, v, *rows, tuple(union), scale=scale)[:, :time]
+    batch, key_heads, heads = q.shape[0], k.shape[2], q.shape[2] // k.shape[2]
+    index = jnp.broadcast_to(index, (batch, key_heads, *index.shape[2:]))
+    blocks = k.shape[1] // SIZES[1]
+    found = visitors(index, blocks, _most(time), token_gpu.ROWS // heads)
+
+    def listed(x, other):
+        """[B, H, T] as [B, Hk, n G], in the order of the lists."""
+        x = jnp.swapaxes(x.reshape(batch, key_heads, heads, time), 2, 3)
+        x = jnp.take_along_axis(x, found.token[..., None], axis=2)
+        return jnp.where(found.counts[..., None], x, other).reshape(batch, key_heads, -1)
+
+    facts = jnp.stack([listed(lse * token_gpu.LOG2_E, jnp.inf), listed(delta, 0)], axis=2)
+    sums = kernels.backward_keys(q, k, v, dy, (*found[:5], facts), scale=scale)
+    return dq, *(_added(x, found.block, blocks, like) for x, like in zip(sums, (k, v), strict=True)), None
+
+
+def _most(time: int) -> int:
+    """Tokens of a list, beyond which one warpgroup would keep the others waiting: all tokens may choose a block."""
+    return min(2048, max(256, 64 * (time // 1024)))
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -107,6 +107,20 @@ def choose(scores, seen, count: int, forced=None):
     return jnp.where(best > -jnp.inf, index, -1).astype(jnp.int32)
 
 
+def by_stretches(function, length: int, *arrays):
+    """function(*arrays) [B, h, T, c] of arrays [B, T, ...], for `length` tokens at a time where there are more."""
+    batch, time = arrays[0].shape[:2]
+    if time <= length:
+        return function(*arrays)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, -time % length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, -1, length, *x.shape[2:]), 1, 0)
+
+    found = jnp.moveaxis(jax.lax.map(lambda cuts: function(*cuts), tuple(map(cut, arrays))), 0, 2)
+    return found.reshape(*found.shape[:2], -1, found.shape[-1])[:, :, :time]
+
+
 def attend(q, tokens: Tokens, blocks: Blocks, index, size: int, cache=None, **options):
     """Mixed values [B, T, H, V] of queries q [B, T, H, K], the new ones among the tokens, joined by LSE.
 

@@ -8,9 +8,14 @@ import pytest
 from pallas_kernels import compat
 from seqmix import ops
 from seqmix.ops import masks, token_block_kernels
+from tests.quick import QUICK
 
 needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
 BOUND = 5e-3
+
+
+def jitted(function, index, *static):
+    return jax.jit(lambda index: function(index, *static), compiler_options=QUICK)(index)
 
 
 def chosen(shape, blocks, seed=0):
@@ -19,11 +24,10 @@ def chosen(shape, blocks, seed=0):
     return rng.integers(-2, blocks + 2, shape).astype(np.int32)
 
 
-@pytest.mark.parametrize("group", [8, 32])
-def test_unions_hold_what_the_tokens_list(group):
+def test_unions_hold_what_the_tokens_list(group=32):
     index = chosen((2, 1, 64, 5), 9)
     index[0, 0, :32] = -1
-    count, block, bits = (np.asarray(x) for x in token_block_kernels.unions(jnp.asarray(index), group, 9))
+    count, block, bits = (np.asarray(x) for x in jitted(token_block_kernels.unions, index, group, 9))
     for b, o in np.ndindex(2, 64 // group):
         lists = index[b, 0, o * group : (o + 1) * group]
         want = {n: sum(1 << i for i, row in enumerate(lists) if n in row) for n in range(9) if n in lists}
@@ -32,19 +36,35 @@ def test_unions_hold_what_the_tokens_list(group):
         assert dict(zip(*(x.tolist() for x in got), strict=True)) == want
 
 
+@pytest.mark.parametrize("most", [8, 64])
+def test_visitors_are_the_lists_transposed(most):
+    index = chosen((2, 1, 40, 3), 5)
+    index[0, 0, :, 0] = 2  # a list longer than the others, cut or not
+    found = jitted(token_block_kernels.visitors, index, 5, most, 4)
+    block, begin, count, order, token, counts = (np.asarray(x)[:, 0] for x in found)
+    assert np.array_equal(np.sort(order), np.broadcast_to(np.arange(block.shape[1]), block.shape))
+    for b in range(2):
+        got = {n: [] for n in range(5)}
+        for n, first, length in zip(block[b], begin[b], count[b], strict=True):
+            assert length <= most and not length % 4
+            mine = slice(first, first + length)
+            got[n] += token[b, mine][counts[b, mine]].tolist()
+        assert got == {n: np.flatnonzero((index[b, 0] == n).any(-1)).tolist() for n in range(5)}
+
+
+SHAPES = [(1, 70, 128, 16, 1, 64, 128), (1, 64, 64, 16, 2, 64, 64)]
+
+
 @needs_mosaic
-@pytest.mark.parametrize(
-    ("shape", "lead"), [((1, 70, 192, 16, 1, 64, 128), (1, 1)), ((2, 64, 128, 16, 2, 64, 64), (1, 2))]
-)
-def test_kernels_match_float64(shape, lead):
-    """Ragged T, tokens that list nothing and lists that are not full; lists shared by rows."""
+@pytest.mark.parametrize("shape", SHAPES, ids=["ragged", "shared"])
+def test_kernels_match_float64(shape, monkeypatch):
+    """Tokens that list nothing, blocks listed twice, lists of keys cut in two; lists shared by key heads."""
+    monkeypatch.setattr(token_block_kernels, "_most", lambda time: 40)
     batch, time, keys, heads, key_heads, width, value = shape
     draw = lambda n, *dims: jax.random.normal(jax.random.key(n), dims, jnp.bfloat16)
     q, k = draw(0, batch, time, heads, width), draw(1, batch, keys, key_heads, width)
     v, dy = draw(2, batch, keys, key_heads, value), draw(3, batch, time, heads, value)
-    rng = np.random.default_rng(0)
-    index = rng.permuted(np.broadcast_to(np.arange(keys // 64, dtype=np.int32), (*lead, time, keys // 64)), axis=-1)
-    index[..., 0] += rng.integers(-1, 1, (*lead, time), dtype=np.int32) * 8
+    index = chosen((1, 1, time, 2), keys // 64)
     index[:, :, 5] = -1
     dlse = jnp.cos(jnp.arange(batch * heads * time, dtype=jnp.float32)).reshape(batch, heads, time)
 
@@ -57,7 +77,7 @@ def test_kernels_match_float64(shape, lead):
         return y, jnp.where(lse > -jnp.inf, lse, 0), *pull((dy, dlse.astype(lse.dtype)))
 
     with compat.interpret():
-        got = jax.jit(run, static_argnums=0)("gpu", q, k, v, dy)
+        got = jax.jit(run, static_argnums=0, compiler_options=QUICK)("gpu", q, k, v, dy)
     with jax.enable_x64(True):
         wants = run("reference", *(jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, dy)))
         wants = [np.asarray(x) for x in wants]
@@ -67,15 +87,19 @@ def test_kernels_match_float64(shape, lead):
 
 
 def test_calls_that_no_kernel_takes_are_refused_with_the_reason():
-    def refusal(match, heads=16, keys=128, sizes=(1, 64), dtype=jnp.bfloat16, named="gpu", **options):
-        q, k = jnp.zeros((1, 64, heads, 64), dtype), jnp.zeros((1, keys, 1, 64), dtype)
-        blocks = jnp.zeros((64, 1), jnp.int32)
-        with compat.interpret(), pytest.raises(ValueError, match=match):
-            ops.block_sparse_attention(q, k, k, blocks=blocks, sizes=sizes, implementation=named, **options)
+    """Other kernels may take these, which know of no union."""
 
-    refusal("no form for a mask", mask=masks.Causal())
-    refusal("no form for a soft cap", soft_cap=5.0)
+    def reason(heads=16, keys=128, dtype=jnp.bfloat16, named="gpu", **given):
+        q = jax.ShapeDtypeStruct((1, 64, heads, 64), dtype)
+        k = jax.ShapeDtypeStruct((1, keys, 1, 64), dtype)
+        given = {"mask": None, "soft_cap": None, "slopes": None, "scale": 1.0} | given
+        with compat.interpret():
+            return token_block_kernels.reason(named, None, q, k, k, **given)
+
+    assert "no form for a mask" in reason(mask=masks.Causal())
+    assert "no form for a soft cap" in reason(soft_cap=5.0)
     if compat.unavailable() is None:
-        refusal("needs bfloat16", dtype=jnp.float32)
-        refusal("query heads to a key head, got H=4, Hk=1", heads=4)
-        refusal("whole blocks of 64 keys, got S=100", keys=100)
+        assert reason() is None and "only if named" in reason(named=None)
+        assert "needs bfloat16" in reason(dtype=jnp.float32)
+        assert "query heads to a key head, got H=4, Hk=1" in reason(heads=4)
+        assert "whole blocks of 64 keys, got S=100" in reason(keys=100)

@@ -37,6 +37,7 @@ from seqmix.parts.rotary import rotate
 
 BRANCHES = "compressed", "selected", "window"
 POOLS = "mlp", "mean"
+SCORES = 2**26  # of compressed blocks, for the selection, that exist at once in a row
 
 
 class Pools(NamedTuple):
@@ -130,6 +131,27 @@ class NativeSparseAttention(Mixer):
         caches = dict.fromkeys(BRANCHES)
         if state is not None:
             caches = {name: state[name] | {"length": length} for name in BRANCHES}
+        mixed, kept = self.branches(params, q, keys, runs, place, segment_ids, caches)
+        gate = jax.nn.sigmoid(jnp.einsum("btd,dhn->btnh", x, params["gate"].astype(x.dtype)))[..., None]
+        mixed = sum(gate[:, :, n] * y for n, y in enumerate(mixed))
+        y = jnp.einsum("bthk,hkd->btd", mixed, params["out"].astype(x.dtype))
+        if state is None:
+            return y, None
+        new = {}
+        for name, cache in caches.items():
+            plain = {key: cache[key] for key in ("k", "v", "length")}
+            new[name] = kv_cache.append(plain, *keys[name], runs)
+            length = new[name].pop("length")
+        new["compressed"] |= kept
+        return y, new | {"length": length}
+
+    def branches(self, params, q, keys, runs, place, segment_ids=None, caches=None):
+        """(mixed values of each of BRANCHES [B, T, H, K], what the state keeps of compressed blocks).
+
+        q [B, T, H, K] and keys {branch: (k, v)} [B, T, Hk, K] are rotated, runs and place those of
+        `parts.chunks.token_places`, caches those of a state, by branch. Of the weights, the pools' alone are read.
+        """
+        caches = caches or dict.fromkeys(BRANCHES)
         pools, kept = self._pools(params, *keys["compressed"], runs, place, caches["compressed"])
         compressed, lse = attention(
             *(q, pools.k, pools.v),
@@ -143,18 +165,7 @@ class NativeSparseAttention(Mixer):
         selected = chosen_blocks.attend(q, tokens, blocks, index, self.size, cache, **self._options)
         at = {"segment_ids": segment_ids, "runs": runs, "place": place, "cache": caches["window"]}
         window = cached_attention.attend(q, *keys["window"], window=self.window, **at, **self._options)
-        gate = jax.nn.sigmoid(jnp.einsum("btd,dhn->btnh", x, params["gate"].astype(x.dtype)))[..., None]
-        mixed = gate[:, :, 0] * compressed + gate[:, :, 1] * selected + gate[:, :, 2] * window
-        y = jnp.einsum("bthk,hkd->btd", mixed, params["out"].astype(x.dtype))
-        if state is None:
-            return y, None
-        new = {}
-        for name, cache in caches.items():
-            plain = {key: cache[key] for key in ("k", "v", "length")}
-            new[name] = kv_cache.append(plain, *keys[name], runs)
-            length = new[name].pop("length")
-        new["compressed"] |= kept
-        return y, new | {"length": length}
+        return (compressed, selected, window), kept
 
     @property
     def _options(self) -> dict:
@@ -199,13 +210,6 @@ class NativeSparseAttention(Mixer):
     def _select(self, q, lse, pools, blocks, runs, place, cache):
         """The blocks that each token and key head selects beside its own [B, Hk, T, c], as `attend` counts them."""
         q, key, lse = (jax.lax.stop_gradient(y) for y in (q, pools.k, lse))
-        J, acc = self._kv_heads, lse.dtype
-        grouped = q.reshape(*q.shape[:2], J, -1, q.shape[-1])
-        score = self._head_dim**-0.5 * jnp.einsum("btjrk,bnjk->bjrtn", grouped, key, preferred_element_type=acc)
-        seen = (runs[:, :, None] == pools.runs[:, None]) & (self._end(pools)[:, None] <= place[:, :, None])
-        seen = (seen & (runs != 0)[..., None])[:, None, None]
-        lse = lse.reshape(*score.shape[:-1], 1)
-        weight = jnp.where(seen, jnp.exp(jnp.where(seen, score - lse, 0)), 0).sum(2)
         block_runs, number = blocks.runs, blocks.number
         if cache is not None:
             held = chosen_blocks.held_blocks(cache["length"], cache["k"].shape[1] // self.size, self.size, self.size)
@@ -213,11 +217,23 @@ class NativeSparseAttention(Mixer):
         low, each = number[:, None] * (self.size // self.stride), pools.number[..., None]
         shared = jnp.minimum(each + self.compress // self.stride, low + self.size // self.stride)
         shared = jnp.maximum(shared - jnp.maximum(each, low), 0)  # strides, [B, compressed blocks, blocks]
-        score = jnp.einsum("bjtn,bnm->bjtm", weight, shared.astype(acc))
-        own, number = place[..., None] // self.size, number[:, None]
-        forced = (number < self.first) | (number > own - self.local)
-        seen = chosen_blocks.past(runs, place, block_runs, number[:, 0], self.size)
-        return chosen_blocks.choose(score, seen, self.count - 1, forced)
+
+        def chosen(q, lse, runs, place):
+            grouped = q.reshape(*q.shape[:2], self._kv_heads, -1, q.shape[-1])
+            score = jnp.einsum("btjrk,bnjk->bjrtn", grouped, key, preferred_element_type=lse.dtype)
+            score = self._head_dim**-0.5 * score
+            seen = (runs[:, :, None] == pools.runs[:, None]) & (self._end(pools)[:, None] <= place[:, :, None])
+            seen = (seen & (runs != 0)[..., None])[:, None, None]
+            lse = jnp.swapaxes(lse, 1, 2).reshape(*score.shape[:-1], 1)
+            weight = jnp.where(seen, jnp.exp(jnp.where(seen, score - lse, 0)), 0).sum(2)
+            score = jnp.einsum("bjtn,bnm->bjtm", weight, shared.astype(lse.dtype))
+            own = place[..., None] // self.size
+            forced = (number[:, None] < self.first) | (number[:, None] > own - self.local)
+            seen = chosen_blocks.past(runs, place, block_runs, number, self.size)
+            return chosen_blocks.choose(score, seen, self.count - 1, forced)
+
+        most = max(1, SCORES // (q.shape[2] * key.shape[1]))
+        return chosen_blocks.by_stretches(chosen, most, q, jnp.swapaxes(lse, 1, 2), runs, place)
 
     # Decoding
 

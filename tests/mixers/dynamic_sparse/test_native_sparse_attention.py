@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from seqmix.mixers.dense.attention import Attention
+from seqmix.mixers.dynamic_sparse import native_sparse_attention
 from seqmix.mixers.dynamic_sparse.native_sparse_attention import BRANCHES, NativeSparseAttention
 from tests.mixers.equations import agrees_with, compiled, sigmoid, tokens, weights
 
@@ -74,8 +75,12 @@ def equations(m, p, x, seen=None):
     return jnp.einsum("bthk,hkd->btd", mixed, p["out"]), seen
 
 
-@pytest.mark.parametrize("mixer", [PAPER, POOLED, dataclasses.replace(PAPER, branch_kv=False)])
-def test_its_equations(mixer, x64):
+@pytest.mark.parametrize(
+    "mixer, scores", [(PAPER, 2**26), (POOLED, 2**26), (dataclasses.replace(PAPER, branch_kv=False), 4 * 10 * 9)]
+)
+def test_its_equations(mixer, scores, x64, monkeypatch):
+    """With all scores of the selection at once, and for 9 tokens at a time."""
+    monkeypatch.setattr(native_sparse_attention, "SCORES", scores)
     _, seen = equations(mixer, weights(mixer), tokens(mixer, TIME))
     assert seen[:, :, -1].sum(-1).max() < TIME and (seen[:, 0] != seen[:, 1]).any()  # key heads choose, and not all
     agrees_with(mixer, lambda p, x: equations(mixer, p, x, seen)[0], time=TIME)

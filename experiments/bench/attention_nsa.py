@@ -1,0 +1,128 @@
+"""Native sparse attention (arXiv 2502.11089) at the shape of its paper, beside fla's parallel_nsa: part `nsa`.
+
+HQ64 HK4 D128, B1, bfloat16, blocks of 64, 16 of them a token with its own, compressed blocks their means, as fla has
+them. The selected branch alone takes lists made beforehand: the first block, the last two with the own, others at
+random, of the past. All by the mixer's own functions, from q, k and v on, with gates of 1.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from experiments.bench import attention_peers, errors, timing
+from experiments.bench.suites import Case
+from seqmix.mixers.dynamic_sparse.native_sparse_attention import BRANCHES, NativeSparseAttention
+from seqmix.parts import chosen_blocks
+from seqmix.parts.chunks import token_places
+
+LENGTHS = (8192, 32768, 65536)
+HEADS, KEY_HEADS, WIDTH, SIZE, COUNT = 64, 4, 128, 64, 16
+SELECTED, TWO, THREE = "nsa, selected", "nsa, compressed and selected", "nsa, three branches"
+ERROR_T = 1024
+CHUNKED = 8192  # longest rows that the chunked form is timed on
+TIMES = ("fwd_ms", "fwd_bwd_ms")
+
+
+def cases(args):
+    """The three patterns at each length."""
+    return [
+        Case("nsa", f"{name} T={length}", functools.partial(_case, name, length))
+        for length in LENGTHS
+        for name in (SELECTED, TWO, THREE)
+    ]
+
+
+def mixer(**fields):
+    """The mixer of fla's call; by its `branches` alone."""
+    fields = {"heads": HEADS, "kv_heads": KEY_HEADS, "head_dim": WIDTH, "size": SIZE, "count": COUNT} | fields
+    return NativeSparseAttention(compress=SIZE, stride=SIZE, pool="mean", branch_kv=False, rope=False, **fields)
+
+
+def lists(length, count=COUNT):
+    """What each token and key head chooses beside its own block, [1, HK, T, count - 1] int32."""
+    runs, place, _ = token_places(jnp.zeros((1, length, 1)), None, None)
+    number = jnp.arange(length // SIZE)[None]
+
+    def chosen(key, runs, place):
+        scores = jax.vmap(lambda key: jax.random.uniform(key, (KEY_HEADS, number.shape[1])))(key[0])
+        seen = chosen_blocks.past(runs, place, jnp.ones_like(number), number, SIZE)
+        forced = (number < 1) | (number > place[..., None] // SIZE - 2)
+        return chosen_blocks.choose(jnp.moveaxis(scores, 0, 1)[None], seen, count - 1, forced)
+
+    keys = jax.random.split(jax.random.key(7), length)[None]
+    return jax.jit(lambda: chosen_blocks.by_stretches(chosen, 8192, keys, runs, place))()
+
+
+def call(name, index=None, **fields):
+    """The function of q, k, v of a pattern; index: lists of the selected branch."""
+
+    def run(q, k, v, implementation=None):
+        runs, place, _ = token_places(q, None, None)
+        module = mixer(implementation=implementation, **fields)
+        if name != SELECTED:
+            mixed, _ = module.branches({}, q, dict.fromkeys(BRANCHES, (k, v)), runs, place)
+            return sum(mixed[: 2 if name == TWO else 3])
+        tokens = chosen_blocks.after(None, 0, k, v, runs, place)
+        blocks = chosen_blocks.whole(tokens, SIZE, SIZE)
+        return chosen_blocks.attend(q, tokens, blocks, index, SIZE, block=module.block, implementation=implementation)
+
+    return run
+
+
+def implementations(run, shapes):
+    """Those by name that take the call here."""
+    found = []
+    for name in ("gpu", "chunked"):
+        try:
+            jax.eval_shape(functools.partial(run, implementation=name), *shapes)
+        except ValueError:
+            continue
+        found.append(name)
+    return found
+
+
+def _case(name, length, args):
+    index = lists(length)
+    run = call(name, index)
+    shape = (1, length, HEADS, WIDTH), (1, length, KEY_HEADS, WIDTH), (1, length, KEY_HEADS, WIDTH)
+    draw = lambda key, shape: jax.random.normal(jax.random.key(key), shape, jnp.bfloat16)
+    inputs = [draw(n, one) for n, one in enumerate(shape)]
+    sets = [(draw(9, shape[0]), *inputs)]  # of one set, as four of q at T = 65536 are 4 GiB
+    pairs = pairs_left(length)
+    wrong = measured_errors(ERROR_T) if (name, length) == (SELECTED, LENGTHS[0]) else {}
+    rivals = attention_peers.nsa_times(name, length, index) if args.peers and name != THREE else {}
+    best = [min((times[key] for times in rivals.values()), default=None) for key in TIMES]
+    base = {"pattern": name, "batch": 1, "tokens": length, "density": pairs / length**2}
+    rate = lambda times: 4 * WIDTH * HEADS * pairs / times["fwd_ms"] / 1e9 if name == SELECTED else None
+    for label in implementations(run, [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in shape]):
+        if label == "chunked" and length > CHUNKED:
+            continue
+        one = functools.partial(run, implementation=label)
+        times = {"fwd_ms": timing.median_ms(jax.jit(one), [each[1:] for each in sets])}
+        times["fwd_bwd_ms"] = timing.median_ms(jax.jit(timing.with_gradients(one)), sets)
+        row = base | {"implementation": label, **times, "tflops": rate(times), **wrong.get(label, {})}
+        if best[0] is not None:
+            row |= {"peer_ratio": best[0] / times["fwd_ms"], "peer_ratio_both": best[1] / times["fwd_bwd_ms"]}
+        yield row
+    for label, times in rivals.items():
+        yield base | {"implementation": label, **times, "tflops": rate(times)}
+
+
+def pairs_left(length, count=COUNT):
+    """Pairs of a head in the selected branch."""
+    return sum(t % SIZE + 1 + min(count - 1, t // SIZE) * SIZE for t in range(length))
+
+
+def measured_errors(length, heads=HEADS // KEY_HEADS):
+    """{label: errors to float64} of the selected branch, with one key head and fewer blocks."""
+    index = lists(length, 6)[:, :1]
+    run = call(SELECTED, index, heads=heads, kv_heads=1)
+    shape = (1, length, heads, WIDTH), (1, length, 1, WIDTH), (1, length, 1, WIDTH)
+    inputs = [jax.random.normal(jax.random.key(40 + n), x, jnp.bfloat16) for n, x in enumerate((shape[0], *shape))]
+    exact = errors.exact(run, inputs[0], inputs[1:])
+    found = {}
+    for label in implementations(run, inputs[1:]):
+        both = timing.with_gradients(functools.partial(run, implementation=label))
+        found[label] = errors.compared(jax.jit(both)(*inputs), exact, "qkv")
+    return found
