@@ -4,18 +4,39 @@ import collections
 import math
 import re
 
+import jax
+
+from tests.quick import QUICK
+
 _KINDS = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _OP = re.compile(rf" = (.*?) ({'|'.join(_KINDS)})(-start)?\((.*)")
 
 
+def both_ways(op, given, rest, shape):
+    """The compiled programs of op(*given, *rest) with what the gradient of `given` keeps, and of that gradient.
+
+    given and rest are shapes; shape(*sizes, dtype=) lays out y [B, T, H, V] on the mesh in force.
+    """
+    forward = lambda given, rest: jax.vjp(lambda *args: op(*args, *rest), *given)
+    there = jax.jit(forward).lower(given, rest).compile(QUICK)
+    out, pullback = there.out_info
+    laid = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    out, pullback = jax.tree.map(laid, (out, pullback), there.output_shardings)
+    out = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype) if x.ndim == 4 else x, out)
+    return there, jax.jit(lambda pullback, dy: pullback(dy)).lower(pullback, out).compile(QUICK)
+
+
 def sent(text: str) -> dict[str, int]:
     """{kind: bytes} of an HLO module's text, with what a loop repeats counted each time.
 
-    A permutation sends its operand; of w devices, each sends (w - 1) / w of what an all-gather or an all-to-all
-    results in and of what a reduce-scatter takes, and twice that of what an all-reduce sums.
+    A permutation sends its operand (on average, where only some devices send); of w devices, each sends (w - 1) / w of
+    what an all-gather or an all-to-all results in and of what a reduce-scatter takes, and twice that of what an
+    all-reduce sums.
     """
     repeats, found = _repeats(text), collections.Counter()
+    devices = re.search(r"num_partitions=(\d+)", text)
+    devices = int(devices.group(1)) if devices else 1
     for name, line in _lines(text):
         match = _OP.search(line)
         if not match:
@@ -26,7 +47,9 @@ def sent(text: str) -> dict[str, int]:
         if math.isnan(repeats[name]):
             raise ValueError(f"expected a loop with a known count around {line.strip()[:80]}")
         ways = 1 if kind == "collective-permute" else _ways(rest)
-        factor = {"collective-permute": 1, "reduce-scatter": ways - 1, "all-reduce": 2 * (ways - 1) / ways}
+        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
+        share = (pairs.group(1).count("{") if pairs else devices) / devices
+        factor = {"collective-permute": share, "reduce-scatter": ways - 1, "all-reduce": 2 * (ways - 1) / ways}
         found[kind] += int(_bytes(result) * factor.get(kind, (ways - 1) / ways)) * repeats[name]
     return {kind: count for kind, count in found.items() if count}
 

@@ -1,7 +1,5 @@
 """Attention over the blocks of keys that a mask, or a list, leaves to each block of queries."""
 
-import functools
-
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,6 +30,7 @@ def block_sparse_attention(
     soft_cap=None,
     slopes=None,
     return_lse=False,
+    context=None,
     implementation=None,
 ):
     """Softmax attention of queries [B, T, H, K] over the keys [B, S, Hk, K], values [B, S, Hv, V], that are listed.
@@ -57,6 +56,9 @@ def block_sparse_attention(
       soft_cap: None or a positive number (Gemma 2, arXiv 2408.00118, section 2).
       slopes: [H] floating, ALiBi's (arXiv 2108.12409); differentiable.
       return_lse: also return lse, for `merge`; it is differentiable like y.
+      context: where the mesh in force cuts time, how each device's queries meet all keys: "ring" (stretches of keys
+        travel to those of queries that see some of them by the mask), "gather" (all keys), or None: a ring where the
+        mask leaves few exchanges, else the gather. It changes neither result nor layout.
       implementation: None (the best for the call), "gpu" (Hopper kernels, for bfloat16, K and V of 64 or 128, and
         sizes of 64 or 128; of lists with bq = 1 and bk a multiple of 64 only if named, as these have not been run on
         a GPU), "tpu" (TPU kernels, for bfloat16 or float32, K and V of 64, 128 or 256 and listed blocks of multiples
@@ -76,15 +78,24 @@ def block_sparse_attention(
     soft_cap = None if soft_cap is None else finite("soft_cap", soft_cap)
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
+    mask, data = with_segments(mask, data, segment_ids)
+    data = checked_data(mask, q.shape[1], k.shape[1], data, q.shape[0])
+    score = {"scale": scale, "soft_cap": soft_cap, "slopes": slopes}
+    options = {"blocks": blocks, "sizes": sizes, "context": context, "implementation": implementation}
+    y, lse = attend("block_sparse_attention", q, k, v, mask, data, **score, **options)
+    return (y, lse) if return_lse else y
+
+
+def attend(op, q, k, v, mask, data, *, blocks, sizes, scale, soft_cap, slopes, context, implementation):
+    """(y, lse) of checked arguments of `block_sparse_attention`, for the op of this name."""
     time, keys, listed = q.shape[1], k.shape[1], k.shape[2]
     k, v = heads.alike(k, v)
-    mask, data = with_segments(mask, data, segment_ids)
-    data = checked_data(mask, time, keys, data, q.shape[0])
     given, sizes = sizes, clipped(sizes, time, keys)
     lay = layout(q.shape[0], time, q.shape[2], k.shape[2])
-    if lay is not None and lay.time and blocks is None:
-        sizes = block_sparse_context.row_size(lay, time, sizes[0]), sizes[1]
-    index = None if blocks is None else _index(blocks, q.shape[0], listed, sizes, time, keys)
+    form = block_sparse_context.choose(lay, mask, time, keys, sizes, blocks is not None, context)
+    if form is not None and blocks is None:
+        sizes = block_sparse_context.block_sizes(lay, form, time, keys, sizes)
+    index = None if blocks is None else _index(blocks, q.shape[0], listed, sizes, time, keys, ascending=form == "ring")
     if index is not None and index.shape[1] not in (1, k.shape[2]):
         index = library(index).repeat(index, k.shape[2] // listed, axis=1)
     config = Config(scale, soft_cap, mask, time, keys)
@@ -98,28 +109,22 @@ def block_sparse_attention(
         )
         options |= {"data": data, "size": given[1]}
         reasons["gpu"] = None if walks else block_groups.reason(lay, implementation, q, k, v, **options)
-    name = pick("block_sparse_attention", implementation, reasons | {"chunked": None, "reference": None})
+    name = pick(op, implementation, reasons | {"chunked": None, "reference": None})
+    if name == "reference":
+        return reference(config, q, k, v, slopes, data, index, sizes)
     if name == "gpu" and walks:
-        y, lse = token_block_kernels.run(lay, scale, q, k, v, index)
-    elif each and (name == "gpu" or name == "chunked" and block_groups.takes(lay, time, slopes)):
+        return token_block_kernels.run(lay, scale, q, k, v, index)
+    if each and (name == "gpu" or name == "chunked" and block_groups.takes(lay, time, slopes)):
         size = given[1] if name == "gpu" else sizes[1]
-        y, lse = block_groups.run(lay, config, q, k, v, data, index, size, name)
-    elif name in kernels:
-        if index is None:
-            index = block_lists.of_mask(mask, kernels[name], time, keys)
-        found = block_lists.lists(mask, index, kernels[name], time, keys, data)
-        y, lse = block_sparse_kernels.run(lay, config, q, k, v, slopes, data, found, kernels[name], name, index)
-    elif name == "chunked":
-        if index is None:
-            index = block_lists.of_mask(mask, sizes, time, keys)
-        found = block_lists.lists(mask, index, sizes, time, keys, data)
-        # Where the lists that are given do not fit the stretches of time, XLA finds a way.
-        cut = lay is not None and lay.time and not (time // lay.ways("time") % sizes[0] or keys % lay.ways("time"))
-        form = functools.partial(block_sparse_context.run, lay) if cut else chunked
-        y, lse = form(config, q, k, v, slopes, data, found, sizes)
-    else:
-        y, lse = reference(config, q, k, v, slopes, data, index, sizes)
-    return (y, lse) if return_lse else y
+        return block_groups.run(lay, config, q, k, v, data, index, size, name)
+    sizes = kernels.get(name, sizes)
+    if index is None:
+        index = block_lists.of_mask(mask, sizes, time, keys)
+    found = block_lists.lists(mask, index, sizes, time, keys, data)
+    call = config, q, k, v, slopes, data, found, sizes
+    if name in kernels:
+        return block_sparse_kernels.run(lay, *call, name, index)
+    return chunked(*call) if form is None else block_sparse_context.run(lay, form, *call)
 
 
 def block_sparse_flops(
@@ -190,8 +195,8 @@ def clipped(sizes, time, keys) -> tuple[int, int]:
     return min(sizes[0], time), min(sizes[1], keys)
 
 
-def _index(blocks, batch, heads, sizes, time, keys):
-    """`blocks` as [b, h, nq, n] int32."""
+def _index(blocks, batch, heads, sizes, time, keys, *, ascending):
+    """`blocks` as [b, h, nq, n] int32; ascending: each list by number, what is below 0 last."""
     rows = -(-time // sizes[0])
     shape = getattr(blocks, "shape", None)
     lead = (1, 1) if shape is not None and len(shape) == 2 else tuple(shape or ())[:2]
@@ -206,4 +211,5 @@ def _index(blocks, batch, heads, sizes, time, keys):
         twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0) & (ordered[..., 1:] * sizes[1] < keys)
         if twice.any():
             raise ValueError(f"blocks: expected each block once in a list, got {ordered[..., 1:][twice][0]} twice")
-    return blocks.reshape(*lead, *shape[-2:]).astype(np.int32)
+    blocks = blocks.reshape(*lead, *shape[-2:]).astype(np.int32)
+    return library(blocks).sort(blocks.astype(np.uint32), axis=-1).astype(np.int32) if ascending else blocks

@@ -44,9 +44,7 @@ def chunked(config: Config, q, k, v, slopes, data: dict, lists: Lists, sizes, fi
     if isinstance(lists.full, np.ndarray):
         config = config._replace(full=bool(lists.full.any()))
     walks = block_lists.forward(lists), block_lists.transposed(lists, -(-k.shape[1] // sizes[1]))
-    y, lse = _attend(*_by_block(config, q, k, v, slopes, data, walks, sizes, first))
-    lse = jnp.moveaxis(lse, 4, 2).reshape(q.shape[0], q.shape[2], -1)[..., : q.shape[1]]
-    return _by_token(y, q.shape[1]), lse
+    return by_token(*_attend(*by_block(config, q, k, v, slopes, data, walks, sizes, (first, 0))), q.shape[1])
 
 
 def gradients(config: Config, q, k, v, slopes, data: dict, walks, sizes, y, lse, dy, dlse):
@@ -57,14 +55,14 @@ def gradients(config: Config, q, k, v, slopes, data: dict, walks, sizes, y, lse,
     by_block = lambda x: _rows(x, k.shape[2], sizes[0])
     y, dy = by_block(y), by_block(dy)
     lse, dlse = (by_block(jnp.moveaxis(x, 1, 2)[..., None])[..., 0] for x in (lse, dlse))
-    call = _by_block(config, q, k, v, slopes, data, walks, sizes)
+    call = by_block(config, q, k, v, slopes, data, walks, sizes)
     dq, dk, dv, dslopes, *_ = _attend_backward(call[0], (*call[1:], y, lse), (dy, dlse))
-    dk, dv = (_by_token(x[..., None, :], k.shape[1]) for x in (dk, dv))
-    return _by_token(dq, q.shape[1]), dk, dv, None if slopes is None else dslopes.reshape(slopes.shape)
+    dk, dv = (_tokens(x[..., None, :], k.shape[1]) for x in (dk, dv))
+    return _tokens(dq, q.shape[1]), dk, dv, None if slopes is None else dslopes.reshape(slopes.shape)
 
 
-def _by_block(config, q, k, v, slopes, data, walks, sizes, first=0):
-    """The arguments of `_attend`."""
+def by_block(config, q, k, v, slopes, data, walks, sizes, first=(0, 0)):
+    """The arguments of `_attend`; first: the numbers of the first block of queries and of the first one of keys."""
     heads, groups = q.shape[2], k.shape[2]
     q = _rows(q, groups, sizes[0])
     k, v = (jnp.moveaxis(_blocks(x, sizes[1]), 3, 1) for x in (k, v))
@@ -73,7 +71,13 @@ def _by_block(config, q, k, v, slopes, data, walks, sizes, first=0):
         side = config.mask.inputs[name]
         values[side][name] = _blocks(x, sizes[side == "keys"])[:, None]
     slopes = None if slopes is None else slopes.reshape(groups, heads // groups)
-    return config, q, k, v, slopes, values, walks, jnp.asarray(first, jnp.int32)
+    return config, q, k, v, slopes, values, walks, tuple(jnp.asarray(n, jnp.int32) for n in first)
+
+
+def by_token(y, lse, time):
+    """(y [B, T, H, V], lse [B, H, T]) of those by block."""
+    lse = jnp.moveaxis(lse, 4, 2).reshape(lse.shape[0], lse.shape[1] * lse.shape[4], -1)[..., :time]
+    return _tokens(y, time), lse
 
 
 def _blocks(x, size):
@@ -88,7 +92,7 @@ def _rows(x, groups, size):
     return jnp.moveaxis(_blocks(x.reshape(*x.shape[:2], groups, -1, x.shape[-1]), size), 3, 1)
 
 
-def _by_token(x, length):
+def _tokens(x, length):
     """[B, J, n, size, R, K] as [B, length, J R, K]."""
     x = jnp.moveaxis(x, 1, 3)
     return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], x.shape[5])[:, :length]
@@ -187,6 +191,11 @@ def _scores(config, q, k, slopes, rows: _Side, columns: _Side, clear, acc):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(config, q, k, v, slopes, values, walks, first):
+    return part(config, q, k, v, slopes, values, walks[0], first, v.dtype)
+
+
+def part(config, q, k, v, slopes, values, walk, first, dtype):
+    """(y in `dtype`, lse in acc = promote(dtypes, float32)) over these keys, by block."""
     acc = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
     b, heads, _, size, ratio, _ = q.shape
 
@@ -210,10 +219,10 @@ def _attend(config, q, k, v, slopes, values, walks, first):
         y, top, total = carry
         some = total > 0
         total = jnp.where(some, total, 1)
-        return (y / total[..., None]).astype(v.dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
+        return (y / total[..., None]).astype(dtype), jnp.where(some, top + jnp.log(total), -jnp.inf)
 
     sides = ((q,), values["queries"]), ((k, v), values["keys"])
-    return _sweep(walks[0], *sides, start, step, finish, (first, 0))
+    return _sweep(walk, *sides, start, step, finish, first)
 
 
 def _attend_forward(config, q, k, v, slopes, values, walks, first):
@@ -223,11 +232,21 @@ def _attend_forward(config, q, k, v, slopes, values, walks, first):
 
 def _attend_backward(config, saved, cotangents):
     q, k, v, slopes, values, walks, first, y, lse = saved
-    dy, dlse = cotangents
-    acc = lse.dtype
-    some = lse > -jnp.inf
+    sums, dtypes = row_sums(y, lse, *cotangents), (q.dtype, k.dtype, v.dtype)
+    return *part_gradients(config, q, k, v, slopes, values, walks, first, sums, dtypes), None, None, None
+
+
+def row_sums(y, lse, dy, dlse):
+    """(dy, delta, base): what `part_gradients` reads of results over all keys and of their gradients."""
+    acc, some = lse.dtype, lse > -jnp.inf
     delta = jnp.where(some, jnp.sum(dy.astype(acc) * y.astype(acc), axis=-1) - dlse, 0)
-    base = jnp.where(some, lse, 0)
+    return dy, delta, jnp.where(some, lse, 0)
+
+
+def part_gradients(config, q, k, v, slopes, values, walks, first, sums, dtypes):
+    """Gradients of q, k, v, in these dtypes, and of slopes, from these keys; sums: `row_sums`."""
+    dy, delta, base = sums
+    acc = base.dtype
     b, heads, _, _, ratio, width = q.shape
 
     def weights(rows, columns, clear):
@@ -269,13 +288,13 @@ def _attend_backward(config, saved, cotangents):
         return dk, dv
 
     rows, columns = ((q, dy, delta, base), values["queries"]), ((k, v), values["keys"])
-    finish_q = lambda carry: (carry[0].astype(q.dtype), carry[1])
-    finish_kv = lambda carry: (carry[0].astype(k.dtype), carry[1].astype(v.dtype))
-    dq, dslopes = _sweep(walks[0], rows, columns, start_q, step_q, finish_q, (first, 0))
-    dk, dv = _sweep(walks[1], columns, rows, start_kv, step_kv, finish_kv, (0, first))
+    finish_q = lambda carry: (carry[0].astype(dtypes[0]), carry[1])
+    finish_kv = lambda carry: (carry[0].astype(dtypes[1]), carry[1].astype(dtypes[2]))
+    dq, dslopes = _sweep(walks[0], rows, columns, start_q, step_q, finish_q, first)
+    dk, dv = _sweep(walks[1], columns, rows, start_kv, step_kv, finish_kv, first[::-1])
     if slopes is not None:
         dslopes = jnp.sum(dslopes, axis=(0, 2, 3)).astype(slopes.dtype)
-    return dq, dk, dv, dslopes, None, None, None
+    return dq, dk, dv, dslopes
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -135,7 +135,7 @@ def run(lay, config, q, k, v, slopes, data, lists, sizes, target="gpu", index=No
 
 def _local(config, q, k, v, slopes, data, lists, sizes, target, steps):
     """The call on one device."""
-    call, walks = _prepared(config, lists, sizes, target)
+    call, walks = _prepared(config, lists, sizes, target, steps)
     return _attend(call, q, k, v, slopes, data, walks)
 
 
@@ -145,7 +145,7 @@ def gradients(config, q, k, v, data, lists, sizes, lse, delta, dy):
     return _by_kernel(call, q, k, v, data, walks, lse, dy, delta)
 
 
-def _prepared(config, lists, sizes, target="gpu"):
+def _prepared(config, lists, sizes, target="gpu", steps=None):
     """`Call`, and the lists as the kernels walk them."""
     static = isinstance(lists.full, np.ndarray)
     seen = config.mask

@@ -4,6 +4,7 @@ Rows of scores are made for one block of queries and all keys at once, and made 
 linearly with T and with S. Softmax without a bias skips what its mask hides instead (`block_sparse_attention`).
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -11,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmix.ops import block_sparse_kernels, masks
-from seqmix.ops.block_sparse import block_sparse_attention, checked_data
+from seqmix.ops import block_sparse, block_sparse_context, block_sparse_kernels, heads, masks
+from seqmix.ops.block_sparse import checked_data
 from seqmix.ops.dispatch import pick
+from seqmix.ops.mesh import layout, on_shares
 
 NORMALIZERS = "softmax", "sigmoid", "signed"
 # Inputs of masks that hold among the tokens of one segment: ids and positions of queries and keys.
@@ -89,24 +91,59 @@ def visibility(rules, mask, tokens, order, data):
 def by_rules(rules, q, k, v, sink_logits, tokens, order, implementation):
     """(y, lse) of checked arguments of `attention` without a mask, through the block-sparse form."""
     mask, data = visibility(rules, None, tokens, order, None)
-    options = {"bias": None, "slopes": None, "normalizer": "softmax", "block": SPARSE, "implementation": implementation}
-    return attend(rules, q, k, v, sink_logits, mask=mask, data=data, **options)
+    options = {"bias": None, "slopes": None, "normalizer": "softmax", "block": SPARSE, "context": None}
+    return attend(rules, q, k, v, sink_logits, mask=mask, data=data, implementation=implementation, **options)
 
 
-def attend(rules, q, k, v, sink_logits, *, mask, data, bias, slopes, normalizer, block, implementation):
+def attend(rules, q, k, v, sink_logits, *, mask, data, bias, slopes, normalizer, block, context, implementation):
     """(y [B, T, H, V], lse [B, H, T] or None), of checked arguments of `attention`."""
     data = checked_data(mask, q.shape[1], k.shape[1], data, q.shape[0])
-    if normalizer == "softmax" and bias is None:
-        options = {"scale": rules.scale, "soft_cap": rules.soft_cap, "slopes": slopes, "implementation": implementation}
-        sizes = (min(block, SPARSE),) * 2
-        y, lse = block_sparse_attention(q, k, v, mask=mask, data=data, sizes=sizes, return_lse=True, **options)
-        return (y, lse) if sink_logits is None else with_sink(y, lse, sink_logits)
-    given = "bias" if bias is not None else f"normalizer={normalizer!r}"
-    kernels = dict.fromkeys(block_sparse_kernels.TARGETS, f"has no form for {given}")
-    name = pick("attention", implementation, kernels | {"chunked": None, "reference": None})
-    scoring = Scoring(rules.scale, rules.soft_cap, normalizer, mask)
-    y, lse = _blocks(scoring, q, k, v, bias, slopes, data, q.shape[1] if name == "reference" else block)
+    given = None if normalizer == "softmax" else f"normalizer={normalizer!r}"
+    given = given if bias is None else "bias"
+    forms = block_sparse_context.FORMS if given is None else ("gather",)
+    if context not in (None, *forms):
+        raise ValueError(f"context: expected None or {' or '.join(forms)} beside {given or 'a mask'}, got {context!r}")
+    if given is None:
+        score = {"scale": rules.scale, "soft_cap": rules.soft_cap, "slopes": slopes}
+        options = {"blocks": None, "sizes": (min(block, SPARSE),) * 2, "context": context}
+        y, lse = block_sparse.attend(
+            "attention", q, k, v, mask, data, implementation=implementation, **score, **options
+        )
+    else:
+        kernels = dict.fromkeys(block_sparse_kernels.TARGETS, f"has no form for {given}")
+        name = pick("attention", implementation, kernels | {"chunked": None, "reference": None})
+        scoring = Scoring(rules.scale, rules.soft_cap, normalizer, mask)
+        lay = layout(q.shape[0], q.shape[1], q.shape[2], math.lcm(k.shape[2], v.shape[2]))
+        if name == "reference":
+            y, lse = _blocks(scoring, q, k, v, bias, slopes, data, q.shape[1])
+        elif lay is None or not lay.time or k.shape[1] % lay.ways("time"):  # XLA finds a way where keys cannot be cut
+            y, lse = _blocks(scoring, q, k, v, bias, slopes, data, block)
+        else:
+            y, lse = _on_stretches(lay, scoring, q, *heads.alike(k, v), bias, slopes, data, block)
     return (y, lse) if sink_logits is None else with_sink(y, lse, sink_logits)
+
+
+def _on_stretches(lay, scoring, q, k, v, bias, slopes, data, block):
+    """`_blocks` on each device's stretch of the queries, with the keys and values of all."""
+    sizes = dict(zip(("batch", "heads", "time"), (q.shape[0], q.shape[2], q.shape[1]), strict=True))
+    key_heads = k.shape[2]
+    side = {name: "time" if of == "queries" else None for name, of in scoring.mask.inputs.items()}
+    data_names = {name: ("batch" if len(x) == q.shape[0] else None, side[name]) for name, x in data.items()}
+    wide = (
+        ()
+        if bias is None
+        else tuple(n if have == size else None for (n, size), have in zip(sizes.items(), bias.shape, strict=False))
+    )
+
+    def local(q, k, v, bias, slopes, data):
+        k, v = (block_sparse_context.gathered(lay.time, lay.local_key_heads(x, key_heads)) for x in (k, v))
+        first = jax.lax.axis_index(lay.time) * q.shape[1]
+        return _blocks(scoring, q, k, v, bias, slopes, data, block, first)
+
+    queries, keys = ("batch", "time", "heads", None), ("batch", "time", "key_heads", None)
+    names = queries, keys, keys, (*wide, None), ("heads",), data_names
+    lse = None if scoring.normalizer == "sigmoid" else ("batch", "heads", "time")
+    return on_shares(lay, local, (q, k, v, bias, slopes, data), names, (queries, lse))
 
 
 def with_sink(y, lse, sink_logits):
@@ -118,22 +155,22 @@ def with_sink(y, lse, sink_logits):
     return (jnp.swapaxes(share, 1, 2)[..., None] * y).astype(y.dtype), total
 
 
-def _blocks(scoring, q, k, v, bias, slopes, data, block):
-    """`_rows` of one block of queries after another."""
+def _blocks(scoring, q, k, v, bias, slopes, data, block, first=0):
+    """`_rows` of one block of queries after another; the first query stands at index `first`."""
     time = q.shape[1]
     sides = scoring.mask.inputs
     of_keys = {name: x for name, x in data.items() if sides[name] == "keys"}
     of_queries = {name: x for name, x in data.items() if sides[name] == "queries"}
     rows = partial(_rows, scoring, k, v, slopes, of_keys)
     if time <= block:
-        return rows(q, np.arange(time), bias, of_queries)
+        return rows(q, first + np.arange(time), bias, of_queries)
     long = bias is not None and bias.shape[2] == time
 
     def cut(x, axis):  # into blocks, which come first
         x = jnp.pad(x, [(0, -time % block if a == axis else 0) for a in range(x.ndim)], mode="edge")
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :]), axis, 0)
 
-    blocks = cut(q, 1), cut(jnp.arange(time), 0), cut(bias, 2) if long else None
+    blocks = cut(q, 1), cut(first + jnp.arange(time), 0), cut(bias, 2) if long else None
     blocks = (*blocks, {name: cut(x, 1) for name, x in of_queries.items()})
 
     @jax.checkpoint

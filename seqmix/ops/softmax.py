@@ -77,7 +77,8 @@ def attention(
       return_lse: also return lse, for `merge`; it is differentiable like y.
       block: number of queries and of keys whose scores exist at once in the chunked form.
       context: where the mesh in force cuts time, how each device's queries meet all keys: "ring", "zigzag", "heads",
-        "gather" (`softmax_context`) or None, the best for the call. It changes neither result nor layout.
+        "gather" (`softmax_context`) or None, the best for the call; with mask or slopes "ring" or "gather", with bias
+        or another normalizer "gather" alone. It changes neither result nor layout.
       implementation: None, the best for the call; "gpu" (Hopper kernels: bfloat16, K and V of 64 or 128), "cudnn",
         "tokamax" (GPUs) or "splash" (TPUs; compiled, not run on a chip), which take a part of the calls
         (`softmax_library`; docs/attention.md says which goes where); "tpu" (TPU kernels, only if named: never run on a
@@ -101,15 +102,13 @@ def attention(
     _positive("block", block)
     tokens, order = _tokens(q.shape[1], k.shape[1], *given)
     if any(x is not None for x in (mask, data, bias, slopes)) or normalizer != "softmax":
-        if context is not None:
-            raise ValueError(f"context: expected None beside mask, bias, slopes and normalizer, got {context!r}")
         softmax_library.no_scoring(implementation)
         scored.check(q, k, rules, mask, bias, slopes, normalizer, sink_logits, return_lse, data)
         if slopes is not None and q_positions is not None:
             raise ValueError("slopes: expected no given positions beside them; add -slope |i - j| as a bias, got both")
         mask, data = scored.visibility(rules, mask, tokens, order, data)
         scoring = {"bias": bias, "slopes": slopes, "normalizer": normalizer}
-        options = {"mask": mask, "data": data, "block": block, "implementation": implementation}
+        options = {"mask": mask, "data": data, "block": block, "context": context, "implementation": implementation}
         y, lse = scored.attend(rules, q, k, v, sink_logits, **scoring, **options)
         return (y, lse) if return_lse else y
     lay = layout(d.B, d.T, d.H, math.gcd(d.Hk, d.Hv))

@@ -181,6 +181,18 @@ def part(rules: Rules, sizes, q, k, v, sink, tokens, work):
     return y / total[..., None], jnp.where(some, top + jnp.log(total), -jnp.inf)
 
 
+def joined(a, b):
+    """(y, lse) over the keys of both, as `attention`'s `merge`, in acc."""
+    top = jnp.maximum(a[1], b[1])
+    top = jnp.where(top > -jnp.inf, top, 0)
+    mine, other = jnp.exp(a[1] - top), jnp.exp(b[1] - top)
+    total = mine + other
+    some = total > 0
+    total = jnp.where(some, total, 1)
+    y = (mine / total)[..., None] * a[0] + (other / total)[..., None] * b[0]
+    return y, jnp.where(some, top + jnp.log(total), -jnp.inf)
+
+
 def part_gradients(rules: Rules, sizes, q, k, v, tokens, work, lse, dy, delta):
     """Gradients of q, k and v, in acc, from this part of the keys.
 

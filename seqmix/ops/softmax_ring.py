@@ -22,6 +22,7 @@ from seqmix.ops.heads import alike
 from seqmix.ops.softmax_chunked import (
     block_pairs,
     block_sizes,
+    joined,
     live_pairs,
     part,
     part_gradients,
@@ -68,10 +69,10 @@ def travelled(travel: Travel, q, k, v, sink, q_places, k_places):
         def hop(_, carry, move=move):
             found, block = carry
             later = move(block)
-            return _joined(found, _visit(travel, q, q_places, block)), later
+            return joined(found, _visit(travel, q, q_places, block)), later
 
         found, block = jax.lax.fori_loop(0, hops - 1, hop, (found, move(own)))
-        found = _joined(found, _visit(travel, q, q_places, block))
+        found = joined(found, _visit(travel, q, q_places, block))
     return found[0].astype(v.dtype), found[1]
 
 
@@ -134,18 +135,6 @@ def _gather(axis, block):
     return [jax.lax.all_gather(x, axis, axis=2, tiled=True) for x in block]
 
 
-def _joined(a, b):
-    """(y, lse) over the keys of both, as `attention`'s `merge`, in acc."""
-    top = jnp.maximum(a[1], b[1])
-    top = jnp.where(top > -jnp.inf, top, 0)
-    mine, other = jnp.exp(a[1] - top), jnp.exp(b[1] - top)
-    total = mine + other
-    some = total > 0
-    total = jnp.where(some, total, 1)
-    y = (mine / total)[..., None] * a[0] + (other / total)[..., None] * b[0]
-    return y, jnp.where(some, top + jnp.log(total), -jnp.inf)
-
-
 def _blocks(travel, q, q_places, block):
     """Sizes of blocks, q and the visiting keys and values in whole blocks, their tokens, and the list of pairs."""
     k, v, k_places = block
@@ -172,7 +161,7 @@ def _visit_by_kernel(travel, q, q_places, block, sink):
     found = y.reshape(*q.shape[:4], -1).astype(lse.dtype), lse.reshape(q.shape[:4])
     if sink is None:
         return found
-    return _joined(found, (jnp.zeros_like(found[0]), jnp.broadcast_to(sink.astype(lse.dtype)[:, :, None], q.shape[:4])))
+    return joined(found, (jnp.zeros_like(found[0]), jnp.broadcast_to(sink.astype(lse.dtype)[:, :, None], q.shape[:4])))
 
 
 def _by_head(travel, q, q_places, block):

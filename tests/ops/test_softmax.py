@@ -235,7 +235,10 @@ REFUSALS = [
     ({"kv_segment_ids": IDS}, "segment_ids: expected the queries' ids beside kv_segment_ids, got none"),
     ({"segment_ids": IDS[:, :3], "q": np.ones((B, 3, H, K))}, "kv_segment_ids: expected the keys' ids where"),
     ({"q_positions": IDS}, "kv_positions: expected both"),
-    ({"implementation": "chunk"}, "implementation: expected one of cudnn, tokamax, splash, gpu, tpu, chunked, reference"),
+    (
+        {"implementation": "chunk"},
+        "implementation: expected one of cudnn, tokamax, splash, gpu, tpu, chunked, reference",
+    ),
 ]
 
 

@@ -13,7 +13,7 @@ from seqmix.ops.mesh import layout
 from seqmix.ops.softmax import attention
 from seqmix.ops.softmax_context import FORMS, attention_bytes, choose
 from seqmix.ops.softmax_reference import Rules
-from tests.collectives import sent
+from tests.collectives import both_ways, sent
 from tests.quick import QUICK
 
 B, T, H, K, V = 2, 16, 8, 3, 5
@@ -96,20 +96,13 @@ def compiled(form, ways, time, key_heads=2, *, value_heads=None, packed=False, n
     shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype, sharding=cut)
     ids = shape(2, time, dtype=jnp.int32)
 
-    def forward(q, k, v, ids):
+    def op(q, k, v, ids):
         more = dict(q_positions=ids, kv_positions=ids, segment_ids=ids, kv_segment_ids=ids) if packed else {}
-        op = functools.partial(attention, context=form, block=32, return_lse=need_lse, **options, **more)
-        return jax.vjp(op, q, k, v)
+        return attention(q, k, v, context=form, block=32, return_lse=need_lse, **options, **more)
 
     with sharding.use_mesh(mesh):
-        args = *(shape(2, time, *size) for size in ((heads, 16), (key_heads, 16), (value_heads or key_heads, 8))), ids
-        there = jax.jit(forward).lower(*args).compile(QUICK)
-        out, pullback = there.out_info
-        given = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-        out, pullback = jax.tree.map(given, (out, pullback), there.output_shardings)
-        out = jax.tree.map(lambda x: shape(*x.shape, dtype=x.dtype) if x.ndim == 4 else x, out)
-        back = jax.jit(lambda pullback, dy: pullback(dy)).lower(pullback, out).compile(QUICK)
-    return there, back
+        args = tuple(shape(2, time, *size) for size in ((heads, 16), (key_heads, 16), (value_heads or key_heads, 8)))
+        return both_ways(op, args, (ids,), shape)
 
 
 @pytest.mark.parametrize("name", SENT)

@@ -8,8 +8,10 @@ import pytest
 
 from seqmix import ops
 from seqmix.core import sharding
+from seqmix.ops import masks
 
 B, T, H, K, V = 8, 1024, 8, 128, 64
+CUT = jax.P(None, "context")
 MOVES = r"= (.*?) (all-gather|all-to-all|collective-permute)(?:-start)?\("
 
 
@@ -72,3 +74,17 @@ def test_keys_are_on_their_way_while_a_block_is_worked_on(h100s):
     for body in bodies:
         work = r"( while\(|block_sparse_attention_forward)"
         assert re.search(rf"collective-permute-start\(.*{work}.*collective-permute-done\(", body, re.DOTALL)
+
+
+def test_a_block_sparse_ring_holds_two_stretches_however_many_there_are(h100s):
+    """Bytes of temporaries of a device, forward and backward, with 1024 tokens for each of so many devices."""
+
+    def temporary(ways):
+        mesh = sharding.make_mesh(context=ways, devices=h100s(ways))
+        x = jax.ShapeDtypeStruct((1, 1024 * ways, 2, 32), jnp.float32, sharding=jax.NamedSharding(mesh, CUT))
+        loss = lambda q, k, v: jnp.sum(ops.block_sparse_attention(q, k, v, mask=masks.Causal(), context="ring") ** 2)
+        with sharding.use_mesh(mesh):
+            program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary(5) <= 1.02 * temporary(3)
