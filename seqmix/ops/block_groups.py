@@ -140,7 +140,7 @@ def grouped(index, blocks: int, tile: int) -> Groups:
     first = ((last - tiles) * tile)[:, :, None] + ends - count
     same = cells[..., None] == cells[..., None, :]
     rank = jnp.sum(same & jnp.tri(stretch, k=-1, dtype=bool), axis=-1, dtype=jnp.int32)
-    row = jnp.take_along_axis(first, jnp.maximum(cells, 0), axis=-1) + rank
+    row = _take(first, jnp.maximum(cells, 0), 3) + rank
     row = jnp.where(cells >= 0, row, -1).reshape(batch, heads, -1)[..., :size]
     # What has no block goes past the end, where a scatter drops it.
     slot = jnp.arange(size, dtype=jnp.int32)
@@ -167,7 +167,7 @@ class _Rows:
             for name, x in data.items():
                 x = jnp.broadcast_to(x, (batch, x.shape[1]))[:, None]
                 of_queries = mask.inputs[name] == "queries"
-                x = jnp.take_along_axis(x, groups.token, axis=2) if of_queries else jnp.repeat(x, self.heads, axis=1)
+                x = _take(x, groups.token, axis=2) if of_queries else jnp.repeat(x, self.heads, 1)
                 self.data[name] = self._folded_numbers(x) if of_queries else x.reshape(-1, x.shape[2])
             mask = _Gathered(mask)
         self.config = call.config._replace(mask=mask, time=self.length)
@@ -195,13 +195,13 @@ class _Rows:
     def gather(self, x):
         """What the rows hold of [B, T, H, K]."""
         x = x.reshape(*x.shape[:2], self.heads, self.call.group, -1)
-        x = jnp.take_along_axis(x, jnp.swapaxes(self.groups.token, 1, 2)[..., None, None], axis=1)
+        x = _take(x, jnp.swapaxes(self.groups.token, 1, 2)[..., None, None], 1)
         return self.folded(jnp.swapaxes(x, 2, 3).reshape(x.shape[0], self.length, self.heads, -1))
 
     def gather_numbers(self, x, filling):
         """What the rows hold of [B, H, T], `filling` where they fill up a tile."""
         x = x.reshape(x.shape[0], self.heads, self.call.group, -1)
-        x = jnp.take_along_axis(x, self.groups.token[:, :, None], axis=3)
+        x = _take(x, self.groups.token[:, :, None], 3)
         x = jnp.swapaxes(jnp.where(self.groups.real[:, :, None], x, filling), 2, 3)
         return x.reshape(*((-1, 1) if self.folds else x.shape[:2]), self.length)
 
@@ -211,7 +211,7 @@ class _Rows:
         x = x.reshape(x.shape[0], -1, self.call.group, *x.shape[2:])
         row = jnp.moveaxis(jnp.maximum(self.groups.row, 0), 3, 0)
         for at in jnp.swapaxes(row, 2, 3)[..., None, None]:
-            found = jnp.take_along_axis(jnp.swapaxes(x, 2, 3), at, axis=1)
+            found = _take(jnp.swapaxes(x, 2, 3), at, 1)
             yield found.reshape(*found.shape[:2], -1, found.shape[4])
 
     def slot_numbers(self, x):
@@ -220,9 +220,13 @@ class _Rows:
         row = self.groups.row
         at = jnp.moveaxis(jnp.maximum(row, 0), 3, 0)
         held = jnp.moveaxis(row >= 0, 3, 0)
-        found = [jnp.take_along_axis(x[:, :, 0], one[..., None], axis=2) for one in at]
+        found = [_take(x[:, :, 0], one[..., None], 2) for one in at]
         found = jnp.where(held[..., None], jnp.stack(found), -jnp.inf)
         return jnp.swapaxes(found, 3, 4).reshape(len(found), row.shape[0], -1, row.shape[2])
+
+
+def _take(x, index, axis):
+    return jnp.take_along_axis(x, index, axis, mode="clip")  # no index is out of bounds; clipped, none is looked for
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

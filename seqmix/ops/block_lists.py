@@ -13,6 +13,7 @@ import numpy as np
 
 from seqmix.ops.mask_algebra import EMPTY, FULL, Mask, library, ranges, span
 
+_COMPARED = 1 << 22  # pairs of entries and blocks, below which all are compared
 _RANKED = 64  # longest lists whose entries are brought forward without a sort
 
 
@@ -117,6 +118,7 @@ def transposed(lists: Lists, owners: int) -> Walk:
     if xp is np:
         ends = np.stack([np.searchsorted(row, bounds) for row in rows]).astype(np.int32)
     else:
-        ends = jax.vmap(partial(jnp.searchsorted, v=bounds))(rows).astype(np.int32)
+        method = "compare_all" if rows.shape[1] * owners <= _COMPARED else "scan"  # the latter is a loop
+        ends = jax.vmap(partial(jnp.searchsorted, v=bounds, method=method))(rows).astype(np.int32)
     ends = ends.reshape(b, h, -1)
     return Walk(ends[..., :-1], ends[..., 1:] - ends[..., :-1], (order // n).astype(np.int32), full)

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmix.core.shapes import dims
+from seqmix.ops import block_groups
 from seqmix.ops.block_sparse import block_sparse_attention, checked_data, clipped, with_segments
 from seqmix.ops.mask_algebra import EMPTY, positive
-from seqmix.ops.masks import Causal
+from seqmix.ops.masks import Blocks, Causal
+from seqmix.ops.softmax import merge
 
 SIZES = 64, 64
+FEW = 8  # blocks that are looked for one by one
 
 
 def pooled_scores(q, k, sizes=SIZES, *, pool="first", per_head=False):
@@ -87,8 +90,20 @@ def choose_blocks(
     seen = jnp.asarray(mask.tiles(bq, bk, time, keys, data=data) != EMPTY)
     seen = seen[:, None] if seen.ndim == 3 else seen
     scores = jnp.where(forced, jnp.inf, jax.lax.stop_gradient(scores))
-    best, index = jax.lax.top_k(jnp.where(seen, scores, -jnp.inf), min(count, columns))
-    return jnp.where(best > -jnp.inf, index, -1).astype(jnp.int32)
+    return best_blocks(jnp.where(seen, scores, -jnp.inf), min(count, columns))
+
+
+def best_blocks(scores, count: int):
+    """Index, int32, of the `count` greatest along the last axis, the lower of equal ones first; -1 for -inf."""
+    if count > FEW:
+        best, index = jax.lax.top_k(scores, count)
+        return jnp.where(best > -jnp.inf, index, -1).astype(jnp.int32)
+    found = []
+    for _ in range(count):  # passes: XLA's top_k for GPUs sorts
+        index = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+        found.append(jnp.where(jnp.max(scores, axis=-1) > -jnp.inf, index, -1))
+        scores = jnp.where(jnp.arange(scores.shape[-1]) == index[..., None], -jnp.inf, scores)
+    return jnp.stack(found, axis=-1)
 
 
 def topk_block_attention(
@@ -126,6 +141,30 @@ def topk_block_attention(
         raise ValueError(f"scores: expected [B, Hk={d.Hk} or H={d.H}, nq, nk], got {tuple(scores.shape)}")
     chosen = {"sizes": sizes, "mask": mask, "data": data, "segment_ids": segment_ids}
     blocks = choose_blocks(scores, d.T, d.S, count=count, local=local, first=first, **chosen)
+    listed = k, v
     if scores.shape[1] != d.Hk:
-        k, v = (jnp.repeat(x, d.H // d.Hk, axis=2) for x in (k, v))
-    return block_sparse_attention(q, k, v, blocks=blocks, **chosen, **options)
+        listed = tuple(jnp.repeat(x, d.H // d.Hk, axis=2) for x in (k, v))
+    if sizes[0] == 1 and mask == Causal() and d.T == d.S >= block_groups.LEAST:
+        if options.get("implementation") != "reference":
+            return _own_and_others(q, (k, v), listed, blocks, sizes[1], segment_ids=segment_ids, **options)
+    return block_sparse_attention(q, *listed, blocks=blocks, **chosen, **options)
+
+
+def _own_and_others(q, keys, listed, blocks, size, *, return_lse=False, **options):
+    """Causal attention, where lists [B, h, T, n] name each token's own block: of the others all keys are visible."""
+    options["return_lse"] = True
+    step = next((n for n in (128, 64) if size % n == 0), None)
+    if step is None:
+        near = {"mask": Causal() & Blocks(size)}
+    else:
+        first = np.arange(0, q.shape[1], step)[:, None] // size * size // step
+        tiles = first + np.arange(size // step)
+        near = {"mask": Causal(), "blocks": tiles.astype(np.int32), "sizes": (step, step)}
+    parts = [block_sparse_attention(q, *keys, **near, **options)]
+    if blocks.shape[-1] > 1:
+        own = (jnp.arange(q.shape[1]) // size)[:, None]
+        place = jnp.argmax(blocks == own, axis=-1, keepdims=True)
+        others = jnp.where(jnp.arange(blocks.shape[-1] - 1) < place, blocks[..., :-1], blocks[..., 1:])
+        parts.append(block_sparse_attention(q, *listed, blocks=others, sizes=(1, size), **options))
+    y, lse = merge(parts)
+    return (y, lse) if return_lse else y

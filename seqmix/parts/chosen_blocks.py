@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from seqmix.ops.block_sparse import block_sparse_attention
 from seqmix.ops.softmax import attention, merge
+from seqmix.ops.topk_blocks import best_blocks
 from seqmix.parts.chunks import chunk_ids
 
 
@@ -103,8 +104,7 @@ def choose(scores, seen, count: int, forced=None):
     scores = jax.lax.stop_gradient(scores)
     if forced is not None:
         scores = jnp.where(forced[:, None], jnp.inf, scores)
-    best, index = jax.lax.top_k(jnp.where(seen[:, None], scores, -jnp.inf), min(count, scores.shape[-1]))
-    return jnp.where(best > -jnp.inf, index, -1).astype(jnp.int32)
+    return best_blocks(jnp.where(seen[:, None], scores, -jnp.inf), min(count, scores.shape[-1]))
 
 
 def by_stretches(function, length: int, *arrays):
