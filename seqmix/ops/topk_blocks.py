@@ -144,9 +144,9 @@ def topk_block_attention(
     listed = k, v
     if scores.shape[1] != d.Hk:
         listed = tuple(jnp.repeat(x, d.H // d.Hk, axis=2) for x in (k, v))
-    if sizes[0] == 1 and mask == Causal() and d.T == d.S >= block_groups.LEAST:
-        if options.get("implementation") != "reference":
-            return _own_and_others(q, (k, v), listed, blocks, sizes[1], segment_ids=segment_ids, **options)
+    apart = sizes[0] == 1 and mask == Causal() and d.T == d.S >= block_groups.LEAST
+    if apart and options.get("implementation") != "reference":
+        return _own_and_others(q, (k, v), listed, blocks, sizes[1], segment_ids=segment_ids, **options)
     return block_sparse_attention(q, *listed, blocks=blocks, **chosen, **options)
 
 
