@@ -95,7 +95,7 @@ def choose_blocks(
 
 def best_blocks(scores, count: int):
     """Index, int32, of the `count` greatest along the last axis, the lower of equal ones first; -1 for -inf."""
-    if count > FEW:
+    if not 0 < count <= FEW:
         best, index = jax.lax.top_k(scores, count)
         return jnp.where(best > -jnp.inf, index, -1).astype(jnp.int32)
     found = []
