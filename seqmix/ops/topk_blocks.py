@@ -95,7 +95,7 @@ def choose_blocks(
 
 def best_blocks(scores, count: int):
     """Index, int32, of the `count` greatest along the last axis, the lower of equal ones first; -1 for -inf."""
-    if count > FEW:
+    if not 0 < count <= FEW:
         best, index = jax.lax.top_k(scores, count)
         return jnp.where(best > -jnp.inf, index, -1).astype(jnp.int32)
     found = []
@@ -144,9 +144,9 @@ def topk_block_attention(
     listed = k, v
     if scores.shape[1] != d.Hk:
         listed = tuple(jnp.repeat(x, d.H // d.Hk, axis=2) for x in (k, v))
-    if sizes[0] == 1 and mask == Causal() and d.T == d.S >= block_groups.LEAST:
-        if options.get("implementation") != "reference":
-            return _own_and_others(q, (k, v), listed, blocks, sizes[1], segment_ids=segment_ids, **options)
+    apart = sizes[0] == 1 and mask == Causal() and d.T == d.S >= block_groups.LEAST
+    if apart and options.get("implementation") != "reference":
+        return _own_and_others(q, (k, v), listed, blocks, sizes[1], segment_ids=segment_ids, **options)
     return block_sparse_attention(q, *listed, blocks=blocks, **chosen, **options)
 
 
