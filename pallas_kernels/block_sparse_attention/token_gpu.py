@@ -10,7 +10,7 @@ Rows of a tile are the heads of 64 / G tokens. A warpgroup has two such tiles, p
 tokens listed, and gives the rows of those that did not weights of 0. So the tensor cores work in vain where neighbours
 disagree, by up to 64 / G. The other way, keys as rows and the heads of one token as columns, works in vain nowhere, but
 reads each block from shared memory once for each token, which takes as long, and has to reduce across warps.
-docs/attention.md counts both, and the order by key blocks, which writes sums to memory.
+docs/attention.md counts both, and the order by key blocks, which writes sums to memory. L2 is what binds.
 """
 
 import dataclasses
