@@ -24,7 +24,10 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv):
         """The arguments; raises ValueError in one line."""
         known = [name for action in self._actions for name in action.option_strings]
-        for flag in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
+        given = [argument.partition("=")[0] for argument in argv if argument.startswith("--")]
+        for index, flag in enumerate(given):
+            if flag in given[:index]:
+                raise ValueError(f"{flag}: given twice")
             if flag not in known:
                 nearest = difflib.get_close_matches(flag, known, 1, 0)[0]
                 raise ValueError(f"{flag}: unknown flag, did you mean {nearest}?")

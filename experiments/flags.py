@@ -7,14 +7,9 @@ mistake is a ValueError of one line that names the flag and the nearest right on
 """
 
 import ast
-import contextlib
-import dataclasses
 import difflib
-import functools
 import importlib
 import inspect
-import io
-import operator
 import sys
 import types
 import typing
@@ -22,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments import cli, serialize
+from experiments import cli, fields, serialize
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OWN = ("config", "workdir", "dry-run", "allow-data-change", "help")  # flags beside the config's fields
@@ -30,7 +25,6 @@ SWITCHES = ("dry-run", "allow-data-change")  # True without a value; attributes 
 PROGRAM = (
     "python -m experiments.train --config={} [--field=value ...] [--workdir=DIR] [--dry-run] [--allow-data-change]"
 )
-MARKERS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
 
 
 def parse(argv, also=()):
@@ -52,7 +46,7 @@ def parse(argv, also=()):
     args = types.SimpleNamespace(
         config=name,
         workdir=_text("workdir", given.pop("workdir")) if "workdir" in given else None,
-        **{name.replace("-", "_"): _value(name, given.pop(name, "False"), bool) for name in SWITCHES},
+        **{name.replace("-", "_"): fields.read(name, given.pop(name, "False"), bool) for name in SWITCHES},
     )
     args.changed = tuple(given)
     return _change(cfg, given, also), args
@@ -68,9 +62,9 @@ def override(cfg, changes):
     changes = {name.replace("_", "-"): value for name, value in changes.items()}
     plain = {name: text for name, value in changes.items() if (text := _as_text(value)) is not None}
     for name in (name for name in changes if name not in plain):
-        if not any(known == name or known.startswith(f"{name}.") for known, _ in _leaves(cfg)):
-            raise ValueError(_unknown(name, dict(_leaves(cfg))))
-        cfg = _replace(cfg, {tuple(name.replace("-", "_").split(".")): changes[name]})
+        if not any(known == name or known.startswith(f"{name}.") for known, _ in fields.leaves(cfg)):
+            raise ValueError(fields.unknown(name, dict(fields.leaves(cfg)), OWN))
+        cfg = fields.replace(cfg, {tuple(name.replace("-", "_").split(".")): changes[name]})
     return _change(cfg, plain)
 
 
@@ -82,14 +76,14 @@ def _as_text(value):
 
 def _change(cfg, given, also=()):
     """The config with {flag: text} read and written into it."""
-    known = dict(_leaves(cfg))
+    known = dict(fields.leaves(cfg))
     changes = {}
     for flag, text in given.items():
         if flag not in known:
-            raise ValueError(_unknown(flag, known, also))
-        changes[tuple(flag.replace("-", "_").split("."))] = _value(flag, _text(flag, text), known[flag])
+            raise ValueError(fields.unknown(flag, known, (*OWN, *also)))
+        changes[tuple(flag.replace("-", "_").split("."))] = fields.read(flag, _text(flag, text), known[flag])
     try:
-        return _replace(cfg, changes) if changes else cfg
+        return fields.replace(cfg, changes) if changes else cfg
     except ValueError as error:
         raise ValueError(named(error, cfg)) from None
 
@@ -98,11 +92,11 @@ def named(error, cfg=None):
     """What an error says, with the flag `--optim.peak-lr` for a leading field `optim.peak_lr` of `cfg`, or for
     leading `model: d_model`.
     """
-    fields = [] if cfg is None else [name for name, _ in _leaves(cfg)]
+    known = [] if cfg is None else [name for name, _ in fields.leaves(cfg)]
     flag, parts = "", str(error).split(": ")
     while len(parts) > 1:
         longer = f"{flag}.{parts[0]}".removeprefix(".").replace("_", "-")
-        if longer not in fields and not any(name.startswith(f"{longer}.") for name in fields):
+        if longer not in known and not any(name.startswith(f"{longer}.") for name in known):
             break
         flag, parts = longer, parts[1:]
     return ": ".join([f"--{flag}", *parts] if flag else parts)
@@ -168,7 +162,7 @@ def _load(name, given=None):
     for argument in inspect.signature(function).parameters:
         flag = argument.replace("_", "-")
         if flag in (given or {}):
-            values[argument] = _value(flag, _text(flag, given.pop(flag)), hints[argument])
+            values[argument] = fields.read(flag, _text(flag, given.pop(flag)), hints[argument])
     try:
         return function(**values)
     except ValueError as error:  # of an argument, by its name, or of a field
@@ -209,117 +203,5 @@ def _help(cfg, name):
         description="Every field is a flag, --field=value. --workdir: the run's directory (runs/NAME). "
         "--dry-run: print parameters, FLOPs, memory and shardings, and end. --allow-data-change: resume on other "
         f"data than the run had, and note it in the workdir.{own}",
-        config=MARKERS,
+        config=fields.MARKERS,
     )
-
-
-# Fields
-
-
-def _leaves(value, path=""):
-    """(dotted name, type) of every field of a dataclass, or of one that is yet to be made (a class)."""
-    if isinstance(value, tuple):
-        for index, item in enumerate(value):
-            yield from _leaves(item, f"{path}.{index}")
-        return
-    kind = value if isinstance(value, type) else type(value)
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        held = None if value is kind else getattr(value, field.name)
-        name = f"{path}.{field.name.replace('_', '-')}".removeprefix(".")
-        inner = held if _nested(held) else _structure(hints[field.name])
-        if inner is None:
-            yield name, hints[field.name]
-            continue
-        yield from _leaves(inner, name)
-        if type(None) in _members(hints[field.name]):
-            yield name, type(None)
-
-
-def _structure(annotation):
-    """The dataclass among the types that a field allows, if there is one."""
-    return next((member for member in _members(annotation) if dataclasses.is_dataclass(member)), None)
-
-
-def _nested(value):
-    return dataclasses.is_dataclass(value) or (
-        isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value)
-    )
-
-
-def _unknown(flag, known, also=()):
-    inside = [name for name in known if name.startswith(f"{flag}.")]
-    if inside:
-        return f"--{flag}: expected one of its fields, such as --{inside[0]}"
-    last = lambda name: name.rsplit(".", 1)[-1]
-    alike = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
-    nearest = max([*known, *OWN, *also], key=lambda name: alike(flag, name) + alike(last(flag), last(name)))
-    return f"--{flag}: unknown field, did you mean --{nearest}?"
-
-
-def _value(flag, text, annotation):
-    """The value that tyro reads from `text` for a field of this type."""
-    members = sorted(_members(annotation), key=_is_tuple)  # 5 is an int before it is a tuple of one
-    word = {"true": bool, "false": bool, "none": type(None)}.get(text.lower())
-    words = [text.capitalize() if word in members else text]
-    if any(_is_tuple(member) for member in members):
-        words = text.strip("()[] ").replace(",", " ").split()
-    form = dataclasses.make_dataclass("Flag", [("value", functools.reduce(operator.or_, members))])
-    arguments = [f"--value={words[0]}"] if len(words) == 1 else ["--value", *words]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return tyro.cli(form, args=arguments, console_outputs=False, config=MARKERS).value
-    except SystemExit:
-        raise ValueError(f"--{flag}: expected {_describe(annotation)}, got {text!r}") from None
-
-
-def _members(annotation):
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return typing.get_args(annotation)
-    return (annotation,)
-
-
-def _is_tuple(member):
-    return typing.get_origin(member) is tuple
-
-
-def _describe(annotation):
-    return " or ".join(_describe_one(member) for member in sorted(_members(annotation), key=_is_tuple))
-
-
-def _describe_one(member):
-    words = {int: "an integer", float: "a float", str: "text", bool: "True or False", type(None): "None"}
-    if _is_tuple(member):
-        return "integers joined by commas" if int in typing.get_args(member) else "values joined by commas"
-    if typing.get_origin(member) is typing.Literal:
-        return " or ".join(repr(choice) for choice in typing.get_args(member))
-    return words.get(member, getattr(member, "__name__", str(member)))
-
-
-def _replace(value, changes, path="", kind=None):
-    """The config with {path: value} written into it, all changes of one object at once; where there is no
-    object, a new one of class `kind`.
-    """
-    groups = {}
-    for (head, *rest), new in changes.items():
-        groups.setdefault(head, {})[tuple(rest)] = new
-    below = lambda head, held, kind=None: (
-        groups[head][()] if () in groups[head] else _replace(held, groups[head], f"{path}{head}.", kind)
-    )
-    if isinstance(value, tuple):
-        items = {str(index): item for index, item in enumerate(value)}
-        return tuple(below(index, item) if index in groups else item for index, item in items.items())
-    hints = typing.get_type_hints(kind if value is None else type(value))
-    new = {head: below(head, getattr(value, head, None), _structure(hints[head])) for head in groups}
-    where = path.rstrip(".")
-    if value is None:
-        needed = [f.name for f in dataclasses.fields(kind) if f.default is f.default_factory]
-        missing = [name for name in needed if name not in new]
-        if missing:
-            raise ValueError(f"{where}: expected {' and '.join(missing)} too")
-    try:
-        return kind(**new) if value is None else dataclasses.replace(value, **new)
-    except ValueError as error:
-        message = str(error)
-        prefix = "" if message.startswith(where) else f"{where}: "
-        raise ValueError(prefix + message) from None

@@ -22,6 +22,10 @@ from experiments import cli, flags, progress, recall_table, serialize
 from seqmix import catalog
 
 EVERY = 100  # steps between points of the curves
+SLOW = (
+    "no NVIDIA GPU: {cells} cells of {runs} runs each; a cell of the kept table (docs/benchmarks/recall: 9 runs of "
+    "4000 steps) took 5 minutes of an H100, a CPU takes far longer; --mixers, --widths, --rates, --seeds, --steps: less"
+)
 
 
 def main(argv=None):
@@ -43,6 +47,8 @@ def main(argv=None):
     except ValueError as error:
         return cli.refuse(error)
     progress.say(f"{len(cells)} cells, {len(cells) - len(missing)} already done, {args.jobs} at a time")
+    if missing and not visible_gpus():
+        progress.say(SLOW.format(cells=len(missing), runs=len(args.rates) * len(args.seeds)))
     failed = compute(out, args, missing)
     rows = others + [row for cell in cells if (row := read(out, args, *cell))]
     if rows:

@@ -21,9 +21,16 @@ def _with_weights(method):
     @functools.wraps(method)
     def call(self, params, *args, **kwargs):
         self.check_params(params)
+        if method.__name__ in ("prefill", "step"):
+            given = dict(zip(("x", "state"), args, strict=False)) | kwargs
+            self.check_state(given.get("x"), given.get("state"))
         return method(self, params, *args, **kwargs)
 
     return call
+
+
+def _is_axes(node) -> bool:
+    return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +93,10 @@ class Mixer:
         raise ValueError(self.denial("decode"))
 
     def step(self, params, x, state, **inputs):
-        """(y [B, 1, D], state) of one more token a row."""
+        """(y [B, 1, D], state) of one more token a row. Raises ValueError for more: those are for `prefill`."""
+        if is_array(x) and x.ndim == 3 and x.shape[1] != 1:
+            expected = f"shape (B, 1, D={self.d_model}) for a step of {type(self).__name__}"
+            raise ValueError(f"x: expected {expected}, got {tuple(x.shape)}; prefill takes more tokens")
         return self.prefill(params, x, state, **inputs)
 
     def state_axes(self) -> Any:
@@ -167,9 +177,23 @@ class Mixer:
         in NEED_WEIGHTS, as a weight that an option brings would be passed over in silence.
         """
         self._check_width()
-        missing = param.missing(self.params(), params)
-        if missing is not None:
-            raise ValueError(f"params: expected the weights of {type(self).__name__}, found no {missing}")
+        param.check(self.params(), params, type(self).__name__)
+
+    def check_state(self, x, state):
+        """Raises ValueError that names the first entry of the state, by `state_axes`, that is not there or not of x's
+        rows. Called before `prefill` and `step`; a mixer that does not say its axes is trusted.
+        """
+        if not self.decodes or type(self).state_axes is Mixer.state_axes:
+            return
+        rows = x.shape[0] if is_array(x) and x.ndim == 3 else None
+        for path, axes in jax.tree_util.tree_leaves_with_path(self.state_axes(), is_leaf=_is_axes):
+            held, name = param.entry(state, path), "/".join(("state", param.path_name(path))).rstrip("/")
+            expected = f"({', '.join(str(axis) for axis in axes)}) of {type(self).__name__}.init_state"
+            if not is_array(held) or len(held.shape) != len(axes):
+                got = tuple(held.shape) if is_array(held) else "none" if held is None else type(held).__name__
+                raise ValueError(f"{name}: expected an array {expected}, got {got}")
+            if rows is not None and "batch" in axes and held.shape[axes.index("batch")] != rows:
+                raise ValueError(f"{name}: expected {rows} rows, as x has, in {expected}, got {tuple(held.shape)}")
 
     def check_inputs(self, inputs, need=()):
         """Raises ValueError for an input that is not in `takes`, and for one named in `need` that is not there.

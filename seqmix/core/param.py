@@ -77,16 +77,25 @@ def path_name(path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
-def missing(tree, params):
-    """The name of the first declared weight that `params`, nested like the tree, does not hold; None: it has all."""
+def entry(tree, path):
+    """What stands at a key path, or None."""
+    for key in path:
+        try:
+            tree = tree[key.key if hasattr(key, "key") else key.idx]
+        except (KeyError, TypeError, IndexError):
+            return None
+    return tree
+
+
+def check(tree, params, owner: str):
+    """Raises ValueError that names the first declared weight which `params`, nested like the tree, has no array of."""
     for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param):
-        held = params
-        for key in path:
-            try:
-                held = held[key.key]
-            except (KeyError, TypeError, IndexError):
-                return path_name(path)
-    return None
+        held = entry(params, path)
+        if held is None:
+            raise ValueError(f"params: expected the weights of {owner}, found no {path_name(path)}")
+        if is_param(held):
+            got = f"the declaration of {path_name(path)} (param.materialise makes arrays of them)"
+            raise ValueError(f"params: expected the weights of {owner}, got {got}")
 
 
 def materialise(tree, key):

@@ -70,9 +70,15 @@ def _is_floating(name) -> bool:
 
 def weights(model, params):
     """Raises for `params` without one of the weights that the model declares."""
-    missing = param.missing(model.params(), params)
-    if missing is not None:
-        raise ValueError(f"params: expected the weights of {type(model).__name__}, found no {missing}")
+    param.check(model.params(), params, type(model).__name__)
+
+
+def state(model, given):
+    """Raises unless `given` has a state for each mixer of the period; each mixer looks into its own."""
+    layers = given.get("layers") if isinstance(given, dict) else None
+    if not isinstance(layers, tuple | list) or len(layers) != len(model.mixers):
+        got = type(given).__name__ if layers is None else f"layers of {len(layers)}"
+        raise ValueError(f"state: expected what LM.init_state gives, layers of {len(model.mixers)} mixers, got {got}")
 
 
 def tokens(ids, segment_ids=None, positions=None):

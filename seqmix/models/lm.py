@@ -241,6 +241,8 @@ class LM:
         return self._decode(params, tokens, state, lambda m, *args, **kw: m.step(*args, **kw))
 
     def _decode(self, params, tokens, state, advance):
+        checks.state(self, state)
+
         def body(carry, xs):
             (x, shared), (layers, states) = carry, xs
             new = []

@@ -179,6 +179,10 @@ def with_segments(mask, data, segment_ids):
 
 def checked_data(mask, time, keys, data, batch) -> dict:
     """The mask's inputs as arrays [batch or 1, T or S]. Raises ValueError for others."""
+    takes = {} if mask is None else mask.inputs
+    for name in data if isinstance(data, dict) else ():
+        if name not in takes:
+            raise ValueError(f"data: expected {', '.join(takes) or 'nothing'}, which the mask takes, got {name!r}")
     data = {} if mask is None else check_data(mask, time, keys, data, need=True)
     for name, x in data.items():
         if x.ndim != 2 or x.shape[0] not in (1, batch):

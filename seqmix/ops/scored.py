@@ -85,7 +85,7 @@ def visibility(rules, mask, tokens, order, data):
     placed = (mask if mask.inputs else masks.Positions(mask, *PLACES[2:])) & placed
     if order == "runs" and by_rules and rules.causal:  # positions grow with the index: half of the blocks fall away
         placed = masks.Causal() & placed
-    return placed, data | dict(zip(PLACES, tokens, strict=True))
+    return placed, data | {name: x for name, x in zip(PLACES, tokens, strict=True) if name in placed.inputs}
 
 
 def by_rules(rules, q, k, v, sink_logits, tokens, order, implementation):

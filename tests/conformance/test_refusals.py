@@ -70,6 +70,7 @@ def test_a_missing_weight_is_named(case):
     for name in params:
         lacking = {key: value for key, value in params.items() if key != name}
         refuses(f"{word}no {name}", m.forward, lacking, x, **inputs)
+    refuses(f"^params: .* {type(m).__name__}, got the declaration of ", m.forward, m.params(), x, **inputs)
     for none in ({}, None):
         refuses(word, m.forward, none, x, **inputs)
         if m.decodes:
@@ -79,6 +80,17 @@ def test_a_missing_weight_is_named(case):
         if m.linear_in_v:
             refuses(word, m.project, none, x, **inputs)
             refuses(word, m.mixing_matrix, none, x, **inputs)
+
+
+@over(lambda m: m.decodes)
+def test_a_state_of_another_call_is_refused(case):
+    m, params, x = case.mixer, case.params(np.float32), case.x(np.float32)
+    state = case.init_state(params, case.time, np.float32)
+    refuses("^x: expected shape .* step of .* prefill takes more", m.step, params, x, state)
+    for call, tokens in ((m.step, x[:, :1]), (m.prefill, x)):
+        refuses("^state.*: expected an array .*init_state, got none", call, params, tokens, None)
+        refuses("^state.*: expected an array .*init_state, got ", call, params, tokens, {})
+        refuses("^state.*: expected 1 rows, as x has", call, params, tokens[:1], state)
 
 
 @over()

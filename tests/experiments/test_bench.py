@@ -32,6 +32,7 @@ def test_a_mistake_is_one_line_with_exit_code_2(capsys, tmp_path):
             "--only: expected parts of recurrent, which are ssd, simple_gla, retnet, gla, scan, got 'gal'; did you",
         ),
         (["run"], "--suite"),
+        (["run", "--suite=train", "--suite=recurrent"], "--suite: given twice"),
         (["run", "--suite=train", "--only="], "--only: expected words joined by commas, got ''"),
         (["run", "--suite=recurrent", f"--out={__file__}"], "--out: expected a folder that can be written"),
         (["run", "--suite=recurrent", "--compile-only"], "--compile-only: expected --suite=scaling, got recurrent"),

@@ -149,7 +149,9 @@ def test_the_table_keeps_the_cells_that_a_command_does_not_ask_for(tmp_path, mon
         (out / f"{mixer}_{width}.json").write_text(json.dumps(cell))
 
     monkeypatch.setattr(recall, "spawn", spawn)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert recall.main(argv("base_conv")) == 0
+    assert "no NVIDIA GPU: 1 cells of 3 runs each; " in capsys.readouterr().err
     (tmp_path / "base_conv_64.json").unlink()  # recall.json alone is kept in a repository
     assert recall.main(argv("retnet")) == 0
     assert [cell["mixer"] for cell in recall.tabled(tmp_path)] == ["base_conv", "retnet"]
@@ -167,6 +169,7 @@ def test_the_table_keeps_the_cells_that_a_command_does_not_ask_for(tmp_path, mon
         (["--rates=1,abc"], "--rates: invalid list of float value: '1,abc'"),
         (["--rates=-1"], "--rates: expected positive numbers, got -1.0"),
         (["--seeds=-1"], "--seeds: expected integers in [0, 2**31), got -1"),
+        (["--steps=100", "--steps=200"], "--steps: given twice"),
         (["--jobs=0"], "--jobs: expected at least 1, got 0"),
         (["--mixer=gla"], "--mixer: unknown flag, did you mean --mixers?"),
         (["--batch-size=3"], "--batch-size: expected a multiple of 2 (pairs), got 3"),

@@ -213,6 +213,9 @@ def test_a_missing_weight_is_named():
             call(lacking)
         with pytest.raises(ValueError, match="^params: expected the weights of LM, found no embedding/table$"):
             call({})
+    for given, got in (({}, "dict"), (None, "NoneType"), ({"layers": ()}, "layers of 0")):
+        with pytest.raises(ValueError, match=f"^state: expected what LM.init_state gives, .* got {got}$"):
+            model.step(params, tokens[:, :1], given)
 
 
 def test_it_learns():

@@ -207,6 +207,10 @@ def test_flops_are_those_of_the_tiles_that_may_see():
 BAD = {
     "mask: expected a mask, a list of blocks or segment_ids": {},
     "mask: expected a mask of ops.masks, got int": {"mask": 3},
+    "data: expected nothing, which the mask takes, got 'starts'": {
+        "blocks": np.zeros((2, 1), int),
+        "data": {"starts": np.zeros((2, 8), int)},
+    },
     "sizes: expected an integer >= 1": {"sizes": (0, 4)},
     "sizes: expected .queries, keys.": {"sizes": 4},
     "data: expected 'starts'": {"mask": masks.Intervals()},

@@ -23,8 +23,9 @@ def _inputs(time=100, heads=2, key_heads=1):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="not on a CPU")
 def test_without_a_hopper_gpu_kernels_are_refused_with_the_reason():
-    for op, options in ((ops.attention, {}), (ops.block_sparse_attention, {"mask": masks.Causal()})):
-        with pytest.raises(ValueError, match="cannot run 'gpu': needs a Hopper GPU"):
+    masked = {"mask": masks.Causal()}
+    for op, options in ((ops.attention, {}), (ops.attention, masked), (ops.block_sparse_attention, masked)):
+        with pytest.raises(ValueError, match=f"^implementation: {op.__name__} cannot run 'gpu': needs a Hopper GPU"):
             op(*_inputs(), implementation="gpu", **options)
     with pytest.raises(ValueError, match="cannot run 'gpu': has no form for bias"):
         ops.attention(*_inputs(), bias=jnp.zeros((1, 1, 1, 1)), implementation="gpu")

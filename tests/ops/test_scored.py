@@ -172,6 +172,14 @@ BAD = {
     "mask: expected causal, window and sinks left alone": {"mask": masks.Causal(), "window": 3},
     "data: expected a mask that takes it": {"data": {}},
     "data: expected 'starts', of the keys": {"mask": masks.Intervals()},
+    "data: expected starts, ends, which the mask takes, got 'begins'": {
+        "mask": masks.Intervals(),
+        "data": dict.fromkeys(("begins", "starts", "ends"), np.ones((1, 4), int)),
+    },
+    "data: expected nothing, which the mask takes, got 'starts'": {
+        "mask": masks.Causal(),
+        "data": {"starts": np.ones((1, 4), int)},
+    },
     "return_lse: expected softmax or signed": {"normalizer": "sigmoid", "return_lse": True},
     "sink_logits: expected softmax or signed": {"normalizer": "sigmoid", "sink_logits": X[0, 0, :, 0]},
     r"bias: expected shape \(B=1 or 1, H=2 or 1, T=4 or 1, S=4 or 1\), got \(4, 4\)": {"bias": np.ones((4, 4))},
