@@ -6,13 +6,15 @@ Arguments lie as the kernels cut them, heads side by side, so that little but th
 import jax
 import jax.numpy as jnp
 
-from seqmix.ops import block_lists, block_sparse_sizes, masks
+from seqmix.ops import block_lists, masks
 
 BATCH, TIME, WIDTH = 8, 2048, 4096
 SHAPES = {"ssd": (1, 64, 128, 64), "simple_gla": (16, 16, 128, 128), "retnet": (8, 8, 256, 512)}  # Hk, H, K, V
-SPARSE = {  # mask, Hk, H, K and V, soft cap
-    "packed": (masks.Causal() & masks.Segments(), 4, 16, 128, None),
-    "boxed": (masks.Boxed(masks.Neighbourhood((32, 64), (13, 13)), (8, 16)), 8, 8, 64, 30.0),
+PACKED = masks.Causal() & masks.Segments()
+SPARSE = {  # mask, Hk, H, K and V, soft cap, sizes of blocks: a step of two heads each, which compiles in seconds
+    "packed_forward": (PACKED, 1, 2, 128, None, (256, 256)),
+    "packed_backward": (PACKED, 1, 2, 128, None, (256, 256)),
+    "boxed_backward": (masks.Boxed(masks.Neighbourhood((32, 64), (13, 13)), (8, 16)), 2, 2, 64, 30.0, (128, 128)),
 }
 
 
@@ -28,17 +30,15 @@ def cases(tile=None):
 
     found["scan_forward"] = (lambda *args: tpu.forward(*args, tile=tile)), (x, x, state)
     found["scan_backward"] = (lambda *args: tpu.backward(*args, tile=tile)), (x, x, state, x, state)
-    for name in SPARSE:
-        for way in ("forward", "backward"):
-            found[f"{name}_{way}"] = _block_sparse(way, *SPARSE[name], tile)
+    for name, (*given, sizes) in SPARSE.items():
+        found[name] = _block_sparse(name.split("_")[1], *given, tile or sizes)
     return found
 
 
 def _block_sparse(way, mask, key_heads, heads, width, soft_cap, sizes):
-    """Attention under a mask; sizes: of the blocks, None for the kernels' choice."""
+    """Attention under a mask."""
     from pallas_kernels.block_sparse_attention import tpu, tpu_backward
 
-    sizes = sizes or block_sparse_sizes.choose(mask, TIME, TIME)
     lists = block_lists.lists(mask, block_lists.of_mask(mask, sizes, TIME, TIME), sizes, TIME, TIME, {})
     walks = block_lists.forward(lists), block_lists.transposed(lists, TIME // sizes[1])
     options = dict(sizes=sizes, scale=width**-0.5, visible=mask.visible, soft_cap=soft_cap)

@@ -20,7 +20,7 @@ def whole(mask: Mask, sizes: tuple[int, int], time: int, keys: int) -> bool:
 
 
 def bundles(sizes: tuple[int, int]) -> int:
-    """Of the three kernels, for a tile of a head, about as docs/benchmarks/tpu_bundles.json has them for a v5e.
+    """Of the three kernels, for a tile of a head on a v5e, about as `tools.tpu_bundles --tile` counts them.
 
     Of the first term a half is what a grid step takes by itself, which is reckoned.
     """
