@@ -1,6 +1,7 @@
 """Pure functions of arrays, in layout [B, T, H, K]: `from seqmix import ops; ops.linear_attention(...)`."""
 
 from seqmix.ops.block_sparse import block_sparse_attention
+from seqmix.ops.block_weights import block_weights
 from seqmix.ops.conv import short_conv
 from seqmix.ops.delta import delta_rule, diagonal_plus_rank_one
 from seqmix.ops.fft_conv import long_conv
@@ -15,6 +16,7 @@ from seqmix.ops.topk_blocks import topk_block_attention
 __all__ = [
     "attention",
     "block_sparse_attention",
+    "block_weights",
     "delta_rule",
     "diagonal_plus_rank_one",
     "linear_attention",
