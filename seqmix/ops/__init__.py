@@ -1,7 +1,6 @@
 """Pure functions of arrays, in layout [B, T, H, K]: `from seqmix import ops; ops.linear_attention(...)`."""
 
 from seqmix.ops.block_sparse import block_sparse_attention
-from seqmix.ops.block_weights import block_weights
 from seqmix.ops.conv import short_conv
 from seqmix.ops.delta import delta_rule, diagonal_plus_rank_one
 from seqmix.ops.fft_conv import long_conv
@@ -11,6 +10,7 @@ from seqmix.ops.logsumexp import logsumexp_scan
 from seqmix.ops.scan import linear_scan
 from seqmix.ops.selective import selective_scan
 from seqmix.ops.softmax import attention, merge
+from seqmix.ops.summed_weights import block_weights
 from seqmix.ops.topk_blocks import topk_block_attention
 
 __all__ = [

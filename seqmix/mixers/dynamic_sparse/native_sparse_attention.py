@@ -29,8 +29,8 @@ from seqmix.core import packing, param
 from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
-from seqmix.ops.block_weights import block_weights, unsupported
 from seqmix.ops.softmax import attention, attention_flops
+from seqmix.ops.summed_weights import block_weights, unsupported
 from seqmix.parts import cached_attention, chosen_blocks, kv_cache
 from seqmix.parts.chunks import token_places
 from seqmix.parts.qkv import head_params, head_size, out_param, project
@@ -69,7 +69,7 @@ class NativeSparseAttention(Mixer):
     rope: bool = True  # rotate queries and keys by their positions
     rope_base: float = 10000.0  # > 1
     block: int = 512  # queries and keys whose scores exist at once
-    implementation: str | None = None  # of the ops: None, chunked, reference
+    implementation: str | None = None  # of the ops: None, gpu, chunked, reference
 
     def __post_init__(self):
         names = "heads", "size", "count", "local", "compress", "stride", "window", "block", "kv_heads", "head_dim"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from seqmix.ops.block_weights import block_weights
+from seqmix.ops.summed_weights import block_weights
 
 needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
 
