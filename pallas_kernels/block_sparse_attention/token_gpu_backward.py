@@ -276,6 +276,7 @@ class KeyBlock:
             slot = self.slot(unit, n)
             compat.wait(shared["there"].at[slot])
             sums = self.visit(unit, slot, sums)
+            compat.publish()  # the rows' facts have been read: TMA may write there
             compat.arrive(shared["free"].at[slot])
             return sums
 

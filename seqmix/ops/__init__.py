@@ -10,11 +10,13 @@ from seqmix.ops.logsumexp import logsumexp_scan
 from seqmix.ops.scan import linear_scan
 from seqmix.ops.selective import selective_scan
 from seqmix.ops.softmax import attention, merge
+from seqmix.ops.summed_weights import block_weights
 from seqmix.ops.topk_blocks import topk_block_attention
 
 __all__ = [
     "attention",
     "block_sparse_attention",
+    "block_weights",
     "delta_rule",
     "diagonal_plus_rank_one",
     "linear_attention",

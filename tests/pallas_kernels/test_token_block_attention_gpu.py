@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.block_sparse_attention import token_gpu, token_gpu_backward
+from pallas_kernels.block_sparse_attention import token_gpu, token_gpu_backward, weights_gpu
 
 KERNELS = {"token_block_attention_forward": 0, "token_block_attention_dq": 0, "token_block_attention_dkv": 0}
 
@@ -27,6 +27,13 @@ def compiled(spilled, heads=64, width=128, value=128):
 
 def test_kernels_compile_for_an_h100_without_spills(spilled):
     assert compiled(spilled) == KERNELS
+
+
+def test_the_kernel_of_weights_compiles_for_an_h100_without_spills(spilled):
+    array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
+    inputs = array(1, 4096, 64, 128), array(1, 256, 4, 128), array(1, 64, 4096, dtype=jnp.float32)
+    run = lambda *x: weights_gpu.weights(*x, scale=0.1)
+    assert spilled(run, *inputs, array(1, 32, dtype=jnp.int32)) == {"block_weights": 0}
 
 
 @pytest.mark.slow

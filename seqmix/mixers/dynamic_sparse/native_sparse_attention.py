@@ -30,6 +30,7 @@ from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.ops.softmax import attention, attention_flops
+from seqmix.ops.summed_weights import block_weights, unsupported
 from seqmix.parts import cached_attention, chosen_blocks, kv_cache
 from seqmix.parts.chunks import token_places
 from seqmix.parts.qkv import head_params, head_size, out_param, project
@@ -68,7 +69,7 @@ class NativeSparseAttention(Mixer):
     rope: bool = True  # rotate queries and keys by their positions
     rope_base: float = 10000.0  # > 1
     block: int = 512  # queries and keys whose scores exist at once
-    implementation: str | None = None  # of the ops: None, chunked, reference
+    implementation: str | None = None  # of the ops: None, gpu, chunked, reference
 
     def __post_init__(self):
         names = "heads", "size", "count", "local", "compress", "stride", "window", "block", "kv_heads", "head_dim"
@@ -218,22 +219,28 @@ class NativeSparseAttention(Mixer):
         shared = jnp.minimum(each + self.compress // self.stride, low + self.size // self.stride)
         shared = jnp.maximum(shared - jnp.maximum(each, low), 0)  # strides, [B, compressed blocks, blocks]
 
-        def chosen(q, lse, runs, place):
-            grouped = q.reshape(*q.shape[:2], self._kv_heads, -1, q.shape[-1])
-            score = jnp.einsum("btjrk,bnjk->bjrtn", grouped, key, preferred_element_type=lse.dtype)
-            score = self._head_dim**-0.5 * score
+        def weights(q, lse, runs, place, **options):
             seen = (runs[:, :, None] == pools.runs[:, None]) & (self._end(pools)[:, None] <= place[:, :, None])
-            seen = (seen & (runs != 0)[..., None])[:, None, None]
-            lse = jnp.swapaxes(lse, 1, 2).reshape(*score.shape[:-1], 1)
-            weight = jnp.where(seen, jnp.exp(jnp.where(seen, score - lse, 0)), 0).sum(2)
-            score = jnp.einsum("bjtn,bnm->bjtm", weight, shared.astype(lse.dtype))
-            own = place[..., None] // self.size
-            forced = (number[:, None] < self.first) | (number[:, None] > own - self.local)
+            return block_weights(q, key, lse, seen & (runs != 0)[..., None], scale=scale, **options)
+
+        def chosen(weight, runs, place):
+            score = jnp.einsum("btjn,bnm->bjtm", weight, shared.astype(weight.dtype))
+            forced = number[:, None] > place[..., None] // self.size - self.local
+            forced |= number[:, None] < self.first
             seen = chosen_blocks.past(runs, place, block_runs, number, self.size)
             return chosen_blocks.choose(score, seen, self.count - 1, forced)
 
+        def whole(q, lse, runs, place):
+            weight = weights(q, jnp.swapaxes(lse, 1, 2), runs, place, implementation="chunked")
+            return chosen(jnp.swapaxes(weight, 1, 2), runs, place)
+
+        scale = self._head_dim**-0.5
+        if self.implementation == "gpu" and unsupported(q, key, scale) is None:
+            weight = jnp.swapaxes(weights(q, lse, runs, place, implementation="gpu"), 1, 2)
+            most = max(1, SCORES // (weight.shape[2] * key.shape[1]))
+            return chosen_blocks.by_stretches(chosen, most, weight, runs, place)
         most = max(1, SCORES // (q.shape[2] * key.shape[1]))
-        return chosen_blocks.by_stretches(chosen, most, q, jnp.swapaxes(lse, 1, 2), runs, place)
+        return chosen_blocks.by_stretches(whole, most, q, jnp.swapaxes(lse, 1, 2), runs, place)
 
     # Decoding
 
