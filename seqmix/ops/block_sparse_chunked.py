@@ -52,9 +52,9 @@ def gradients(config: Config, q, k, v, slopes, data: dict, walks, sizes, y, lse,
 
     walks: the lists laid end to end, and transposed.
     """
-    by_block = lambda x: _rows(x, k.shape[2], sizes[0])
-    y, dy = by_block(y), by_block(dy)
-    lse, dlse = (by_block(jnp.moveaxis(x, 1, 2)[..., None])[..., 0] for x in (lse, dlse))
+    rows = lambda x: _rows(x, k.shape[2], sizes[0])
+    y, dy = rows(y), rows(dy)
+    lse, dlse = (rows(jnp.moveaxis(x, 1, 2)[..., None])[..., 0] for x in (lse, dlse))
     call = by_block(config, q, k, v, slopes, data, walks, sizes)
     dq, dk, dv, dslopes, *_ = _attend_backward(call[0], (*call[1:], y, lse), (dy, dlse))
     dk, dv = (_tokens(x[..., None, :], k.shape[1]) for x in (dk, dv))
