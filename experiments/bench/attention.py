@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import attention_nsa, attention_peers, errors, timing
+from experiments.bench import attention_moba, attention_nsa, attention_peers, errors, timing
 from experiments.bench.suites import Case
 from seqmix import ops
 from seqmix.ops import masks
@@ -83,7 +83,7 @@ def cases(args):
     return [
         Case("dense" if name in ("causal", "full") else "patterns", f"{name} T={t}", functools.partial(_case, name, t))
         for name, t in made
-    ] + attention_nsa.cases(args)
+    ] + [*attention_moba.cases(args), *attention_nsa.cases(args)]
 
 
 def _call(options, batch):

@@ -103,3 +103,39 @@ def nsa_times(name, length, index):
     found = {"fla parallel_nsa": _timed(lambda q, k, v: parallel_nsa(q, k, v, **options), inputs)}
     torch.cuda.empty_cache()
     return found
+
+
+def chosen_times(table):
+    """Times of flex_attention, causal, where token i of a head sees the blocks of table [B, H, T, n]."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    from experiments.bench import attention_moba as a
+
+    batch, heads, length = table.shape[:3]
+    seen = torch.tensor(table, device="cuda")
+    torch._dynamo.reset()
+    visible = lambda b, h, i, j: (i >= j) & seen[b, h, i, j // a.SIZE]
+    mask = create_block_mask(visible, batch, heads, length, length, device="cuda", _compile=True)
+    draw = lambda: torch.randn(batch, heads, length, a.WIDTH, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    flex = torch.compile(flex_attention)
+    found = _timed(lambda q, k, v: flex(q, k, v, block_mask=mask), [draw() for _ in range(3)])
+    torch.cuda.empty_cache()
+    return found
+
+
+def moba_times(length):
+    """{peer: times} of fla's parallel_moba, its choice included; {} without flash-attn, which it calls."""
+    import torch
+
+    try:
+        import flash_attn  # noqa: F401
+        from fla.ops.moba import parallel_moba
+    except ImportError:
+        return {}
+    from experiments.bench import attention_moba as a
+
+    draw = lambda: torch.randn(1, length, a.HEADS, a.WIDTH, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    ends = torch.tensor([0, length], device="cuda", dtype=torch.int32)
+    run = lambda q, k, v: parallel_moba(q, k, v, ends, length, a.SIZE, a.COUNT)
+    return {"fla parallel_moba": _timed(run, [draw() for _ in range(3)])}

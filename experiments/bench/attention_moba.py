@@ -1,0 +1,120 @@
+"""MoBA (arXiv 2502.13189): each token of each head chooses, beside its own block, those of the best mean key: `moba`.
+
+H16 D128, bfloat16, blocks of 512, 3 of them a token with its own, B rows of T, 32,768 tokens together. Ours from q, k
+and v on, the choice included (`topk_block_attention`). Of the peers, torch's cuDNN is dense causal attention, and
+flex_attention takes a choice and a block mask made beforehand; fla's parallel_moba needs flash-attn and takes B = 1.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.bench import attention_peers, errors, timing
+from experiments.bench.suites import Case
+from seqmix import ops
+from seqmix.ops.topk_blocks import choose_blocks, pooled_scores
+
+LENGTHS = (2048, 4096, 8192, 16384, 32768)
+HEADS, WIDTH, TOKENS, SIZE, COUNT = 16, 128, 32768, 512, 3
+FLEX = (8192, 32768)  # lengths of flex_attention, whose mask takes minutes to make
+NAMES = ("gpu", "chunked")
+CHUNKED = 8192  # longest rows that the chunked form is timed on
+DENSE = "dense, default"
+ERROR_T, ERROR_SIZE = 1024, 128
+SETS = 2
+TIMES = ("fwd_ms", "fwd_bwd_ms")
+
+
+def cases(args):
+    """One length each; where sparse begins to win over dense is between them."""
+    return [Case("moba", f"moba T={length}", functools.partial(_case, length)) for length in LENGTHS]
+
+
+def call(q, k, v, implementation=None, *, size=SIZE, scores=None):
+    """MoBA of q, k and v [B, T, H, K]."""
+    options = {"count": COUNT, "sizes": (1, size), "scores": scores}
+    return ops.topk_block_attention(q, k, v, **options, implementation=implementation)
+
+
+def dense(q, k, v):
+    return ops.attention(q, k, v)
+
+
+def pairs_left(length, size=SIZE):
+    """Pairs of a head."""
+    return sum(t % size + 1 + min(COUNT - 1, t // size) * size for t in range(length))
+
+
+def implementations(run, shapes):
+    """Those by name that take the call here."""
+    found = []
+    for name in NAMES:
+        try:
+            jax.eval_shape(functools.partial(run, implementation=name), *shapes)
+        except ValueError:
+            continue
+        found.append(name)
+    return found
+
+
+def _case(length, args):
+    shape = TOKENS // length, length, HEADS, WIDTH
+    draw = lambda seed: [jax.random.normal(jax.random.key(4 * seed + n), shape, jnp.bfloat16) for n in range(4)]
+    sets, runs = [draw(seed) for seed in range(SETS)], {DENSE: dense}
+    for name in implementations(call, [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3):
+        if name != "chunked" or length <= CHUNKED:
+            runs[name] = functools.partial(call, implementation=name)
+    found = {}
+    for label, run in runs.items():
+        fwd = timing.median_ms(jax.jit(run), [inputs[1:] for inputs in sets])
+        found[label] = {"fwd_ms": fwd, "fwd_bwd_ms": timing.median_ms(jax.jit(timing.with_gradients(run)), sets)}
+    del sets
+    wrong = measured_errors() if length == LENGTHS[0] else {}
+    rivals = peers(shape[0], length) if args.peers else {}
+    best = [min((times[key] for times in rivals.values()), default=None) for key in TIMES]
+    pairs = pairs_left(length)
+    base = {"pattern": "moba", "batch": shape[0], "tokens": length, "density": pairs / length**2}
+    for label, times in (found | rivals).items():
+        row = base | {"implementation": label, **times, **wrong.get(label, {})}
+        if label in NAMES:
+            row["tflops"] = 4 * WIDTH * HEADS * shape[0] * pairs / times["fwd_ms"] / 1e9
+        if label in found and best[0] is not None:
+            row |= {"peer_ratio": best[0] / times["fwd_ms"], "peer_ratio_both": best[1] / times["fwd_bwd_ms"]}
+        yield row
+
+
+def measured_errors(length=ERROR_T, size=ERROR_SIZE, heads=2):
+    """{label: errors to float64} at a short length, of one choice: in float64 a near tie may go the other way."""
+    shape = 1, length, heads, WIDTH
+    cotangent, *inputs = (jax.random.normal(jax.random.key(40 + n), shape, jnp.bfloat16) for n in range(4))
+    run = functools.partial(call, size=size, scores=np.asarray(pooled_scores(*inputs[:2], (1, size))))
+    exact = errors.exact(run, cotangent, inputs)
+    found = {}
+    for label in implementations(run, inputs):
+        both = timing.with_gradients(functools.partial(run, implementation=label))
+        found[label] = errors.compared(jax.jit(both)(cotangent, *inputs), exact, "qkv")
+    return found
+
+
+def chosen(batch, length):
+    """A choice of the peers' form, [B, H, T, n] of truth values, from the means of random keys."""
+    q, k = (jax.random.normal(jax.random.key(n), (batch, length, HEADS, WIDTH), jnp.bfloat16) for n in range(2))
+
+    def table(q, k):
+        index = choose_blocks(pooled_scores(q, k, (1, SIZE)), length, length, count=COUNT, sizes=(1, SIZE))
+        return jnp.any(index[..., None] == jnp.arange(length // SIZE), axis=-2)
+
+    return np.asarray(jax.jit(table)(q, k))
+
+
+def peers(batch, length):
+    """{peer: times}."""
+    found = {"torch cudnn, dense": attention_peers.times("causal", batch, length)["torch cudnn"]}
+    if length in FLEX:
+        table = chosen(batch, length)
+        found["torch flex_attention, same mask"] = attention_peers.chosen_times(table)
+    if batch == 1:
+        found |= attention_peers.moba_times(length)
+    return found
