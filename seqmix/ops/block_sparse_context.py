@@ -115,14 +115,17 @@ def run(lay: Layout, form: str, config: Config, q, k, v, slopes, data, lists, si
 def _travelled(travel, q, k, v, slopes, values, walks):
     """(y in v.dtype, lse) by block, of this device's queries over the keys of all; walks are over those of all too."""
 
-    def work(offset, block):
+    def work(offset, mine, block, found):
+        q, slopes, of_queries, walks = mine
         k, v, of_keys = block
-        walk, first = _at(travel, offset, walks, q.shape[2], k.shape[2])
-        values_here = {"queries": values["queries"], "keys": of_keys}
-        call = travel.config, q, k, v, slopes, values_here, walk[0], first, _acc(q, k, v)
-        return _unless_empty(walk, lambda: part(*call), (0, -jnp.inf))
+        here, first = _at(travel, offset, walks, q.shape[2], k.shape[2])
+        values = {"queries": of_queries, "keys": of_keys}
+        call = travel.config, q, k, v, slopes, values, here[0], first, _acc(q, k, v)
+        if found is None:
+            return part(*call)
+        return jax.lax.cond(jnp.any(here[0].count > 0), lambda f: joined(f, part(*call)), lambda f: f, found)
 
-    y, lse = _visited(travel, (k, v, values["keys"]), work, joined)
+    y, lse = _visited(travel, (q, slopes, values["queries"], walks), (k, v, values["keys"]), work)
     return y.astype(v.dtype), lse
 
 
@@ -130,14 +133,14 @@ def _acc(*arrays):
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
-def _visited(travel, own, work, join):
-    """work(0, own), joined with work(offset, block) of each block that comes."""
-    found, block = work(0, own), _sent(travel, own, travel.hops[0][1]) if travel.hops else None
+def _visited(travel, mine, own, work):
+    """work(offset, mine, block, what was found before) of this device's own block, and of each that comes."""
+    found, block = work(0, mine, own, None), _sent(travel, own, travel.hops[0][1]) if travel.hops else None
     for (offset, _), (_, pairs) in zip(travel.hops, (*travel.hops[1:], (0, ()))):
         # The next block is sent while this one is worked on, not before: else all stretches might be held at once.
-        later, found = jax.lax.optimization_barrier((own, found))
-        coming = _sent(travel, later, pairs) if pairs else None
-        found, block = join(found, work(offset, block)), coming
+        own, mine, found = jax.lax.optimization_barrier((own, mine, found))
+        coming = _sent(travel, own, pairs) if pairs else None
+        found, block = work(offset, mine, block, found), coming
     return found
 
 
@@ -178,17 +181,20 @@ def _backward(travel, saved, cotangents):
     sums, acc, pairs = row_sums(y, lse, *cotangents), lse.dtype, dict(travel.hops)
     (k, v), sums = jax.lax.optimization_barrier(((k, v), sums))  # else the first keys to come were kept since then
 
-    def work(offset, block):
+    def work(offset, mine, block, found):
+        q, slopes, of_queries, walks, sums = mine
         k, v, of_keys = block
         here, first = _at(travel, offset, walks, q.shape[2], k.shape[2])
-        values_here = {"queries": values["queries"], "keys": of_keys}
-        call = travel.config, q, k, v, slopes, values_here, here, first, sums, (acc,) * 3
+        values = {"queries": of_queries, "keys": of_keys}
+        call = travel.config, q, k, v, slopes, values, here, first, sums, (acc,) * 3
         dq, *of_block, dslopes = _unless_empty(here, lambda: part_gradients(*call), (0, 0, 0, 0))
         if offset:
             of_block = _sent(travel, of_block, [pair[::-1] for pair in pairs[offset]])
-        return dq, *of_block, dslopes
+        new = dq, *of_block, dslopes
+        return new if found is None else jax.tree.map(jnp.add, found, new)
 
-    *grads, dslopes = _visited(travel, (k, v, values["keys"]), work, partial(jax.tree.map, jnp.add))
+    mine, own = (q, slopes, values["queries"], walks, sums), (k, v, values["keys"])
+    *grads, dslopes = _visited(travel, mine, own, work)
     return *(d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True)), dslopes, None, None
 
 
