@@ -11,6 +11,7 @@ import pytest
 from experiments.bench import __main__ as bench
 from experiments.bench import (
     attention,
+    attention_moba,
     checks,
     decode,
     errors,
@@ -89,6 +90,12 @@ def test_patterns_and_their_masks_are_the_same(monkeypatch):
         v = jnp.eye(length)[None, :, None]  # outputs are the weights
         weights = np.asarray(call(k, k, v))[0, :, 0]
         assert np.array_equal(weights > 0, mask.dense(length)), name
+
+
+def test_the_pairs_of_moba_are_those_that_its_tokens_see():
+    q, k = (jax.random.normal(jax.random.key(n), (1, 60, 1, 4)) for n in range(2))
+    weights = attention_moba.call(q, k, jnp.eye(60)[None, :, None], "reference", size=8)
+    assert (weights > 0).sum() == attention_moba.pairs_left(60, 8)
 
 
 def test_compared_names_the_worst_gradient():
