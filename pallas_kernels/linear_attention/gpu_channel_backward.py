@@ -7,12 +7,15 @@ scores, and k' = k 2^(G_last - G):
     dq = scale 2^G (dy S^T) + sum over levels ;   dk = 2^(G_last - G) (v D^T) + sum over levels
     dv = A^T dy + k' D
 
-At a level, X holds decayed queries (of later rows) and keys (of earlier ones), and W is P + P^T where blocks meet:
-W X is what dq takes in a later row and dk in an earlier one, but for the factor that the row of X has of q or k.
+In a mild chunk (see `gpu_channel`) the sums over levels are 2^(G - M) (P k~) and 2^(M - G) (P^T q~), with q~ and k~ the
+queries and keys decayed to the chunk's middle. Elsewhere, at a level, X holds decayed queries (of later rows) and keys
+(of earlier ones), and W is P + P^T where blocks meet: W X is what dq takes in a later row and dk in an earlier one, but
+for the factor that the row of X has of q or k.
 
 The gradient of log_decay_t is, for each channel, the sum of all that crosses t: pairs i >= t > j of the chunk, reads of
-S by tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through it. Pairs are summed as X * (W X) of
-later rows less that of earlier ones, from t on: what does not cross t is the same product twice and cancels.
+S by tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through it. Pairs are summed from t on as
+q~ (P k~) less k~ (P^T q~), or X * (W X) of later rows less that of earlier ones: what does not cross t is the same
+product twice and cancels.
 """
 
 import jax
@@ -26,10 +29,10 @@ from pallas_kernels.linear_attention import plan as planning
 from pallas_kernels.linear_attention.gpu_channel import (
     COLUMNS,
     LEVELS,
-    STORED,
     Joins,
     Lanes,
     Runs,
+    Sums,
     channel_decays,
     exponents,
     log2_decays,
@@ -37,9 +40,7 @@ from pallas_kernels.linear_attention.gpu_channel import (
     read,
     specs_of,
     split_parts,
-    stretches,
     walk_states,
-    write_whole,
 )
 from pallas_kernels.linear_attention.plan import CHUNK
 
@@ -84,13 +85,15 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
     """dq, dk [slices, B, T, H * K], dv [B, T, H * V] and the decays' gradient [slices, B, T, H * K], float32."""
     plan, units, halves, count = lanes.plan, lanes.units, lanes.halves, lanes.warpgroups
     given = {"decays": decays, "segments": segments, "q": gpu.flat(q), "k": gpu.flat(k), "v": gpu.flat(v)}
-    given |= {"dy": gpu.flat(dy), "states": states, "gradients": gradients, "stretches": stretches()}
+    given |= {"dy": gpu.flat(dy)} | {
+        n: x.reshape(-1, *x.shape[3:]) for n, x in (("states", states), ("gradients", gradients))
+    }
     names = [name for name, x in given.items() if x is not None]
     width = COLUMNS * units
 
     def body(*args):
         refs, rest = dict.fromkeys(given) | dict(zip(names, args)), args[len(names) :]
-        outs, buffers, (whole, made, joined, landed, ready, done, *spare) = rest[:4], rest[4:8], rest[8:]
+        outs, buffers, (ready, done, *spare) = rest[:4], rest[4:8], rest[8:]
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
         warpgroup = compat.warpgroup(count)
         unit, half = jnp.minimum(warpgroup, units - 1), jnp.minimum(warpgroup, halves - 1)
@@ -98,127 +101,133 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
         mine, channels = pl.ds(unit * COLUMNS, COLUMNS), pl.ds(half * COLUMNS, COLUMNS)
         at = lambda i: split * plan.steps + i
 
-        def joins_at(start, level):
+        def joins_at(start, level=0):
             return Joins(start, spare[0].at[warpgroup] if spare else None, level)
 
         def operand(value):
             return compat.as_operand(value, spare[1].at[warpgroup] if spare else None)
 
-        def crossed(start, runs, v_tile, dy_tile):
-            """P + P^T but for its diagonal, and the diagonal of P: [64, 64] bfloat16 and [64]."""
-            below = compat.matmul((dy_tile, compat.transposed(v_tile)))
-            above = compat.matmul((v_tile, compat.transposed(dy_tile)))
-            joins = joins_at(start, 0)
-            both = runs.pairs(jnp.where(joins.row > joins.column, below, above) * scale)
-            return both, jnp.sum(jnp.where(joins.row == joins.column, both, 0.0), axis=1)
+        def mild(start, runs, sums, parts, tile, weights, tiles):
+            """The gradients of a mild chunk's channels."""
+            decays, q, k, v_tile, dy_tile, *_ = tiles
+            readers = parts.at[pl.ds(0, CHUNK)]
 
-        def join(level, carry, start, tiles, weights, exponent):
-            """One level: adds to the scores, dq, dk, and what the level adds to the decays' gradients, per row."""
-            scores, dq, dk = carry
-            q, k, tile = tiles
-            joins = joins_at(start, level)
-            later, joined = joins.later(level), joins.joined(level)
-            factor = jnp.exp2(exponent(joins))
-            tile[...] = (jnp.where(later, read(q), read(k)) * factor).astype(jnp.bfloat16)
+            def causal(found):
+                joins = joins_at(start)
+                return (runs.pairs(jnp.where(joins.row >= joins.column, found, 0.0)) * scale).astype(jnp.bfloat16)
+
+            weights[...] = causal(compat.matmul((dy_tile, compat.transposed(v_tile))))
+            exponent = exponents(joins_at(start).middle(), parts)
+            readers[...] = (read(q) * jnp.exp2(exponent)).astype(jnp.bfloat16)
+            tile[...] = (read(k) * jnp.exp2(-exponent)).astype(jnp.bfloat16)
             compat.publish()
-            scores = jnp.where(joined, compat.matmul((tile, compat.transposed(tile))), scores)
-            change = compat.matmul((operand(jnp.where(joined, read(weights), 0.0)), tile))
-            crossing = read(tile) * change
-            change = change * factor
-            one = jnp.where(later, 1.0, 0.0)  # by row: a multiply-add is cheaper than a choice
-            return (scores, dq + change * one, dk + change * (1 - one)), crossing * (2 * one - 1)
+            dq = compat.matmul((weights, tile))
+            decays[...] = read(readers) * dq
+            finish_q(runs, tiles, dq * jnp.exp2(exponent), lambda: sums.entering(jnp.exp2(exponent)))
+            dk = compat.matmul((compat.transposed(weights), readers))
+            decays[...] = compat.load_tile(decays) - read(tile) * dk
+            weights[...] = causal(compat.matmul((readers, compat.transposed(tile))))
+            dk = dk * jnp.exp2(-exponent)
+            finish_k(runs, parts, tile, tiles, dk, lambda: sums.leaving(jnp.exp2(-exponent)))
 
-        def inner(start, runs, decays, q, k, parts, tile, weights, stored, v_tile, dy_tile):
-            """Within the chunk: scores, dq and dk; `decays` becomes what pairs add to their gradients, per row."""
-            both, own = crossed(start, runs, v_tile, dy_tile)
-            weights[...] = both.astype(jnp.bfloat16)
-            tiles = (q, k, tile)
-            zeros = compat.zeros((CHUNK, CHUNK))
-            dq = read(k) * compat.spread_rows(own, zeros.shape)
-            dk = read(q) * compat.spread_rows(own, zeros.shape)
-            decays[...] = zeros
+        def strong(start, runs, sums, parts, tile, weights, tiles):
+            """The gradients of any chunk's channels."""
+            decays, q, k, v_tile, dy_tile, *_ = tiles
+            joins = joins_at(start)
+            same = compat.spread_rows(jnp.sum(read(q) * read(k), axis=1), (CHUNK, CHUNK))
+            weights[...] = jnp.where(joins.row == joins.column, same, 0.0).astype(jnp.bfloat16)
+            columns = [pl.ds(part * COLUMNS, COLUMNS) for part in range(units)]
+            own = sum(jnp.sum(read(dy_tile.at[:, part]) * read(v_tile.at[:, part]), axis=1) for part in columns)
+            own = runs.real(compat.spread_rows(own * scale, (CHUNK, CHUNK)))
+            decays[...] = compat.zeros((CHUNK, CHUNK))
 
-            def step(level, carry, stretch):
-                carry, pairs = join(level, carry, start, tiles, weights, lambda joins: exponents(stretch(joins), parts))
-                decays[...] = compat.load_tile(decays) + pairs
-                return carry
-
-            made_here = lambda i, carry: step(i * (LEVELS - 1), carry, lambda joins: joins.stretch(i * (LEVELS - 1)))
-            fetched = lambda level, carry: step(level, carry, lambda _: stored.at[level - STORED[0]])
-            carry = lax.fori_loop(0, 2, made_here, (zeros, dq, dk))
-            compat.wait(made)
-            scores, dq, dk = lax.fori_loop(STORED[0], STORED[-1] + 1, fetched, carry)
-            joins = joins_at(start, 0)
-            scores = jnp.where(joins.row > joins.column, scores, 0.0)
-            same = jnp.sum(read(q) * read(k), axis=1)
-            scores = jnp.where(joins.row == joins.column, compat.spread_rows(same, scores.shape), scores)
-            return runs.pairs(scores) * scale, dq, dk
-
-        def prepare(start, runs, parts, tile, weights, late, tiles):
-            """All that needs only this warpgroup's channels; scores go to `parts`, decayed keys to `tile`."""
-            decay_tile, q_tile, k_tile, v_tile, dy_tile, state_tile = tiles
-            decays, q, k = (x.at[:, channels] for x in (decay_tile, q_tile, k_tile))
-            state = state_tile.at[channels]
-            compat.wait(done)
-            split_parts(log2_decays(decays), parts)
-            pl.when(warpgroup == 0)(lambda: compat.fetch(refs["stretches"], late.at[pl.ds(0, len(STORED))], made))
-            write_whole(parts, tile, whole.at[channels], runs)
-            scores, dq, dk = inner(start, runs, decays, q, k, parts, tile, weights, late, v_tile, dy_tile)
-            compat.arrive(joined)
-            compat.wait(joined)
-            pl.when(warpgroup == 0)(lambda: fetch_gradients(lax.div(start, CHUNK), late))
-            # Reads of the state, and writes that outlive the chunk.
-            into = runs.entering(jnp.exp2(exponents(joins_at(start, 0).before(), parts))) * scale
-            reads = into * compat.matmul((dy_tile, compat.transposed(state)))
-            decays[...] = compat.load_tile(decays) + reads * read(q)
-            dq = dq + reads
-            out = runs.leaving(jnp.exp2(exponents(joins_at(start, 0).after(), parts)))
-            tile[...] = (read(k) * out).astype(jnp.bfloat16)
-            compat.wait(landed)
-            by_unit = [(late.at[half * units + part], pl.ds(part * COLUMNS, COLUMNS)) for part in range(units)]
-            writes = out * compat.matmul(*[(v_tile.at[:, part], compat.transposed(block)) for block, part in by_unit])
-            dk = dk + writes
-            parts[pl.ds(0, CHUNK)] = scores.astype(jnp.bfloat16)
-            written = (writes * read(k)).astype(jnp.bfloat16)
-            kept = sum(jnp.sum(read(state.at[:, part]) * read(block), axis=1) for block, part in by_unit)
-            whole[channels] = kept * compat.load_rows(whole.at[channels])
-            q[...] = dq.astype(jnp.bfloat16)
-            k[...] = dk.astype(jnp.bfloat16)
-            free = parts.at[pl.ds(CHUNK, CHUNK)]
-            free[...] = written
-            compat.publish()
-            write_decays(start, runs, decays, free, state.at[:, pl.ds(0, COLUMNS)])
-
-        def fetch_gradients(now, late):
-            """Starts to fetch the state's gradient after the chunk, by blocks of 64 channels and value columns."""
-            for part in range(halves * units):
-                rows = pl.ds(part // units * COLUMNS, COLUMNS)
-                columns = pl.ds(piece * width + part % units * COLUMNS, COLUMNS)
-                compat.fetch(refs["gradients"].at[row, now, head, rows, columns], late.at[part], landed)
-
-        def write_decays(start, runs, decays, written, free):
-            """`decays` becomes their gradients, from what rows add to them."""
-            total = compat.matmul((joins_at(start, 0).strictly_before(), written))
-            rows = compat.load_tile(decays)
-            high = rows.astype(jnp.bfloat16)
-            for part in (high, (rows - high.astype(jnp.float32)).astype(jnp.bfloat16)):
-                free[...] = part
+            def join(level, carry):
+                """Adds what pairs of a level are to the scores, to dq and dk, and per row to the decays' gradients."""
+                dq, dk = carry
+                joins = joins_at(start, level)  # one: the time that layouts are searched for grows with each
+                below = compat.matmul((dy_tile, compat.transposed(v_tile)))
+                above = compat.matmul((v_tile, compat.transposed(dy_tile)))
+                both = runs.pairs(jnp.where(joins.later(level), below, above) * scale)
+                both = operand(jnp.where(joins.joined(level), both, 0.0))
+                factor = jnp.exp2(exponents(joins.stretch(level), parts))
+                later = joins.later(level)
+                tile[...] = (jnp.where(later, read(q), read(k)) * factor).astype(jnp.bfloat16)
                 compat.publish()
-                total = compat.matmul((joins_at(start, 0).from_on(), free), start=total)
-            total = total + compat.spread_columns(compat.load_columns(whole.at[channels]), total.shape)
+                change = compat.matmul((both, tile))
+                one = jnp.where(later, 1.0, 0.0)  # by row: a multiply-add is cheaper than a choice
+                decays[...] = compat.load_tile(decays) + read(tile) * change * (2 * one - 1)
+                change = change * factor
+                met = compat.matmul((tile, compat.transposed(tile))).astype(jnp.bfloat16)
+                weights[...] = jnp.where(joins.joined(level), met, compat.load_tile(weights))
+                return dq + change * one, dk + change * (1 - one)
+
+            dq, dk = lax.fori_loop(0, LEVELS, join, (read(k) * own, read(q) * own))
+            joins = joins_at(start)
+            found = jnp.where(joins.row >= joins.column, read(weights), 0.0)
+            weights[...] = (runs.pairs(found) * scale).astype(jnp.bfloat16)
+            finish_q(runs, tiles, dq, lambda: jnp.exp2(exponents(joins_at(start).before(), parts)))
+            finish_k(runs, parts, tile, tiles, dk, lambda: jnp.exp2(exponents(joins_at(start).after(), parts)))
+
+        def finish_q(runs, tiles, dq, into):
+            """Adds reads of the state to dq, which becomes `q`, and to the decays' gradients."""
+            decays, q, _, _, dy_tile, state, _ = tiles
+            reads = compat.matmul((dy_tile, compat.transposed(state)))
+            reads = reads * (runs.entering(into()) * scale)
+            decays[...] = compat.load_tile(decays) + reads * read(q)
+            q[...] = (dq + reads).astype(jnp.bfloat16)
+
+        def finish_k(runs, parts, tile, tiles, dk, out):
+            """Adds to dk, which becomes `k`, writes that outlive the chunk; theirs to the decays' go to `parts`."""
+            _, _, k, v_tile, _, _, gradient = tiles
+            after = runs.leaving(out())
+            tile[...] = (read(k) * after).astype(jnp.bfloat16)
+            writes = after * compat.matmul((v_tile, compat.transposed(gradient)))
+            parts[pl.ds(CHUNK, CHUNK)] = (writes * read(k)).astype(jnp.bfloat16)
+            k[...] = (dk + writes).astype(jnp.bfloat16)
+
+        def finish(start, runs, sums, parts, tiles):
+            """The decays' gradients, from what rows add to them."""
+            decays, *_, state, gradient = tiles
+            by_unit = [pl.ds(part * COLUMNS, COLUMNS) for part in range(units)]
+            kept = sum(jnp.sum(read(state.at[:, part]) * read(gradient.at[:, part]), axis=1) for part in by_unit)
+            kept = kept * sums.kept(runs)
+            sums.first[...] = kept
+            high, low = parts.at[pl.ds(0, CHUNK)], state.at[:, by_unit[0]]
+            rows = compat.load_tile(decays)
+            rounded = rows.astype(jnp.bfloat16)
+            high[...] = rounded
+            low[...] = (rows - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
+            compat.publish()
+            total = compat.matmul((joins_at(start).strictly_before(), parts.at[pl.ds(CHUNK, CHUNK)]))
+            from_on = joins_at(start).from_on()
+            total = compat.matmul((from_on, high), (from_on, low), start=total)
+            total = total + compat.spread_columns(compat.load_columns(sums.first), total.shape)
             decays[...] = runs.real(total)
             compat.publish()
 
         def chunk(indices, decay_tile, *tiles):
-            *seg, q_tile, k_tile, v_tile, dy_tile, state_tile = tiles
+            *seg, q_tile, k_tile, v_tile, dy_tile, state_tile, gradient_tile = tiles
             runs, now = Runs(*(seg or [None])), at(indices[0])
             start = now * CHUNK
-            parts, own_tiles, weights, late = (compat.unhoisted(buffer, start) for buffer in buffers)
-            every = (decay_tile, q_tile, k_tile, v_tile, dy_tile, state_tile)
+            here = lambda *refs: (compat.unhoisted(ref, now) for ref in refs)
+            parts, own_tiles, weights, vectors = here(*buffers)
+            decay_tile, q_tile, k_tile, v_tile = here(decay_tile, q_tile, k_tile, v_tile)
+            dy_tile, state_tile, gradient_tile = here(dy_tile, state_tile, gradient_tile)
             tokens = pl.ds(start, CHUNK)
 
-            prepared = lambda: prepare(start, runs, parts.at[half], own_tiles.at[half], weights.at[half], late, every)
-            only_first(halves, warpgroup, prepared, lambda: compat.wait(done))
+            def prepare():
+                by_channel = [x.at[:, channels] for x in (decay_tile, q_tile, k_tile)]
+                every = (*by_channel, v_tile, dy_tile, state_tile.at[channels], gradient_tile.at[channels])
+                sums, own = Sums(vectors, channels), (parts.at[half], own_tiles.at[half])
+                compat.wait(done)
+                split_parts(log2_decays(every[0]), own[0])
+                is_mild = sums.write(*own, joins_at(start))
+                work = (start, runs, sums, *own, weights.at[half], every)
+                pl.when(is_mild)(lambda: mild(*work))
+                pl.when(jnp.logical_not(is_mild))(lambda: strong(*work))
+                finish(start, runs, sums, own[0], every)
+
+            only_first(halves, warpgroup, prepare, lambda: compat.wait(done))
             compat.arrive(ready)
             compat.wait(ready)
             place = pl.ds(head * plan.key, plan.key)
@@ -227,9 +236,8 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
 
             def values():
                 dy_mine = dy_tile.at[:, mine]
-                pairs = [(compat.transposed(parts.at[i, pl.ds(0, CHUNK)]), dy_mine) for i in range(halves)]
-                for i in range(halves):
-                    pairs.append((own_tiles.at[i], late.at[i * units + unit]))
+                pairs = [(compat.transposed(weights.at[i]), dy_mine) for i in range(halves)]
+                pairs += [(own_tiles.at[i], gradient_tile.at[pl.ds(i * COLUMNS, COLUMNS), mine]) for i in range(halves)]
                 staged = parts.at[warpgroup, pl.ds(CHUNK, CHUNK)]
                 staged[...] = compat.matmul(*pairs).astype(jnp.bfloat16)
                 compat.publish()
@@ -247,11 +255,14 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
             compat.stores_done()
 
         tiles = [(plan.key, lanes.key_head(block))] * 2 + [(width, block)] * 2
-        specs = specs_of(lanes, block, row, segments, at, *tiles)
-        specs.append(compat.tile_spec((None, None, None, plan.key, width), lambda i: (row, at(i), head, 0, piece)))
+        specs = specs_of(lanes, block, row, segments, at, *tiles, rows=1)
+        state_at = lambda i: ((row * plan.chunks + at(i)) * plan.heads + head, 0, piece)
+        specs += [compat.tile_spec((1, plan.key, width), state_at)] * 2
         loop = lambda *args: chunk(*args[:-1])
-        run = compat.pipeline(loop, steps=plan.steps, specs=specs, stages=1, warpgroups=count, around=around)
-        run(*[refs[name] for name in names if name not in ("gradients", "stretches")])
+        run = compat.pipeline(
+            loop, steps=plan.steps, specs=specs, stages=1, warpgroups=count, around=around, fetching=40
+        )
+        run(*[refs[name] for name in names])
 
     keys = (lanes.slices, plan.batch, q.shape[1], plan.heads * plan.key)
     out = [
@@ -264,11 +275,7 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
         compat.tile(1, count, 2 * CHUNK, COLUMNS),
         compat.tile(1, halves, CHUNK, CHUNK),
         compat.tile(1, halves, CHUNK, CHUNK),
-        compat.tile(1, max(len(STORED), halves * units), CHUNK, CHUNK),
-        compat.vector(plan.key),
-        compat.barrier(1),
-        compat.barrier(halves),
-        compat.barrier(halves * units),
+        compat.vector(1, 2, plan.key),
         compat.barrier(count),
         compat.barrier(count),
     ]
