@@ -7,14 +7,15 @@ of 64 tokens, with G the decays in log2 cumulated in it:
 
     y = (q 2^G) S + A v ;   S = 2^(G_last) S + (k 2^(G_last - G))^T v ;   A_ij = sum_c q_ic k_jc 2^(G_ic - G_jc), j <= i
 
-Where no channel's decays add up to less than 2^MILD in either half of a chunk, as trained gates hardly ever do,
-A = (q 2^(G - M)) (k 2^(M - G))^T with M the sum at the chunk's middle: no factor overflows, and what does so above the
-diagonal is masked. Elsewhere, whatever the decays, blocks of 1, 2, ... 32 tokens are joined two by two: between the
-later block's rows and the earlier one's lies their boundary; later rows are q times what is left of the boundary there,
-earlier ones k times what is left of them at the boundary. Both are rows of one tile X, and X X^T is A wherever a row
-meets a row of its neighbour block. A warpgroup chooses for each chunk, from sums that it needs anyway. The exponents
-are sums of decays: products of a matrix of 1, 0 and -1 with the decays, each split into two bfloat16 parts (a relative
-error of 2^-17), in float32. The warpgroups share the work by channels, 64 each, then by value columns.
+Where no channel's decays add up to less than MILD in either half of a chunk, as trained gates hardly ever do,
+A = (q 2^(G - M)) (k 2^(M - G))^T with M the sum at the chunk's middle: no factor overflows, and the products of two
+such factors, above the diagonal, are masked. Elsewhere, whatever the decays, blocks of 1, 2, ... 32 tokens are joined
+two by two: between the later block's rows and the earlier one's lies their boundary; later rows are q times what is
+left of the boundary there, earlier ones k times what is left of them at the boundary. Both are rows of one tile X, and
+X X^T is A wherever a row meets a row of its neighbour block. A warpgroup chooses for each chunk, from sums that it
+needs anyway. The exponents are sums of decays: products of a matrix of 1, 0 and -1 with the decays, each split into two
+bfloat16 parts (a relative error of 2^-17), in float32. The warpgroups share the work by channels, 64 each, then by
+value columns.
 
 The state stays in registers as float32. The algorithm is that of GLA (arXiv 2312.06635) with another way through A.
 """
@@ -34,7 +35,7 @@ from pallas_kernels.linear_attention.plan import CHUNK, COLUMNS, LEAST_LOG2, LOG
 STAGES = 2
 HALF = CHUNK // 2
 LEVELS = CHUNK.bit_length() - 1  # blocks of 2^level tokens are joined two by two
-MILD = -96.0  # log2: factors to 2^96 leave float32 and bfloat16 room for q and k
+MILD = -60.0  # log2, 1.3 a token in natural logarithms: two factors of 2^60 leave float32 room for q and k
 
 
 def supports(
@@ -101,8 +102,8 @@ class Joins:
         # Adds 0, which the compiler cannot know, so that it keeps no masks in registers from one chunk or level on.
         # Places of rows and columns by themselves are 18 registers; those of a tile were twice as many.
         shape = (CHUNK, CHUNK)
-        self.row = compat.spread_rows(compat.row_places(CHUNK) + jnp.minimum(start + level, 0), shape)
-        self.column = compat.spread_columns(compat.column_places(CHUNK), shape)
+        self.row = compat.laid(compat.spread_rows(compat.row_places(CHUNK) + jnp.minimum(start + level, 0), shape))
+        self.column = compat.laid(compat.spread_columns(compat.column_places(CHUNK), shape))
 
     def later(self, level):
         """Rows in the later of two blocks of 2^level tokens."""

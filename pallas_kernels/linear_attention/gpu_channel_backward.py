@@ -18,6 +18,9 @@ q~ (P k~) less k~ (P^T q~), or X * (W X) of later rows less that of earlier ones
 product twice and cancels.
 """
 
+import typing
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -81,6 +84,24 @@ def backward(
     return dq, dk, dv.reshape(v.shape)[:, :time].reshape(value_shape), dlog, first, None
 
 
+class Tiles(typing.NamedTuple):
+    """What a warpgroup works on in shared memory: its channels of the inputs, all of v and dy, and space of its own.
+
+    parts: the decays' two parts; free: for keys and queries; weights: for P and then the scores.
+    """
+
+    decays: Any
+    q: Any
+    k: Any
+    v: Any
+    dy: Any
+    state: Any
+    gradient: Any
+    parts: Any
+    free: Any
+    weights: Any
+
+
 def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scale):
     """dq, dk [slices, B, T, H * K], dv [B, T, H * V] and the decays' gradient [slices, B, T, H * K], float32."""
     plan, units, halves, count = lanes.plan, lanes.units, lanes.halves, lanes.warpgroups
@@ -107,87 +128,91 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
         def operand(value):
             return compat.as_operand(value, spare[1].at[warpgroup] if spare else None)
 
-        def mild(start, runs, sums, parts, tile, weights, tiles):
+        def mild(start, runs, sums, tiles):
             """The gradients of a mild chunk's channels."""
-            decays, q, k, v_tile, dy_tile, *_ = tiles
-            readers = parts.at[pl.ds(0, CHUNK)]
+            readers = tiles.parts.at[pl.ds(0, CHUNK)]
 
             def causal(found):
                 joins = joins_at(start)
                 return (runs.pairs(jnp.where(joins.row >= joins.column, found, 0.0)) * scale).astype(jnp.bfloat16)
 
-            weights[...] = causal(compat.matmul((dy_tile, compat.transposed(v_tile))))
-            exponent = exponents(joins_at(start).middle(), parts)
-            readers[...] = (read(q) * jnp.exp2(exponent)).astype(jnp.bfloat16)
-            tile[...] = (read(k) * jnp.exp2(-exponent)).astype(jnp.bfloat16)
+            tiles.weights[...] = causal(compat.matmul((tiles.dy, compat.transposed(tiles.v))))
+            exponent = exponents(joins_at(start).middle(), tiles.parts)
+            readers[...] = (read(tiles.q) * jnp.exp2(exponent)).astype(jnp.bfloat16)
+            tiles.free[...] = (read(tiles.k) * jnp.exp2(-exponent)).astype(jnp.bfloat16)
             compat.publish()
-            dq = compat.matmul((weights, tile))
-            decays[...] = read(readers) * dq
-            finish_q(runs, tiles, dq * jnp.exp2(exponent), lambda: sums.entering(jnp.exp2(exponent)))
-            dk = compat.matmul((compat.transposed(weights), readers))
-            decays[...] = compat.load_tile(decays) - read(tile) * dk
-            weights[...] = causal(compat.matmul((readers, compat.transposed(tile))))
-            dk = dk * jnp.exp2(-exponent)
-            finish_k(runs, parts, tile, tiles, dk, lambda: sums.leaving(jnp.exp2(-exponent)))
+            dq = compat.matmul((tiles.weights, tiles.free))
+            tiles.decays[...] = read(readers) * dq
+            reads = state_reads(runs, tiles, lambda: sums.entering(jnp.exp2(exponent)))
+            tiles.q[...] = (dq * jnp.exp2(exponent) + reads).astype(jnp.bfloat16)
+            dk = compat.matmul((compat.transposed(tiles.weights), readers))
+            tiles.decays[...] = compat.load_tile(tiles.decays) - read(tiles.free) * dk
+            tiles.weights[...] = causal(compat.matmul((readers, compat.transposed(tiles.free))))
+            finish_k(runs, tiles, dk * jnp.exp2(-exponent), lambda: sums.leaving(jnp.exp2(-exponent)))
 
-        def strong(start, runs, sums, parts, tile, weights, tiles):
-            """The gradients of any chunk's channels."""
-            decays, q, k, v_tile, dy_tile, *_ = tiles
-            joins = joins_at(start)
-            same = compat.spread_rows(jnp.sum(read(q) * read(k), axis=1), (CHUNK, CHUNK))
-            weights[...] = jnp.where(joins.row == joins.column, same, 0.0).astype(jnp.bfloat16)
-            columns = [pl.ds(part * COLUMNS, COLUMNS) for part in range(units)]
-            own = sum(jnp.sum(read(dy_tile.at[:, part]) * read(v_tile.at[:, part]), axis=1) for part in columns)
+        def strong(start, runs, tiles_at):
+            """The gradients of any chunk's channels; tiles_at(level) keeps addresses out of the registers of others."""
+            tiles, joins = tiles_at(1), joins_at(start)
+            same = compat.spread_rows(jnp.sum(read(tiles.q) * read(tiles.k), axis=1), (CHUNK, CHUNK))
+            tiles.weights[...] = jnp.where(joins.row == joins.column, same, 0.0).astype(jnp.bfloat16)
+            by_unit = [pl.ds(part * COLUMNS, COLUMNS) for part in range(units)]
+            own = sum(jnp.sum(read(tiles.dy.at[:, part]) * read(tiles.v.at[:, part]), axis=1) for part in by_unit)
             own = runs.real(compat.spread_rows(own * scale, (CHUNK, CHUNK)))
-            decays[...] = compat.zeros((CHUNK, CHUNK))
+            tiles.decays[...] = compat.zeros((CHUNK, CHUNK))
 
             def join(level, carry):
                 """Adds what pairs of a level are to the scores, to dq and dk, and per row to the decays' gradients."""
                 dq, dk = carry
-                joins = joins_at(start, level)  # one: the time that layouts are searched for grows with each
-                below = compat.matmul((dy_tile, compat.transposed(v_tile)))
-                above = compat.matmul((v_tile, compat.transposed(dy_tile)))
-                both = runs.pairs(jnp.where(joins.later(level), below, above) * scale)
-                both = operand(jnp.where(joins.joined(level), both, 0.0))
-                factor = jnp.exp2(exponents(joins.stretch(level), parts))
-                later = joins.later(level)
-                tile[...] = (jnp.where(later, read(q), read(k)) * factor).astype(jnp.bfloat16)
+                # Factors and P are made when they are used, and masks anew: kept ones are registers that products lack.
+                joins, tiles = joins_at(start, level), tiles_at(level)
+                factor = jnp.exp2(exponents(joins.stretch(level), tiles.parts))
+                row = jnp.where(joins.later(level), read(tiles.q), read(tiles.k))
+                tiles.free[...] = (row * factor).astype(jnp.bfloat16)
                 compat.publish()
-                change = compat.matmul((both, tile))
-                one = jnp.where(later, 1.0, 0.0)  # by row: a multiply-add is cheaper than a choice
-                decays[...] = compat.load_tile(decays) + read(tile) * change * (2 * one - 1)
-                change = change * factor
-                met = compat.matmul((tile, compat.transposed(tile))).astype(jnp.bfloat16)
-                weights[...] = jnp.where(joins.joined(level), met, compat.load_tile(weights))
+                met = compat.matmul((tiles.free, compat.transposed(tiles.free))).astype(jnp.bfloat16)
+                tiles.weights[...] = jnp.where(joins.joined(level), met, compat.load_tile(tiles.weights))
+                joins = joins_at(start, level + LEVELS)
+                below = compat.matmul((tiles.dy, compat.transposed(tiles.v)))
+                below = jnp.where(joins.later(level), below * scale, 0.0).astype(jnp.bfloat16)
+                above = compat.matmul((tiles.v, compat.transposed(tiles.dy)))
+                above = jnp.where(joins.later(level), 0.0, above * scale).astype(jnp.bfloat16)
+                both = operand(jnp.where(joins.joined(level), runs.pairs(below + above), 0.0))
+                change = compat.matmul((both, tiles.free))
+                one = jnp.where(joins.later(level), 1.0, 0.0)  # by row: a multiply-add is cheaper than a choice
+                pairs = read(tiles.free) * change * (2 * one - 1)
+                tiles.decays[...] = compat.load_tile(tiles.decays) + pairs
+                joins = joins_at(start, level + 2 * LEVELS)
+                change = change * jnp.exp2(exponents(joins.stretch(level), tiles.parts))
+                one = jnp.where(joins.later(level), 1.0, 0.0)
                 return dq + change * one, dk + change * (1 - one)
 
-            dq, dk = lax.fori_loop(0, LEVELS, join, (read(k) * own, read(q) * own))
+            reads = state_reads(runs, tiles, lambda: jnp.exp2(exponents(joins_at(start).before(), tiles.parts)))
+            dq, dk = lax.fori_loop(0, LEVELS, join, (read(tiles.k) * own + reads, read(tiles.q) * own))
+            tiles = tiles_at(2)
+            tiles.q[...] = dq.astype(jnp.bfloat16)
             joins = joins_at(start)
-            found = jnp.where(joins.row >= joins.column, read(weights), 0.0)
-            weights[...] = (runs.pairs(found) * scale).astype(jnp.bfloat16)
-            finish_q(runs, tiles, dq, lambda: jnp.exp2(exponents(joins_at(start).before(), parts)))
-            finish_k(runs, parts, tile, tiles, dk, lambda: jnp.exp2(exponents(joins_at(start).after(), parts)))
+            found = jnp.where(joins.row >= joins.column, read(tiles.weights), 0.0)
+            tiles.weights[...] = (runs.pairs(found) * scale).astype(jnp.bfloat16)
+            finish_k(runs, tiles, dk, lambda: jnp.exp2(exponents(joins_at(start).after(), tiles.parts)))
 
-        def finish_q(runs, tiles, dq, into):
-            """Adds reads of the state to dq, which becomes `q`, and to the decays' gradients."""
-            decays, q, _, _, dy_tile, state, _ = tiles
-            reads = compat.matmul((dy_tile, compat.transposed(state)))
+        def state_reads(runs, tiles, into):
+            """What reads of the state add to dq; and adds what they do to the decays' gradients."""
+            reads = compat.matmul((tiles.dy, compat.transposed(tiles.state)))
             reads = reads * (runs.entering(into()) * scale)
-            decays[...] = compat.load_tile(decays) + reads * read(q)
-            q[...] = (dq + reads).astype(jnp.bfloat16)
+            tiles.decays[...] = compat.load_tile(tiles.decays) + reads * read(tiles.q)
+            return reads
 
-        def finish_k(runs, parts, tile, tiles, dk, out):
+        def finish_k(runs, tiles, dk, out):
             """Adds to dk, which becomes `k`, writes that outlive the chunk; theirs to the decays' go to `parts`."""
-            _, _, k, v_tile, _, _, gradient = tiles
             after = runs.leaving(out())
-            tile[...] = (read(k) * after).astype(jnp.bfloat16)
-            writes = after * compat.matmul((v_tile, compat.transposed(gradient)))
-            parts[pl.ds(CHUNK, CHUNK)] = (writes * read(k)).astype(jnp.bfloat16)
-            k[...] = (dk + writes).astype(jnp.bfloat16)
+            tiles.free[...] = (read(tiles.k) * after).astype(jnp.bfloat16)
+            writes = after * compat.matmul((tiles.v, compat.transposed(tiles.gradient)))
+            tiles.parts[pl.ds(CHUNK, CHUNK)] = (writes * read(tiles.k)).astype(jnp.bfloat16)
+            tiles.k[...] = (dk + writes).astype(jnp.bfloat16)
 
-        def finish(start, runs, sums, parts, tiles):
+        def finish(start, runs, sums, tiles):
             """The decays' gradients, from what rows add to them."""
-            decays, *_, state, gradient = tiles
+            decays, parts, state, gradient = tiles.decays, tiles.parts, tiles.state, tiles.gradient
             by_unit = [pl.ds(part * COLUMNS, COLUMNS) for part in range(units)]
             kept = sum(jnp.sum(read(state.at[:, part]) * read(gradient.at[:, part]), axis=1) for part in by_unit)
             kept = kept * sums.kept(runs)
@@ -205,39 +230,41 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
             decays[...] = runs.real(total)
             compat.publish()
 
-        def chunk(indices, decay_tile, *tiles):
-            *seg, q_tile, k_tile, v_tile, dy_tile, state_tile, gradient_tile = tiles
+        def chunk(indices, *tiles):
+            decays, *seg, q, k, v, dy, state, gradient, _ = tiles
             runs, now = Runs(*(seg or [None])), at(indices[0])
-            start = now * CHUNK
-            here = lambda *refs: (compat.unhoisted(ref, now) for ref in refs)
-            parts, own_tiles, weights, vectors = here(*buffers)
-            decay_tile, q_tile, k_tile, v_tile = here(decay_tile, q_tile, k_tile, v_tile)
-            dy_tile, state_tile, gradient_tile = here(dy_tile, state_tile, gradient_tile)
-            tokens = pl.ds(start, CHUNK)
+            start, tokens = now * CHUNK, pl.ds(now * CHUNK, CHUNK)
+            here = lambda ref, level=0: compat.unhoisted(ref, now + level)
+
+            def tiles_at(level):
+                every = (decays, q, k, v, dy, state, gradient, *buffers[:3])
+                decay_tile, q_tile, k_tile, v_tile, dy_tile, *rest = (here(ref, level) for ref in every)
+                by_channel = [x.at[:, channels] for x in (decay_tile, q_tile, k_tile)]
+                return Tiles(
+                    *by_channel, v_tile, dy_tile, *(x.at[channels] for x in rest[:2]), *(x.at[half] for x in rest[2:])
+                )
 
             def prepare():
-                by_channel = [x.at[:, channels] for x in (decay_tile, q_tile, k_tile)]
-                every = (*by_channel, v_tile, dy_tile, state_tile.at[channels], gradient_tile.at[channels])
-                sums, own = Sums(vectors, channels), (parts.at[half], own_tiles.at[half])
+                tiles, sums = tiles_at(0), Sums(here(buffers[3]), channels)
                 compat.wait(done)
-                split_parts(log2_decays(every[0]), own[0])
-                is_mild = sums.write(*own, joins_at(start))
-                work = (start, runs, sums, *own, weights.at[half], every)
-                pl.when(is_mild)(lambda: mild(*work))
-                pl.when(jnp.logical_not(is_mild))(lambda: strong(*work))
-                finish(start, runs, sums, own[0], every)
+                split_parts(log2_decays(tiles.decays), tiles.parts)
+                is_mild = sums.write(tiles.parts, tiles.free, joins_at(start))
+                pl.when(is_mild)(lambda: mild(start, runs, sums, tiles))
+                pl.when(jnp.logical_not(is_mild))(lambda: strong(start, runs, tiles_at))
+                finish(start, runs, Sums(here(buffers[3], 3), channels), tiles_at(3))
 
             only_first(halves, warpgroup, prepare, lambda: compat.wait(done))
             compat.arrive(ready)
             compat.wait(ready)
             place = pl.ds(head * plan.key, plan.key)
-            for tile, out, storing in ((q_tile, outs[0], 0), (k_tile, outs[1], 0), (decay_tile, outs[3], count - 1)):
-                compat.store(tile, out.at[piece, row, tokens, place], warpgroup == storing)
+            for tile, out, storing in ((q, outs[0], 0), (k, outs[1], 0), (decays, outs[3], count - 1)):
+                compat.store(here(tile, 4), out.at[piece, row, tokens, place], warpgroup == storing)
 
             def values():
-                dy_mine = dy_tile.at[:, mine]
-                pairs = [(compat.transposed(weights.at[i]), dy_mine) for i in range(halves)]
-                pairs += [(own_tiles.at[i], gradient_tile.at[pl.ds(i * COLUMNS, COLUMNS), mine]) for i in range(halves)]
+                parts, keys, scores = (here(buffer, 4) for buffer in buffers[:3])
+                dy_mine, after = here(dy, 4).at[:, mine], here(gradient, 4)
+                pairs = [(compat.transposed(scores.at[i]), dy_mine) for i in range(halves)]
+                pairs += [(keys.at[i], after.at[pl.ds(i * COLUMNS, COLUMNS), mine]) for i in range(halves)]
                 staged = parts.at[warpgroup, pl.ds(CHUNK, CHUNK)]
                 staged[...] = compat.matmul(*pairs).astype(jnp.bfloat16)
                 compat.publish()
@@ -258,9 +285,8 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
         specs = specs_of(lanes, block, row, segments, at, *tiles, rows=1)
         state_at = lambda i: ((row * plan.chunks + at(i)) * plan.heads + head, 0, piece)
         specs += [compat.tile_spec((1, plan.key, width), state_at)] * 2
-        loop = lambda *args: chunk(*args[:-1])
         run = compat.pipeline(
-            loop, steps=plan.steps, specs=specs, stages=1, warpgroups=count, around=around, fetching=40
+            chunk, steps=plan.steps, specs=specs, stages=1, warpgroups=count, around=around, fetching=40
         )
         run(*[refs[name] for name in names])
 
