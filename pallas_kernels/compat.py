@@ -317,17 +317,19 @@ def vector_spec(shape, index_map):
     return gpu().BlockSpec(shape, index_map)
 
 
-def pipeline(body, *, steps, specs, stages, warpgroups, around):
+def pipeline(body, *, steps, specs, stages, warpgroups, around, fetching=24):
     """A loop over `steps` whose inputs one extra warpgroup fetches by TMA, `stages` deep.
 
     steps: a number, or a scalar of the kernel's own, at least 1. body(indices, *tiles, carry) -> carry runs in every
-    computing warpgroup; around(run) wraps the loop there: run(carry) -> carry.
+    computing warpgroup; around(run) wraps the loop there: run(carry) -> carry. fetching: registers of a thread that
+    fetches. The others of two computing warpgroups get 240 with 24 and 232 with 40; with 32 they would ask for more
+    than three warpgroups start with, 168 each, and wait for ever.
     """
     return gpu().emit_pipeline_warp_specialized(
         body,
         grid=(steps,),
         in_specs=specs,
-        memory_registers=24,
+        memory_registers=fetching,
         max_concurrent_steps=min(stages, steps) if isinstance(steps, int) else stages,
         wg_axis="warpgroup",
         num_compute_wgs=warpgroups,

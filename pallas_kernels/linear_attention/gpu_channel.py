@@ -7,12 +7,15 @@ of 64 tokens, with G the decays in log2 cumulated in it:
 
     y = (q 2^G) S + A v ;   S = 2^(G_last) S + (k 2^(G_last - G))^T v ;   A_ij = sum_c q_ic k_jc 2^(G_ic - G_jc), j <= i
 
-No factor of A is taken that could overflow, whatever the decays: blocks of 1, 2, ... 32 tokens are joined two by two.
-Between the later block's rows and the earlier one's lies their boundary; later rows are q times what is left of the
-boundary there, earlier ones k times what is left of them at the boundary. Both are rows of one tile X, and X X^T is
-A wherever a row meets a row of its neighbour block. The exponents are sums of decays over those stretches: products of
-a matrix of zeros and ones with the decays, each split into two bfloat16 parts (a relative error of 2^-17), in float32.
-The warpgroups share the work by channels, 64 each, then by value columns.
+Where no channel's decays add up to less than MILD in either half of a chunk, as trained gates hardly ever do,
+A = (q 2^(G - M)) (k 2^(M - G))^T with M the sum at the chunk's middle: no factor overflows, and the products of two
+such factors, above the diagonal, are masked. Elsewhere, whatever the decays, blocks of 1, 2, ... 32 tokens are joined
+two by two: between the later block's rows and the earlier one's lies their boundary; later rows are q times what is
+left of the boundary there, earlier ones k times what is left of them at the boundary. Both are rows of one tile X, and
+X X^T is A wherever a row meets a row of its neighbour block. A warpgroup chooses for each chunk, from sums that it
+needs anyway. The exponents are sums of decays: products of a matrix of 1, 0 and -1 with the decays, each split into two
+bfloat16 parts (a relative error of 2^-17), in float32. The warpgroups share the work by channels, 64 each, then by
+value columns.
 
 The state stays in registers as float32. The algorithm is that of GLA (arXiv 2312.06635) with another way through A.
 """
@@ -21,7 +24,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -31,8 +33,9 @@ from pallas_kernels.linear_attention import plan as planning
 from pallas_kernels.linear_attention.plan import CHUNK, COLUMNS, LEAST_LOG2, LOG2_E, SEGMENT_LANES, Plan
 
 STAGES = 2
+HALF = CHUNK // 2
 LEVELS = CHUNK.bit_length() - 1  # blocks of 2^level tokens are joined two by two
-STORED = range(1, LEVELS - 1)  # levels whose `stretches` lie in shared memory
+MILD = -60.0  # log2, 1.3 a token in natural logarithms: two factors of 2^60 leave float32 room for q and k
 
 
 def supports(
@@ -87,24 +90,16 @@ class Lanes:
         return pl.ds((lax.rem(block, self.slices) * self.units + unit) * COLUMNS, COLUMNS)
 
 
-def stretches():
-    """[i, s] of the levels 1 to LEVELS - 2: is the decay of token s between i and the boundary of its two blocks?"""
-    i, s = np.arange(CHUNK)[:, None], np.arange(CHUNK)[None]
-    found = []
-    for level in STORED:
-        boundary = (i & -(2 << level)) + (1 << level) - 1
-        found.append(np.where(i > boundary, (s > boundary) & (s <= i), (s > i) & (s <= boundary)))
-    return jnp.asarray(np.stack(found), jnp.bfloat16)
-
-
 class Joins:
     """The masks of a chunk, whose first token is `start`."""
 
     def __init__(self, start, spare=None, level=0):
         self.spare = spare
         # Adds 0, which the compiler cannot know, so that it keeps no masks in registers from one chunk or level on.
-        row, column = (compat.iota((CHUNK, CHUNK), axis) for axis in (0, 1))
-        self.row, self.column = row + jnp.minimum(start + level, 0), column
+        # Places of rows and columns by themselves are 18 registers; those of a tile were twice as many.
+        shape = (CHUNK, CHUNK)
+        self.row = compat.laid(compat.spread_rows(compat.row_places(CHUNK) + jnp.minimum(start + level, 0), shape))
+        self.column = compat.laid(compat.spread_columns(compat.column_places(CHUNK), shape))
 
     def later(self, level):
         """Rows in the later of two blocks of 2^level tokens."""
@@ -119,11 +114,17 @@ class Joins:
         return (self.row ^ self.column) < lax.shift_left(2, level)
 
     def stretch(self, level):
-        """As `stretches`."""
+        """[i, s]: is the decay of token s between i and the boundary of its two blocks?"""
         size, later = lax.shift_left(1, level), self.later(level)
         boundary = (self.row & -(2 * size)) + (size - 1)
         after, last = jnp.where(later, boundary, self.row), jnp.where(later, self.row, boundary)
         return self.operand((self.column > after) & (self.column <= last))
+
+    def middle(self):
+        """[i, s]: the decays between i and the chunk's middle, counted below 0 for i before it."""
+        later = (self.row >= HALF) & (self.column >= HALF) & (self.column <= self.row)
+        earlier = (self.column < HALF) & (self.column > self.row)
+        return compat.as_operand(jnp.where(later, 1.0, jnp.where(earlier, -1.0, 0.0)), self.spare)
 
     def before(self):
         """[i, s]: s <= i, the decays from the chunk's start through i."""
@@ -209,26 +210,21 @@ class Runs:
         return jnp.where((rows == columns) & (rows != 0), scores, 0.0)
 
 
-def scores(q, k, decays, joins_at, parts, stored, tile):
-    """A [64, 64] in float32 of 64 channels: q, k and decays are tiles in shared memory, the decays' parts in `parts`.
+def scores(q, k, joins_at, parts, tile):
+    """A [64, 64] in float32 of 64 channels, whatever the decays, whose parts lie in `parts`.
 
-    joins_at(level) makes the chunk's Joins; stored: `stretches`; `tile` is free space for bfloat16 [64, 64].
+    joins_at(level) makes the chunk's Joins; `tile` is free space for bfloat16 [64, 64].
     """
 
-    def join(level, exponent):
-        factor = jnp.exp2(exponent)  # before q and k are read, which takes registers
-        tile[...] = (jnp.where(joins_at(level).later(level), read(q), read(k)) * factor).astype(jnp.bfloat16)
+    def join(level, found):
+        joins = joins_at(level)
+        factor = jnp.exp2(exponents(joins.stretch(level), parts))  # before q and k are read, which takes registers
+        tile[...] = (jnp.where(joins.later(level), read(q), read(k)) * factor).astype(jnp.bfloat16)
         compat.publish()
-        return compat.matmul((tile, compat.transposed(tile)))
-
-    def step(level, found, stretch):
-        met = join(level, exponents(stretch(level), parts))
+        met = compat.matmul((tile, compat.transposed(tile)))
         return jnp.where(joins_at(level).joined(level), met, found)
 
-    made = lambda i, found: step(i * (LEVELS - 1), found, lambda level: joins_at(level).stretch(level))
-    fetched = lambda level, found: step(level, found, lambda level: stored.at[level - STORED[0]])
-    found = lax.fori_loop(0, 2, made, compat.zeros((CHUNK, CHUNK)))
-    found = lax.fori_loop(STORED[0], STORED[-1] + 1, fetched, found)
+    found = lax.fori_loop(0, LEVELS, join, compat.zeros((CHUNK, CHUNK)))
     own = jnp.sum(read(q) * read(k), axis=1)
     joins = joins_at(0)
     found = jnp.where(joins.row > joins.column, found, 0.0)
@@ -261,9 +257,12 @@ def channel_decays(log_decay, run_ids):
     return gpu.flat(decays)
 
 
-def specs_of(lanes, block, row, segments, chunk_at, *arrays):
-    """Pipeline specs of decays (and segments), then of [B, T, heads * width] arrays given as (width, index)."""
-    spec = lambda kind, width, index: kind((None, CHUNK, width), lambda i: (row, chunk_at(i), index))
+def specs_of(lanes, block, row, segments, chunk_at, *arrays, rows=None):
+    """Pipeline specs of decays (and segments), then of [B, T, heads * width] arrays given as (width, index).
+
+    rows=1: tiles are [1, 64, width], for `compat.unhoisted`.
+    """
+    spec = lambda kind, width, index: kind((rows, CHUNK, width), lambda i: (row, chunk_at(i), index))
     specs = [spec(compat.wide_tile_spec, lanes.plan.key, lanes.head(block))]
     if segments is not None:
         specs.append(compat.vector_spec((None, None, SEGMENT_LANES), lambda i: (row, chunk_at(i), 0)))
@@ -277,6 +276,42 @@ def write_whole(parts, ones, whole, runs):
     # The sums over a chunk, one a row: the same in each column.
     total = compat.matmul(*[(compat.transposed(parts.at[pl.ds(i * CHUNK, CHUNK)]), ones) for i in (0, 1)])
     whole[...] = runs.kept(jnp.exp2(jnp.sum(total, axis=1) * (1 / CHUNK)))
+
+
+class Sums:
+    """Sums of decays over both halves of a chunk, in log2: `vectors` [2, K] of shared memory, of which `channels`."""
+
+    def __init__(self, vectors, channels):
+        self.first, self.second = (vectors.at[i, channels] for i in range(2))
+
+    def write(self, parts, space, joins):
+        """Makes the sums, in a tile of `space`; is the chunk mild in all channels?"""
+        space[...] = jnp.where((joins.row ^ joins.column) < HALF, 1.0, 0.0).astype(jnp.bfloat16)
+        compat.publish()
+        # The first half's sums, one a row, fill the first columns, the second half's the others.
+        total = compat.matmul(*[(compat.transposed(parts.at[pl.ds(i * CHUNK, CHUNK)]), space) for i in (0, 1)])
+        first = jnp.min(jnp.where(joins.column < HALF, total, 0.0), axis=1)
+        second = jnp.min(jnp.where(joins.column < HALF, 0.0, total), axis=1)
+        self.second[...] = second
+        self.first[...] = jnp.minimum(first, second)
+        # Every row of the tile holds all channels, so that each row's least is that of all.
+        every = compat.spread_columns(compat.load_columns(self.first), total.shape)
+        self.first[...] = jnp.min(every, axis=1)
+        least = self.first[0]
+        self.first[...] = first
+        return least >= MILD
+
+    def kept(self, runs):
+        """What is left of the incoming state's rows at the chunk's end."""
+        return runs.kept(jnp.exp2(compat.load_rows(self.first) + compat.load_rows(self.second)))
+
+    def entering(self, tile):
+        """A tile decayed to the chunk's middle, decayed to its start."""
+        return tile * compat.spread_columns(jnp.exp2(compat.load_columns(self.first)), tile.shape)
+
+    def leaving(self, tile):
+        """A tile decayed to the chunk's middle, decayed to its end."""
+        return tile * compat.spread_columns(jnp.exp2(compat.load_columns(self.second)), tile.shape)
 
 
 def only_first(count, warpgroup, run, otherwise):
@@ -426,13 +461,13 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
     """Outputs and final state; every split starts from `state` carried through the `ends` of those before it."""
     plan, units, halves = lanes.plan, lanes.units, lanes.halves
     given = {"decays": decays, "segments": segments, "q": gpu.flat(q), "k": gpu.flat(k), "v": gpu.flat(v)}
-    given |= {"state": state, "ends": ends, "left": left, "stretches": stretches()}
+    given |= {"state": state, "ends": ends, "left": left}
     names = [name for name, x in given.items() if x is not None]
 
     def body(*args):
         refs = dict.fromkeys(given) | dict(zip(names, args))
         y_ref, last_ref, *rest = args[len(names) :]
-        buffers, (fetched, made, ready, done, *spare) = rest[:6], rest[6:]
+        buffers, (ready, done, *spare) = rest[:3], rest[3:]
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
         warpgroup = compat.warpgroup(lanes.warpgroups)
         unit, half = jnp.minimum(warpgroup, units - 1), jnp.minimum(warpgroup, halves - 1)
@@ -440,36 +475,48 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
         mine, channels = pl.ds(unit * COLUMNS, COLUMNS), pl.ds(half * COLUMNS, COLUMNS)
         at = lambda i: split * plan.steps + i
 
-        def fetch(step):
-            """Starts to fetch the decays of a step: there is room for one, whose successor comes while y is made."""
-
-            @pl.when((warpgroup == 0) & (step < plan.steps))
-            def _():
-                tokens, width = pl.ds(at(step) * CHUNK, CHUNK), pl.ds(head * plan.key, plan.key)
-                compat.fetch(refs["decays"].at[row, tokens, width], buffers[3].at[0], fetched)
-
-        def prepare(start, runs, states, mixes, decay_tile, stored, whole, q_tile, k_tile):
+        def prepare(start, runs, states, mixes, vectors, decay_tile, q_tile, k_tile):
             joins_at = lambda level: Joins(start, spare[0].at[warpgroup] if spare else None, level)
             parts, mix = states.at[warpgroup, pl.ds(0, 2 * CHUNK)], mixes.at[half]
             decays, q, k = (tile.at[:, channels] for tile in (decay_tile, q_tile, k_tile))
+            sums = Sums(vectors, channels)
             split_parts(log2_decays(decays), parts)
             compat.wait(done)
-            write_whole(parts, mix, whole.at[channels], runs)
-            found = runs.pairs(scores(q, k, decays, joins_at, parts, stored, mix))
-            mix[...] = found.astype(jnp.bfloat16)
-            into = runs.entering(jnp.exp2(exponents(joins_at(0).before(), parts)))
-            q[...] = (read(q) * into).astype(jnp.bfloat16)
-            out = runs.leaving(jnp.exp2(exponents(joins_at(0).after(), parts)))
-            k[...] = (read(k) * out).astype(jnp.bfloat16)
+            mild = sums.write(parts, mix, joins_at(0))
+
+            @pl.when(mild)
+            def _():
+                joins = joins_at(0)
+                exponent = exponents(joins.middle(), parts)
+                readers, writers = parts.at[pl.ds(0, CHUNK)], parts.at[pl.ds(CHUNK, CHUNK)]
+                decayed = read(q) * jnp.exp2(exponent)
+                readers[...] = decayed.astype(jnp.bfloat16)
+                q[...] = runs.entering(sums.entering(decayed)).astype(jnp.bfloat16)
+                decayed = read(k) * jnp.exp2(-exponent)
+                writers[...] = decayed.astype(jnp.bfloat16)
+                k[...] = runs.leaving(sums.leaving(decayed)).astype(jnp.bfloat16)
+                compat.publish()
+                found = compat.matmul((readers, compat.transposed(writers)))
+                joins = joins_at(0)
+                mix[...] = runs.pairs(jnp.where(joins.row >= joins.column, found, 0.0)).astype(jnp.bfloat16)
+
+            @pl.when(jnp.logical_not(mild))
+            def _():
+                mix[...] = runs.pairs(scores(q, k, joins_at, parts, mix)).astype(jnp.bfloat16)
+                into = runs.entering(jnp.exp2(exponents(joins_at(0).before(), parts)))
+                q[...] = (read(q) * into).astype(jnp.bfloat16)
+                out = runs.leaving(jnp.exp2(exponents(joins_at(0).after(), parts)))
+                k[...] = (read(k) * out).astype(jnp.bfloat16)
+
             compat.publish()
 
-        def chunk(indices, *tiles):
+        def chunk(indices, decay_tile, *tiles):
             *seg, q_tile, k_tile, v_tile, carry = tiles
             runs = Runs(*(seg or [None]))
             start = at(indices[0]) * CHUNK
-            states, mixes, outputs, decay_tile, stored, whole = (compat.unhoisted(x, start) for x in buffers)
-            compat.wait(fetched)
-            prepared = lambda: prepare(start, runs, states, mixes, decay_tile, stored, whole, q_tile, k_tile)
+            states, mixes, vectors = (compat.unhoisted(x, start) for x in buffers)
+            compat.stores_read()  # y of the chunk before, from where the decays' parts go
+            prepared = lambda: prepare(start, runs, states, mixes, vectors, decay_tile, q_tile, k_tile)
             only_first(halves, warpgroup, prepared, lambda: compat.wait(done))
             compat.arrive(ready)
             mine_v = v_tile.at[:, mine]
@@ -477,25 +524,21 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
             held[...] = carry.astype(jnp.bfloat16)
             compat.publish()
             compat.wait(ready)
-            fetch(indices[0] + 1)
             y = compat.matmul((q_tile, held), *[(mixes.at[part], mine_v) for part in range(halves)])
-            after = gpu.scaled_rows(carry, compat.load_rows(whole))
-            after = compat.matmul((compat.transposed(k_tile), mine_v), start=after)
-            compat.arrive(done)
-            compat.stores_read()
-            outputs[warpgroup] = (y * scale).astype(jnp.bfloat16)
+            output = states.at[warpgroup, pl.ds(0, CHUNK)]
+            output[...] = (y * scale).astype(jnp.bfloat16)
             compat.publish()
             place = pl.ds(head * plan.value + columns.start, COLUMNS)
-            compat.store(outputs.at[warpgroup], y_ref.at[row, pl.ds(start, CHUNK), place], warpgroup < units)
+            compat.store(output, y_ref.at[row, pl.ds(start, CHUNK), place], warpgroup < units)
+            after = gpu.scaled_rows(carry, Sums(vectors, pl.ds(0, plan.key)).kept(runs))
+            after = compat.matmul((compat.transposed(k_tile), mine_v), start=after)
+            compat.arrive(done)
             return after
 
         def around(run):
-            pl.when(warpgroup == 0)(lambda: compat.fetch(refs["stretches"], buffers[4].at[0], made))
-            fetch(0)
             compat.arrive(done)
             where = (pl.ds(0, plan.key), columns)
             given = [refs[name] for name in ("state", "ends", "left")]
-            compat.wait(made)
             carry = run(carried_state(*given, where, row, head, (0, split, 1)))
 
             @pl.when((split == plan.splits - 1) & (warpgroup < units))
@@ -506,11 +549,11 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
             compat.stores_done()
 
         tiles = [(plan.key, lanes.key_head(block))] * 2 + [(COLUMNS * units, block)]
-        specs = specs_of(lanes, block, row, segments, at, *tiles)[1:]
+        specs = specs_of(lanes, block, row, segments, at, *tiles)
         run = compat.pipeline(
             chunk, steps=plan.steps, specs=specs, stages=STAGES, warpgroups=lanes.warpgroups, around=around
         )
-        run(*[refs[name] for name in ("segments", "q", "k", "v") if refs[name] is not None])
+        run(*[refs[name] for name in ("decays", "segments", "q", "k", "v") if refs[name] is not None])
 
     count = lanes.warpgroups
     y, last = compat.kernel(
@@ -524,12 +567,7 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
         scratch=[
             compat.tile(1, count, max(plan.key, 2 * CHUNK), COLUMNS),
             compat.tile(1, halves, CHUNK, CHUNK),
-            compat.tile(1, count, CHUNK, COLUMNS),
-            compat.wide_tile(1, CHUNK, plan.key),
-            compat.tile(1, len(STORED), CHUNK, CHUNK),
-            compat.vector(1, plan.key),
-            compat.barrier(1),
-            compat.barrier(1),
+            compat.vector(1, 2, plan.key),
             compat.barrier(count),
             compat.barrier(count),
         ]

@@ -7,13 +7,19 @@ scores, and k' = k 2^(G_last - G):
     dq = scale 2^G (dy S^T) + sum over levels ;   dk = 2^(G_last - G) (v D^T) + sum over levels
     dv = A^T dy + k' D
 
-At a level, X holds decayed queries (of later rows) and keys (of earlier ones), and W is P + P^T where blocks meet:
-W X is what dq takes in a later row and dk in an earlier one, but for the factor that the row of X has of q or k.
+In a mild chunk (see `gpu_channel`) the sums over levels are 2^(G - M) (P k~) and 2^(M - G) (P^T q~), with q~ and k~ the
+queries and keys decayed to the chunk's middle. Elsewhere, at a level, X holds decayed queries (of later rows) and keys
+(of earlier ones), and W is P + P^T where blocks meet: W X is what dq takes in a later row and dk in an earlier one, but
+for the factor that the row of X has of q or k.
 
 The gradient of log_decay_t is, for each channel, the sum of all that crosses t: pairs i >= t > j of the chunk, reads of
-S by tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through it. Pairs are summed as X * (W X) of
-later rows less that of earlier ones, from t on: what does not cross t is the same product twice and cancels.
+S by tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through it. Pairs are summed from t on as
+q~ (P k~) less k~ (P^T q~), or X * (W X) of later rows less that of earlier ones: what does not cross t is the same
+product twice and cancels.
 """
+
+import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +32,10 @@ from pallas_kernels.linear_attention import plan as planning
 from pallas_kernels.linear_attention.gpu_channel import (
     COLUMNS,
     LEVELS,
-    STORED,
     Joins,
     Lanes,
     Runs,
+    Sums,
     channel_decays,
     exponents,
     log2_decays,
@@ -37,9 +43,7 @@ from pallas_kernels.linear_attention.gpu_channel import (
     read,
     specs_of,
     split_parts,
-    stretches,
     walk_states,
-    write_whole,
 )
 from pallas_kernels.linear_attention.plan import CHUNK
 
@@ -80,17 +84,37 @@ def backward(
     return dq, dk, dv.reshape(v.shape)[:, :time].reshape(value_shape), dlog, first, None
 
 
+class Tiles(typing.NamedTuple):
+    """What a warpgroup works on in shared memory: its channels of the inputs, all of v and dy, and space of its own.
+
+    parts: the decays' two parts; free: for keys and queries; weights: for P and then the scores.
+    """
+
+    decays: Any
+    q: Any
+    k: Any
+    v: Any
+    dy: Any
+    state: Any
+    gradient: Any
+    parts: Any
+    free: Any
+    weights: Any
+
+
 def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scale):
     """dq, dk [slices, B, T, H * K], dv [B, T, H * V] and the decays' gradient [slices, B, T, H * K], float32."""
     plan, units, halves, count = lanes.plan, lanes.units, lanes.halves, lanes.warpgroups
     given = {"decays": decays, "segments": segments, "q": gpu.flat(q), "k": gpu.flat(k), "v": gpu.flat(v)}
-    given |= {"dy": gpu.flat(dy), "states": states, "gradients": gradients, "stretches": stretches()}
+    given |= {"dy": gpu.flat(dy)} | {
+        n: x.reshape(-1, *x.shape[3:]) for n, x in (("states", states), ("gradients", gradients))
+    }
     names = [name for name, x in given.items() if x is not None]
     width = COLUMNS * units
 
     def body(*args):
         refs, rest = dict.fromkeys(given) | dict(zip(names, args)), args[len(names) :]
-        outs, buffers, (whole, made, joined, landed, ready, done, *spare) = rest[:4], rest[4:8], rest[8:]
+        outs, buffers, (ready, done, *spare) = rest[:4], rest[4:8], rest[8:]
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
         warpgroup = compat.warpgroup(count)
         unit, half = jnp.minimum(warpgroup, units - 1), jnp.minimum(warpgroup, halves - 1)
@@ -98,138 +122,149 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
         mine, channels = pl.ds(unit * COLUMNS, COLUMNS), pl.ds(half * COLUMNS, COLUMNS)
         at = lambda i: split * plan.steps + i
 
-        def joins_at(start, level):
+        def joins_at(start, level=0):
             return Joins(start, spare[0].at[warpgroup] if spare else None, level)
 
         def operand(value):
             return compat.as_operand(value, spare[1].at[warpgroup] if spare else None)
 
-        def crossed(start, runs, v_tile, dy_tile):
-            """P + P^T but for its diagonal, and the diagonal of P: [64, 64] bfloat16 and [64]."""
-            below = compat.matmul((dy_tile, compat.transposed(v_tile)))
-            above = compat.matmul((v_tile, compat.transposed(dy_tile)))
-            joins = joins_at(start, 0)
-            both = runs.pairs(jnp.where(joins.row > joins.column, below, above) * scale)
-            return both, jnp.sum(jnp.where(joins.row == joins.column, both, 0.0), axis=1)
+        def mild(start, runs, sums, tiles):
+            """The gradients of a mild chunk's channels."""
+            readers = tiles.parts.at[pl.ds(0, CHUNK)]
 
-        def join(level, carry, start, tiles, weights, exponent):
-            """One level: adds to the scores, dq, dk, and what the level adds to the decays' gradients, per row."""
-            scores, dq, dk = carry
-            q, k, tile = tiles
-            joins = joins_at(start, level)
-            later, joined = joins.later(level), joins.joined(level)
-            factor = jnp.exp2(exponent(joins))
-            tile[...] = (jnp.where(later, read(q), read(k)) * factor).astype(jnp.bfloat16)
+            def causal(found):
+                joins = joins_at(start)
+                return (runs.pairs(jnp.where(joins.row >= joins.column, found, 0.0)) * scale).astype(jnp.bfloat16)
+
+            tiles.weights[...] = causal(compat.matmul((tiles.dy, compat.transposed(tiles.v))))
+            exponent = exponents(joins_at(start).middle(), tiles.parts)
+            readers[...] = (read(tiles.q) * jnp.exp2(exponent)).astype(jnp.bfloat16)
+            tiles.free[...] = (read(tiles.k) * jnp.exp2(-exponent)).astype(jnp.bfloat16)
             compat.publish()
-            scores = jnp.where(joined, compat.matmul((tile, compat.transposed(tile))), scores)
-            change = compat.matmul((operand(jnp.where(joined, read(weights), 0.0)), tile))
-            crossing = read(tile) * change
-            change = change * factor
-            one = jnp.where(later, 1.0, 0.0)  # by row: a multiply-add is cheaper than a choice
-            return (scores, dq + change * one, dk + change * (1 - one)), crossing * (2 * one - 1)
+            dq = compat.matmul((tiles.weights, tiles.free))
+            tiles.decays[...] = read(readers) * dq
+            reads = state_reads(runs, tiles, lambda: sums.entering(jnp.exp2(exponent)))
+            tiles.q[...] = (dq * jnp.exp2(exponent) + reads).astype(jnp.bfloat16)
+            dk = compat.matmul((compat.transposed(tiles.weights), readers))
+            tiles.decays[...] = compat.load_tile(tiles.decays) - read(tiles.free) * dk
+            tiles.weights[...] = causal(compat.matmul((readers, compat.transposed(tiles.free))))
+            finish_k(runs, tiles, dk * jnp.exp2(-exponent), lambda: sums.leaving(jnp.exp2(-exponent)))
 
-        def inner(start, runs, decays, q, k, parts, tile, weights, stored, v_tile, dy_tile):
-            """Within the chunk: scores, dq and dk; `decays` becomes what pairs add to their gradients, per row."""
-            both, own = crossed(start, runs, v_tile, dy_tile)
-            weights[...] = both.astype(jnp.bfloat16)
-            tiles = (q, k, tile)
-            zeros = compat.zeros((CHUNK, CHUNK))
-            dq = read(k) * compat.spread_rows(own, zeros.shape)
-            dk = read(q) * compat.spread_rows(own, zeros.shape)
-            decays[...] = zeros
+        def strong(start, runs, tiles_at):
+            """The gradients of any chunk's channels; tiles_at(level) keeps addresses out of the registers of others."""
+            tiles, joins = tiles_at(1), joins_at(start)
+            same = compat.spread_rows(jnp.sum(read(tiles.q) * read(tiles.k), axis=1), (CHUNK, CHUNK))
+            tiles.weights[...] = jnp.where(joins.row == joins.column, same, 0.0).astype(jnp.bfloat16)
+            by_unit = [pl.ds(part * COLUMNS, COLUMNS) for part in range(units)]
+            own = sum(jnp.sum(read(tiles.dy.at[:, part]) * read(tiles.v.at[:, part]), axis=1) for part in by_unit)
+            own = runs.real(compat.spread_rows(own * scale, (CHUNK, CHUNK)))
+            tiles.decays[...] = compat.zeros((CHUNK, CHUNK))
 
-            def step(level, carry, stretch):
-                carry, pairs = join(level, carry, start, tiles, weights, lambda joins: exponents(stretch(joins), parts))
-                decays[...] = compat.load_tile(decays) + pairs
-                return carry
-
-            made_here = lambda i, carry: step(i * (LEVELS - 1), carry, lambda joins: joins.stretch(i * (LEVELS - 1)))
-            fetched = lambda level, carry: step(level, carry, lambda _: stored.at[level - STORED[0]])
-            carry = lax.fori_loop(0, 2, made_here, (zeros, dq, dk))
-            compat.wait(made)
-            scores, dq, dk = lax.fori_loop(STORED[0], STORED[-1] + 1, fetched, carry)
-            joins = joins_at(start, 0)
-            scores = jnp.where(joins.row > joins.column, scores, 0.0)
-            same = jnp.sum(read(q) * read(k), axis=1)
-            scores = jnp.where(joins.row == joins.column, compat.spread_rows(same, scores.shape), scores)
-            return runs.pairs(scores) * scale, dq, dk
-
-        def prepare(start, runs, parts, tile, weights, late, tiles):
-            """All that needs only this warpgroup's channels; scores go to `parts`, decayed keys to `tile`."""
-            decay_tile, q_tile, k_tile, v_tile, dy_tile, state_tile = tiles
-            decays, q, k = (x.at[:, channels] for x in (decay_tile, q_tile, k_tile))
-            state = state_tile.at[channels]
-            compat.wait(done)
-            split_parts(log2_decays(decays), parts)
-            pl.when(warpgroup == 0)(lambda: compat.fetch(refs["stretches"], late.at[pl.ds(0, len(STORED))], made))
-            write_whole(parts, tile, whole.at[channels], runs)
-            scores, dq, dk = inner(start, runs, decays, q, k, parts, tile, weights, late, v_tile, dy_tile)
-            compat.arrive(joined)
-            compat.wait(joined)
-            pl.when(warpgroup == 0)(lambda: fetch_gradients(lax.div(start, CHUNK), late))
-            # Reads of the state, and writes that outlive the chunk.
-            into = runs.entering(jnp.exp2(exponents(joins_at(start, 0).before(), parts))) * scale
-            reads = into * compat.matmul((dy_tile, compat.transposed(state)))
-            decays[...] = compat.load_tile(decays) + reads * read(q)
-            dq = dq + reads
-            out = runs.leaving(jnp.exp2(exponents(joins_at(start, 0).after(), parts)))
-            tile[...] = (read(k) * out).astype(jnp.bfloat16)
-            compat.wait(landed)
-            by_unit = [(late.at[half * units + part], pl.ds(part * COLUMNS, COLUMNS)) for part in range(units)]
-            writes = out * compat.matmul(*[(v_tile.at[:, part], compat.transposed(block)) for block, part in by_unit])
-            dk = dk + writes
-            parts[pl.ds(0, CHUNK)] = scores.astype(jnp.bfloat16)
-            written = (writes * read(k)).astype(jnp.bfloat16)
-            kept = sum(jnp.sum(read(state.at[:, part]) * read(block), axis=1) for block, part in by_unit)
-            whole[channels] = kept * compat.load_rows(whole.at[channels])
-            q[...] = dq.astype(jnp.bfloat16)
-            k[...] = dk.astype(jnp.bfloat16)
-            free = parts.at[pl.ds(CHUNK, CHUNK)]
-            free[...] = written
-            compat.publish()
-            write_decays(start, runs, decays, free, state.at[:, pl.ds(0, COLUMNS)])
-
-        def fetch_gradients(now, late):
-            """Starts to fetch the state's gradient after the chunk, by blocks of 64 channels and value columns."""
-            for part in range(halves * units):
-                rows = pl.ds(part // units * COLUMNS, COLUMNS)
-                columns = pl.ds(piece * width + part % units * COLUMNS, COLUMNS)
-                compat.fetch(refs["gradients"].at[row, now, head, rows, columns], late.at[part], landed)
-
-        def write_decays(start, runs, decays, written, free):
-            """`decays` becomes their gradients, from what rows add to them."""
-            total = compat.matmul((joins_at(start, 0).strictly_before(), written))
-            rows = compat.load_tile(decays)
-            high = rows.astype(jnp.bfloat16)
-            for part in (high, (rows - high.astype(jnp.float32)).astype(jnp.bfloat16)):
-                free[...] = part
+            def join(level, carry):
+                """Adds what pairs of a level are to the scores, to dq and dk, and per row to the decays' gradients."""
+                dq, dk = carry
+                # Factors and P are made when they are used, and masks anew: kept ones are registers that products lack.
+                joins, tiles = joins_at(start, level), tiles_at(level)
+                factor = jnp.exp2(exponents(joins.stretch(level), tiles.parts))
+                row = jnp.where(joins.later(level), read(tiles.q), read(tiles.k))
+                tiles.free[...] = (row * factor).astype(jnp.bfloat16)
                 compat.publish()
-                total = compat.matmul((joins_at(start, 0).from_on(), free), start=total)
-            total = total + compat.spread_columns(compat.load_columns(whole.at[channels]), total.shape)
+                met = compat.matmul((tiles.free, compat.transposed(tiles.free))).astype(jnp.bfloat16)
+                tiles.weights[...] = jnp.where(joins.joined(level), met, compat.load_tile(tiles.weights))
+                joins = joins_at(start, level + LEVELS)
+                below = compat.matmul((tiles.dy, compat.transposed(tiles.v)))
+                below = jnp.where(joins.later(level), below * scale, 0.0).astype(jnp.bfloat16)
+                above = compat.matmul((tiles.v, compat.transposed(tiles.dy)))
+                above = jnp.where(joins.later(level), 0.0, above * scale).astype(jnp.bfloat16)
+                both = operand(jnp.where(joins.joined(level), runs.pairs(below + above), 0.0))
+                change = compat.matmul((both, tiles.free))
+                one = jnp.where(joins.later(level), 1.0, 0.0)  # by row: a multiply-add is cheaper than a choice
+                pairs = read(tiles.free) * change * (2 * one - 1)
+                tiles.decays[...] = compat.load_tile(tiles.decays) + pairs
+                joins = joins_at(start, level + 2 * LEVELS)
+                change = change * jnp.exp2(exponents(joins.stretch(level), tiles.parts))
+                one = jnp.where(joins.later(level), 1.0, 0.0)
+                return dq + change * one, dk + change * (1 - one)
+
+            reads = state_reads(runs, tiles, lambda: jnp.exp2(exponents(joins_at(start).before(), tiles.parts)))
+            dq, dk = lax.fori_loop(0, LEVELS, join, (read(tiles.k) * own + reads, read(tiles.q) * own))
+            tiles = tiles_at(2)
+            tiles.q[...] = dq.astype(jnp.bfloat16)
+            joins = joins_at(start)
+            found = jnp.where(joins.row >= joins.column, read(tiles.weights), 0.0)
+            tiles.weights[...] = (runs.pairs(found) * scale).astype(jnp.bfloat16)
+            finish_k(runs, tiles, dk, lambda: jnp.exp2(exponents(joins_at(start).after(), tiles.parts)))
+
+        def state_reads(runs, tiles, into):
+            """What reads of the state add to dq; and adds what they do to the decays' gradients."""
+            reads = compat.matmul((tiles.dy, compat.transposed(tiles.state)))
+            reads = reads * (runs.entering(into()) * scale)
+            tiles.decays[...] = compat.load_tile(tiles.decays) + reads * read(tiles.q)
+            return reads
+
+        def finish_k(runs, tiles, dk, out):
+            """Adds to dk, which becomes `k`, writes that outlive the chunk; theirs to the decays' go to `parts`."""
+            after = runs.leaving(out())
+            tiles.free[...] = (read(tiles.k) * after).astype(jnp.bfloat16)
+            writes = after * compat.matmul((tiles.v, compat.transposed(tiles.gradient)))
+            tiles.parts[pl.ds(CHUNK, CHUNK)] = (writes * read(tiles.k)).astype(jnp.bfloat16)
+            tiles.k[...] = (dk + writes).astype(jnp.bfloat16)
+
+        def finish(start, runs, sums, tiles):
+            """The decays' gradients, from what rows add to them."""
+            decays, parts, state, gradient = tiles.decays, tiles.parts, tiles.state, tiles.gradient
+            by_unit = [pl.ds(part * COLUMNS, COLUMNS) for part in range(units)]
+            kept = sum(jnp.sum(read(state.at[:, part]) * read(gradient.at[:, part]), axis=1) for part in by_unit)
+            kept = kept * sums.kept(runs)
+            sums.first[...] = kept
+            high, low = parts.at[pl.ds(0, CHUNK)], state.at[:, by_unit[0]]
+            rows = compat.load_tile(decays)
+            rounded = rows.astype(jnp.bfloat16)
+            high[...] = rounded
+            low[...] = (rows - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
+            compat.publish()
+            total = compat.matmul((joins_at(start).strictly_before(), parts.at[pl.ds(CHUNK, CHUNK)]))
+            from_on = joins_at(start).from_on()
+            total = compat.matmul((from_on, high), (from_on, low), start=total)
+            total = total + compat.spread_columns(compat.load_columns(sums.first), total.shape)
             decays[...] = runs.real(total)
             compat.publish()
 
-        def chunk(indices, decay_tile, *tiles):
-            *seg, q_tile, k_tile, v_tile, dy_tile, state_tile = tiles
+        def chunk(indices, *tiles):
+            decays, *seg, q, k, v, dy, state, gradient, _ = tiles
             runs, now = Runs(*(seg or [None])), at(indices[0])
-            start = now * CHUNK
-            parts, own_tiles, weights, late = (compat.unhoisted(buffer, start) for buffer in buffers)
-            every = (decay_tile, q_tile, k_tile, v_tile, dy_tile, state_tile)
-            tokens = pl.ds(start, CHUNK)
+            start, tokens = now * CHUNK, pl.ds(now * CHUNK, CHUNK)
+            here = lambda ref, level=0: compat.unhoisted(ref, now + level)
 
-            prepared = lambda: prepare(start, runs, parts.at[half], own_tiles.at[half], weights.at[half], late, every)
-            only_first(halves, warpgroup, prepared, lambda: compat.wait(done))
+            def tiles_at(level):
+                every = (decays, q, k, v, dy, state, gradient, *buffers[:3])
+                decay_tile, q_tile, k_tile, v_tile, dy_tile, *rest = (here(ref, level) for ref in every)
+                by_channel = [x.at[:, channels] for x in (decay_tile, q_tile, k_tile)]
+                return Tiles(
+                    *by_channel, v_tile, dy_tile, *(x.at[channels] for x in rest[:2]), *(x.at[half] for x in rest[2:])
+                )
+
+            def prepare():
+                tiles, sums = tiles_at(0), Sums(here(buffers[3]), channels)
+                compat.wait(done)
+                split_parts(log2_decays(tiles.decays), tiles.parts)
+                is_mild = sums.write(tiles.parts, tiles.free, joins_at(start))
+                pl.when(is_mild)(lambda: mild(start, runs, sums, tiles))
+                pl.when(jnp.logical_not(is_mild))(lambda: strong(start, runs, tiles_at))
+                finish(start, runs, Sums(here(buffers[3], 3), channels), tiles_at(3))
+
+            only_first(halves, warpgroup, prepare, lambda: compat.wait(done))
             compat.arrive(ready)
             compat.wait(ready)
             place = pl.ds(head * plan.key, plan.key)
-            for tile, out, storing in ((q_tile, outs[0], 0), (k_tile, outs[1], 0), (decay_tile, outs[3], count - 1)):
-                compat.store(tile, out.at[piece, row, tokens, place], warpgroup == storing)
+            for tile, out, storing in ((q, outs[0], 0), (k, outs[1], 0), (decays, outs[3], count - 1)):
+                compat.store(here(tile, 4), out.at[piece, row, tokens, place], warpgroup == storing)
 
             def values():
-                dy_mine = dy_tile.at[:, mine]
-                pairs = [(compat.transposed(parts.at[i, pl.ds(0, CHUNK)]), dy_mine) for i in range(halves)]
-                for i in range(halves):
-                    pairs.append((own_tiles.at[i], late.at[i * units + unit]))
+                parts, keys, scores = (here(buffer, 4) for buffer in buffers[:3])
+                dy_mine, after = here(dy, 4).at[:, mine], here(gradient, 4)
+                pairs = [(compat.transposed(scores.at[i]), dy_mine) for i in range(halves)]
+                pairs += [(keys.at[i], after.at[pl.ds(i * COLUMNS, COLUMNS), mine]) for i in range(halves)]
                 staged = parts.at[warpgroup, pl.ds(CHUNK, CHUNK)]
                 staged[...] = compat.matmul(*pairs).astype(jnp.bfloat16)
                 compat.publish()
@@ -247,11 +282,13 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
             compat.stores_done()
 
         tiles = [(plan.key, lanes.key_head(block))] * 2 + [(width, block)] * 2
-        specs = specs_of(lanes, block, row, segments, at, *tiles)
-        specs.append(compat.tile_spec((None, None, None, plan.key, width), lambda i: (row, at(i), head, 0, piece)))
-        loop = lambda *args: chunk(*args[:-1])
-        run = compat.pipeline(loop, steps=plan.steps, specs=specs, stages=1, warpgroups=count, around=around)
-        run(*[refs[name] for name in names if name not in ("gradients", "stretches")])
+        specs = specs_of(lanes, block, row, segments, at, *tiles, rows=1)
+        state_at = lambda i: ((row * plan.chunks + at(i)) * plan.heads + head, 0, piece)
+        specs += [compat.tile_spec((1, plan.key, width), state_at)] * 2
+        run = compat.pipeline(
+            chunk, steps=plan.steps, specs=specs, stages=1, warpgroups=count, around=around, fetching=40
+        )
+        run(*[refs[name] for name in names])
 
     keys = (lanes.slices, plan.batch, q.shape[1], plan.heads * plan.key)
     out = [
@@ -264,11 +301,7 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
         compat.tile(1, count, 2 * CHUNK, COLUMNS),
         compat.tile(1, halves, CHUNK, CHUNK),
         compat.tile(1, halves, CHUNK, CHUNK),
-        compat.tile(1, max(len(STORED), halves * units), CHUNK, CHUNK),
-        compat.vector(plan.key),
-        compat.barrier(1),
-        compat.barrier(halves),
-        compat.barrier(halves * units),
+        compat.vector(1, 2, plan.key),
         compat.barrier(count),
         compat.barrier(count),
     ]
