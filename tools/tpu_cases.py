@@ -9,7 +9,12 @@ import jax.numpy as jnp
 from seqmix.ops import block_lists, block_sparse_sizes, masks
 
 BATCH, TIME, WIDTH = 8, 2048, 4096
-SHAPES = {"ssd": (1, 64, 128, 64), "simple_gla": (16, 16, 128, 128), "retnet": (8, 8, 256, 512)}  # Hk, H, K, V
+SHAPES = {  # Hk, H, K, V
+    "ssd": (1, 64, 128, 64),
+    "simple_gla": (16, 16, 128, 128),
+    "retnet": (8, 8, 256, 512),
+    "gla": (16, 16, 128, 128),  # with a decay per channel
+}
 SPARSE = {  # mask, Hk, H, K and V, soft cap
     "packed": (masks.Causal() & masks.Segments(), 4, 16, 128, None),
     "boxed": (masks.Boxed(masks.Neighbourhood((32, 64), (13, 13)), (8, 16)), 8, 8, 64, 30.0),
@@ -21,7 +26,7 @@ def cases(tile=None):
     found = {}
     for name, shape in SHAPES.items():
         for way in ("forward", "backward"):
-            found[f"{name}_{way}"] = _attention(way, *shape, tile)
+            found[f"{name}_{way}"] = _attention(way, *shape, tile, per_channel=name == "gla")
     x = jax.ShapeDtypeStruct((BATCH, TIME, WIDTH), jnp.bfloat16)
     state = jax.ShapeDtypeStruct((BATCH, WIDTH), jnp.float32)
     from pallas_kernels.linear_scan import tpu
@@ -58,18 +63,23 @@ def _block_sparse(way, mask, key_heads, heads, width, soft_cap, sizes):
     return run, (q, k, k, {name: array(TIME, dtype=jnp.int32) for name in mask.inputs}, row, q, row)
 
 
-def _attention(way, key_heads, heads, key, value, tile):
-    from pallas_kernels.linear_attention import tpu, tpu_backward
+def _attention(way, key_heads, heads, key, value, tile, per_channel):
+    from pallas_kernels.linear_attention import tpu, tpu_backward, tpu_channel, tpu_channel_backward
+
+    forward = (tpu_channel if per_channel else tpu).forward
+    backward = (tpu_channel_backward if per_channel else tpu_backward).backward
 
     def run(q, k, v, log_decay, dy):
+        if per_channel:
+            log_decay = log_decay.reshape(BATCH, TIME, heads, key)
         q, k = (x.reshape(BATCH, TIME, key_heads, key) for x in (q, k))
         v, dy = (x.reshape(BATCH, TIME, heads, value) for x in (v, dy))
         if way == "forward":
-            y, state = tpu.forward(q, k, v, log_decay, tile=tile)
+            y, state = forward(q, k, v, log_decay, tile=tile)
             return y.reshape(BATCH, TIME, -1), state
-        dq, dk, dv, *rest = tpu_backward.backward(q, k, v, log_decay, None, None, None, dy, tile=tile)
+        dq, dk, dv, *rest = backward(q, k, v, log_decay, None, None, None, dy, tile=tile)
         return *(x.reshape(BATCH, TIME, -1) for x in (dq, dk, dv)), *rest
 
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((BATCH, TIME, *shape), dtype)
     q, v = array(key_heads * key), array(heads * value)
-    return run, (q, q, v, array(heads, dtype=jnp.float32), v)
+    return run, (q, q, v, array(heads * key if per_channel else heads, dtype=jnp.float32), v)

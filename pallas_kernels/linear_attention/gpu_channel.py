@@ -44,11 +44,7 @@ def supports(
         return reason
     if log_write is not None:
         return "has no form for write with a decay per channel"
-    expected = (*v.shape[:3], q.shape[3])
-    if log_decay is None or log_decay.shape != expected:
-        got = None if log_decay is None else log_decay.shape
-        return f"needs one decay per token, head and channel, {expected}, got {got}"
-    return None
+    return planning.wrong_channel_decay(q, v, log_decay)
 
 
 @dataclasses.dataclass(frozen=True)

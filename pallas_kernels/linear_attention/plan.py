@@ -45,6 +45,14 @@ def wrong_rest(q, v, log_decay, run_ids, scale, state, log_write) -> str | None:
     return None
 
 
+def wrong_channel_decay(q, v, log_decay) -> str | None:
+    """What of the decays no kernel for those per channel can take, in a few words; None if nothing."""
+    expected, got = (*v.shape[:3], q.shape[3]), None if log_decay is None else log_decay.shape
+    if got != expected:
+        return f"needs one decay per token, head and channel, {expected}, got {got}"
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What is chosen of a Hopper kernel's call, by a table, by a rule or by `tuned.forcing`."""

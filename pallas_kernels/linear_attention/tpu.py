@@ -29,7 +29,10 @@ from pallas_kernels.linear_attention import plan as planning
 from pallas_kernels.linear_attention.plan import Plan
 
 CHUNK = 128  # tokens, a multiple of the lanes; 256 takes as many bundles a token forward, a sixth more backward
-STEP_COLUMNS = 1024  # value columns of a grid step, by the bundle counts of tools/tpu_bundles.py
+# Value columns of a grid step, by the bundle counts of tools/tpu_bundles.py. Fewer spill less, but take longer: v5e's
+# backward kernel at K = V = 128 with one head a step spills 89 registers in 906 bundles, with eight 154 in 596 a head.
+# Spills are stores beside other work; less than half of the bundles have a store.
+STEP_COLUMNS = 1024
 LANES, SUBLANES = 128, 8
 STATE_BYTES = 4 * 2**20  # of the states of one walk, of which a kernel holds up to five copies
 
@@ -55,9 +58,9 @@ def supports(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, 
     return planning.wrong_rest(q, v, log_decay, run_ids, scale, state, log_write)
 
 
-def wasteful(q, v) -> str | None:
-    """Why a call that is supported is better left to XLA, by the kernels' tiles alone; None if it is not."""
-    blocks = Blocks.of(q, v)
+def wasteful(q, v, kind=None) -> str | None:
+    """Why a call that is supported is better left to XLA, by the kernels' tiles alone (a kind of `Blocks`), or None."""
+    blocks = (kind or Blocks).of(q, v)
     if q.shape[1] < 2 * CHUNK:
         return f"wins nothing below {2 * CHUNK} tokens, got T={q.shape[1]}"
     if blocks.width % LANES or q.shape[3] % LANES:
@@ -75,6 +78,11 @@ class Blocks:
     plan: Plan
     heads: int
 
+    @staticmethod
+    def widths(plan):
+        """Columns of a head in arrays that are cut by heads."""
+        return (plan.value,)
+
     @classmethod
     def of(cls, q, v, tile=None):
         """The blocks of a call; tile: (tokens of a chunk, heads of a step), None to choose.
@@ -90,7 +98,8 @@ class Blocks:
             keys = max(1, count // plan.group)
             if plan.group % count and count % plan.group or key_heads % keys:
                 return False
-            return (count * value % LANES == 0 or count == heads) and (keys * key % LANES == 0 or keys == key_heads)
+            full = all(count * width % LANES == 0 for width in cls.widths(plan)) or count == heads
+            return full and (keys * key % LANES == 0 or keys == key_heads)
 
         counts = [count for count in range(1, heads + 1) if heads % count == 0 and fits(count)]
         wanted = max(1, STEP_COLUMNS // value) if tile is None else tile[1]
@@ -130,6 +139,16 @@ class Blocks:
         return (self.plan.batch, self.walks, self.plan.chunks, self.turns)
 
     @property
+    def state_tile(self):
+        """The shape of the states of a tile's heads: side by side."""
+        return self.plan.key, self.width
+
+    @property
+    def walk_shape(self):
+        """All states."""
+        return (self.plan.batch, self.plan.heads // self.together, *self.state_tile)
+
+    @property
     def state_bytes(self) -> int:
         return 4 * self.turns * self.heads * self.plan.key * self.plan.value
 
@@ -137,22 +156,25 @@ class Blocks:
         """(array, block shape, index map) of an array that is cut by this grid.
 
         kind: "key" [B, T, Hk * K], "value" [B, T, H * V], "row" [B or 1, H / heads, n, T], "segment" [B, 8, T],
-        "walk" [B, tiles, K, width] and "chunk_state" [B, chunks, tiles, K, width], states of heads together in tiles of
-        width columns. chunk_at: the chunk at a place of the walk.
+        "walk" [B, tiles, *state_tile] and "chunk_state" [B, chunks, tiles, *state_tile]. chunk_at: the chunk at a place
+        of the walk.
         """
         plan, turns = self.plan, self.turns
         at, rows = chunk_at, array.shape[0]
         block, index = {
             "key": ((None, plan.chunk, self.key_heads * plan.key), lambda b, w, c, t: (b, at(c), w)),
-            "value": ((None, plan.chunk, self.heads * plan.value), lambda b, w, c, t: (b, at(c), w * turns + t)),
+            "value": (
+                (None, plan.chunk, array.shape[2] // plan.heads * self.heads),
+                lambda b, w, c, t: (b, at(c), w * turns + t),
+            ),
             "row": (
                 (None, None, array.shape[-2], plan.chunk),
                 lambda b, w, c, t: (b if rows > 1 else 0, w * turns + t, 0, at(c)),
             ),
             "segment": ((None, SUBLANES, plan.chunk), lambda b, w, c, t: (b, 0, at(c))),
-            "walk": ((None, turns * self.tiles, plan.key, self.width), lambda b, w, c, t: (b, w, 0, 0)),
+            "walk": ((None, turns * self.tiles, *self.state_tile), lambda b, w, c, t: (b, w, 0, 0)),
             "chunk_state": (
-                (None, None, self.tiles, plan.key, self.width),
+                (None, None, self.tiles, *self.state_tile),
                 lambda b, w, c, t: (b, at(c), w * turns + t, 0, 0),
             ),
         }[kind]
@@ -217,19 +239,24 @@ def forward(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, *
                 written = scaled(value, now.carry_out).astype(jnp.bfloat16)
                 states[blocks.place(tile)] = scaled(held, now.kept) + dot(key_columns, written, 1, 0)
 
-    shape = (plan.batch, plan.heads // blocks.together, plan.key, blocks.width)
-    outputs = [("value", given["v"][1]), ("walk", jax.ShapeDtypeStruct(shape, jnp.float32))]
-    counted = cost.forward(plan.batch, plan.padded, plan.key_heads, plan.heads, plan.key, plan.value, chunk=plan.chunk)
+    return walked(blocks, given, body, "linear_attention_forward", plan.chunk)
+
+
+def walked(blocks: Blocks, given, body, name, exponentials):
+    """(y [B, T, H, V], final state [B, H, K, V]) of a kernel that reads `given`; exponentials: of a token and head."""
+    plan = blocks.plan
+    outputs = [("value", given["v"][1]), ("walk", jax.ShapeDtypeStruct(blocks.walk_shape, jnp.float32))]
+    sizes = (plan.batch, plan.padded, plan.key_heads, plan.heads, plan.key, plan.value)
     y, last = compat.tpu_kernel(
         body,
         grid=blocks.grid,
         parallel=2,
-        inputs=[blocks.spec(*given[name]) for name in names],
+        inputs=[blocks.spec(*array) for array in given.values()],
         outputs=[blocks.spec(kind, jax.ShapeDtypeStruct(x.shape, x.dtype)) for kind, x in outputs],
         scratch=[],
-        name="linear_attention_forward",
-        flops=counted.flops,
-        exponentials=plan.batch * plan.padded * plan.heads * plan.chunk,
+        name=name,
+        flops=cost.forward(*sizes, chunk=plan.chunk).flops,
+        exponentials=plan.batch * plan.padded * plan.heads * exponentials,
     )
     return y.reshape(plan.batch, plan.padded, plan.heads, plan.value)[:, : plan.time], blocks.unpack(last)
 
@@ -297,12 +324,14 @@ class Tokens:
         self.blocks, self.scale, self.kinds = blocks, scale, kinds
         chunk = blocks.plan.chunk
         rows, across = (lax.broadcasted_iota(jnp.int32, (chunk, chunk), axis) for axis in (0, 1))
-        self.visible, self.reads, self.leaves, self.stays = rows >= across, None, None, None
+        self.visible, self.same = rows >= across, None
+        self.real, self.reads, self.leaves, self.stays = None, None, None, None
         if segments is not None:
             runs = segments[...]
             down = runs.T
-            self.visible &= (down[:, 0:1] == runs[0:1]) & (runs[0:1] != 0)
-            self.reads, self.leaves = (spread(down[:, at : at + 1], LANES) != 0 for at in (1, 2))
+            self.same = (down[:, 0:1] == runs[0:1]) & (runs[0:1] != 0)
+            self.visible &= self.same
+            self.real, self.reads, self.leaves = (spread(down[:, at : at + 1], LANES) != 0 for at in (0, 1, 2))
             self.stays = runs[3:4, 0:1] != 0
         self.rows = None if decays is None else decays[...]
         self.columns = None if decays is None else self.rows.T

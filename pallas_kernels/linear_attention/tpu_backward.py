@@ -39,33 +39,43 @@ def backward(q, k, v, log_decay, state, run_ids, log_write, dy, dstate=None, *, 
     plan = blocks.plan
     given = prepare(blocks, log_decay, run_ids, log_write, {"q": q, "k": k, "v": v, "state": state, "dy": dy})
     kinds = 1 if log_write is None else 2
-    states = _states(blocks, given, kinds)
-    if "state" in given:
-        del given["state"]
-    if dstate is not None:
-        given["state"] = ("walk", blocks.pack(dstate))
-    given["states"] = ("chunk_state", states)
+    given = second(blocks, given, _states(blocks, given, kinds), dstate)
     need_decay = need_decay and log_decay is not None
     count = 4 if log_write is not None else 3 if need_decay else 0
     dq, dk, dv, first, *sums = _gradients(blocks, given, scale, kinds, count)
-    dq, dk, dv = (
-        x.reshape(plan.batch, plan.padded, -1, width)[:, : plan.time]
-        for x, width in ((dq, plan.key), (dk, plan.key), (dv, plan.value))
-    )
-
-    def by_token(x):
-        x = x.swapaxes(1, 2)[:, : plan.time]
-        return x if run_ids is None else jnp.where(run_ids[..., None] != 0, x, 0.0)
-
     dlog = dwrite = None
     if count:
-        rows = sums[0].reshape(plan.batch, plan.heads // blocks.heads, -1, plan.padded)[:, :, : count * blocks.heads]
-        rows = rows.reshape(plan.batch, plan.heads, count, plan.padded)
-        dwrite = by_token(rows[:, :, OWN]) if count == 4 else None
+        rows = sums_by_head(blocks, sums[0], count)
+        dwrite = by_token(plan, rows[:, :, OWN], run_ids) if count == 4 else None
     if need_decay:
-        dlog = by_token(_decay_gradient(plan, rows))
+        dlog = by_token(plan, _decay_gradient(plan, rows), run_ids)
         dlog = jnp.sum(dlog, axis=(0, 1)) if log_decay.ndim == 1 else dlog
-    return dq, dk, dv, dlog, blocks.unpack(first), dwrite
+    return *by_width(plan, dq, dk, dv), dlog, blocks.unpack(first), dwrite
+
+
+def second(blocks: Blocks, given, states, dstate):
+    """What the second kernel reads, from what the first one did and the states that it made."""
+    given = {name: entry for name, entry in given.items() if name != "state"} | {"states": ("chunk_state", states)}
+    return given if dstate is None else given | {"state": ("walk", blocks.pack(dstate))}
+
+
+def by_width(plan, dq, dk, dv):
+    """Gradients as the kernel cuts them, in their arguments' shapes."""
+    widths = (plan.key, plan.key, plan.value)
+    return [x.reshape(plan.batch, plan.padded, -1, n)[:, : plan.time] for x, n in zip((dq, dk, dv), widths)]
+
+
+def sums_by_head(blocks: Blocks, rows, count):
+    """A kernel's `count` sums a head and token, [B, H, count, padded]."""
+    plan = blocks.plan
+    rows = rows.reshape(plan.batch, plan.heads // blocks.heads, -1, plan.padded)[:, :, : count * blocks.heads]
+    return rows.reshape(plan.batch, plan.heads, count, plan.padded)
+
+
+def by_token(plan, sums, run_ids):
+    """[B, H, padded] as [B, T, H], 0 at padding."""
+    sums = sums.swapaxes(1, 2)[:, : plan.time]
+    return sums if run_ids is None else jnp.where(run_ids[..., None] != 0, sums, 0.0)
 
 
 def _decay_gradient(plan, rows):
@@ -95,18 +105,23 @@ def _states(blocks: Blocks, given, kinds):
                 written = scaled(here["v"][:, mine], now.carry_out).astype(jnp.bfloat16)
                 states[blocks.place(tile)] = scaled(held, now.kept) + dot(key_columns, written, 1, 0)
 
-    tiles = plan.heads // blocks.together
-    shape = (plan.batch, plan.chunks, tiles, plan.key, blocks.width)
+    return walked_states(blocks, given, names, body, "linear_attention_states", 1)
+
+
+def walked_states(blocks: Blocks, given, names, body, name, exponentials):
+    """The state before each chunk, bfloat16, by a kernel that reads `names` of `given`; exponentials as in `walked`."""
+    plan = blocks.plan
+    shape = (plan.batch, plan.chunks, *blocks.walk_shape[1:])
     return compat.tpu_kernel(
         body,
         grid=blocks.grid,
         parallel=2,
         inputs=[blocks.spec(*given[name]) for name in names],
         outputs=[blocks.spec("chunk_state", jax.ShapeDtypeStruct(shape, jnp.bfloat16))],
-        scratch=[compat.tpu_scratch(blocks.turns * blocks.tiles, plan.key, blocks.width)],
-        name="linear_attention_states",
+        scratch=[compat.tpu_scratch(blocks.turns * blocks.tiles, *blocks.state_tile)],
+        name=name,
         flops=2 * plan.batch * plan.padded * plan.heads * plan.key * plan.value,
-        exponentials=plan.batch * plan.padded * plan.heads,
+        exponentials=plan.batch * plan.padded * plan.heads * exponentials,
     )[0]
 
 
@@ -125,34 +140,42 @@ def _gradients(blocks: Blocks, given, scale, kinds, count):
             keys = pl.ds(key_head * plan.key, plan.key)
             found = _of_key_head(blocks, key_head, here, tokens, dv_ref, gradients, sums)
             for out, value, kept in zip((dq_ref, dk_ref), found, rest[bool(count) :] or (None, None)):
-                _add_turns(blocks, out, value, keys, kept)
+                add_turns(blocks, out, value, keys, kept)
         if count:
             rest[0][...] = sums.rows()
 
-    shapes = [x.shape for x in (given["q"][1], given["k"][1], given["v"][1])]
-    outputs = [(kind, jax.ShapeDtypeStruct(s, jnp.bfloat16)) for kind, s in zip(("key", "key", "value"), shapes)]
-    shape = (plan.batch, plan.heads // blocks.together, plan.key, blocks.width)
-    outputs.append(("walk", jax.ShapeDtypeStruct(shape, jnp.float32)))
+    return walked_gradients(blocks, given, body, "linear_attention_backward", plan.chunk, count)
+
+
+def walked_gradients(blocks: Blocks, given, body, name, exponentials, count, more=()):
+    """What a kernel that walks time from the right makes of all of `given`, a list; exponentials as in `walked`.
+
+    dq, dk, dv and the first state's gradient, `count` sums a head and token as rows, then `more` outputs, (kind, shape)
+    in float32.
+    """
+    plan = blocks.plan
+    outputs = [(kind, given[name][1].shape, jnp.bfloat16) for kind, name in zip(("key", "key", "value"), "qkv")]
+    outputs.append(("walk", blocks.walk_shape, jnp.float32))
     if count:
         rows = count * blocks.heads + -count * blocks.heads % SUBLANES
-        shape = (plan.batch, plan.heads // blocks.heads, rows, plan.padded)
-        outputs.append(("row", jax.ShapeDtypeStruct(shape, jnp.float32)))
-    counted = cost.backward(plan.batch, plan.padded, plan.key_heads, plan.heads, plan.key, plan.value, chunk=plan.chunk)
+        outputs.append(("row", (plan.batch, plan.heads // blocks.heads, rows, plan.padded), jnp.float32))
+    outputs += [(*output, jnp.float32) for output in more]
+    sizes = (plan.batch, plan.padded, plan.key_heads, plan.heads, plan.key, plan.value)
     from_right = lambda chunk: plan.chunks - 1 - chunk
     return compat.tpu_kernel(
         body,
         grid=blocks.grid,
         parallel=2,
-        inputs=[blocks.spec(*given[name], from_right) for name in names],
-        outputs=[blocks.spec(*entry, from_right) for entry in outputs],
+        inputs=[blocks.spec(*array, from_right) for array in given.values()],
+        outputs=[blocks.spec(kind, jax.ShapeDtypeStruct(*array), from_right) for kind, *array in outputs],
         scratch=[compat.tpu_scratch(plan.chunk, plan.key)] * (2 if blocks.turns > 1 else 0),
-        name="linear_attention_backward",
-        flops=counted.flops,
-        exponentials=plan.batch * plan.padded * plan.heads * plan.chunk,
+        name=name,
+        flops=cost.backward(*sizes, chunk=plan.chunk).flops,
+        exponentials=plan.batch * plan.padded * plan.heads * exponentials,
     )
 
 
-def _add_turns(blocks, out, value, keys, kept):
+def add_turns(blocks, out, value, keys, kept):
     """Writes a chunk's dq or dk; where steps share its keys, once the last of them has added its own."""
     if blocks.turns == 1:
         out[:, keys] = value.astype(jnp.bfloat16)
@@ -193,7 +216,7 @@ def _of_key_head(blocks, key_head, here, tokens, dv_ref, gradients, sums):
             slopes = dot(now.only(part, dy), value, 1, 1)
             pairs, weights = now.paired(part, slopes, scores)
             crossed = crossed + pairs
-            mixed.append(dot(weights.T.astype(jnp.bfloat16), dy, 1, 0))
+            mixed.append(dot(_turned(plan, weights), dy, 1, 0))
             sums.add_pairs(tile, part, pairs * scores)
         dv = later + now.merge(mixed)
         dv_ref[:, mine] = dv.astype(jnp.bfloat16)
@@ -202,8 +225,13 @@ def _of_key_head(blocks, key_head, here, tokens, dv_ref, gradients, sums):
         sums.add_carried(tile, now, query, state, gradient, read, value, later, dv)
         gradients[place] = scaled(gradient, now.kept) + dot(query_columns, read, 1, 0)
     dq = dq + dot(crossed.astype(jnp.bfloat16), key, 1, 0)
-    dk = dk + dot(crossed.T.astype(jnp.bfloat16), query, 1, 0)
+    dk = dk + dot(_turned(plan, crossed), query, 1, 0)
     return dq, dk
+
+
+def _turned(plan, tile):
+    """tile.T as an operand, of the same bits either way: by the bundle counts, rounding first is slower for K = 256."""
+    return tile.astype(jnp.bfloat16).T if plan.key <= LANES else tile.T.astype(jnp.bfloat16)
 
 
 class Sums:
@@ -225,7 +253,7 @@ class Sums:
             return
         down, across = (lax.broadcasted_iota(jnp.int32, pairs.shape, axis) for axis in (0, 1))
         over = dot(jnp.where(across >= down, 1.0, 0.0).astype(jnp.bfloat16), pairs.astype(jnp.bfloat16), 1, 0)
-        self._add(tile, part, CROSSING, jnp.sum(jnp.where(across < down, over, 0.0), axis=1, keepdims=True))
+        self.add(tile, part, CROSSING, jnp.sum(jnp.where(across < down, over, 0.0), axis=1, keepdims=True))
 
     def add_carried(self, tile, now, query, state, gradient, read, value, later, dv):
         """What passes a tile's states: read and written by its tokens, and kept through the chunk."""
@@ -239,8 +267,8 @@ class Sums:
             found[OWN] = dv * value.astype(jnp.float32)
         for part in now.parts:
             for kind, terms in found.items():
-                self._add(tile, part, kind, jnp.sum(now.only(part, terms), axis=1, keepdims=True))
+                self.add(tile, part, kind, jnp.sum(now.only(part, terms), axis=1, keepdims=True))
 
-    def _add(self, tile, part, kind, column):
+    def add(self, tile, part, kind, column):
         place = (tile * self.blocks.together + part) * self.count + kind
         self.columns = jnp.where(self.lane == place, self.columns + column, self.columns)

@@ -55,8 +55,7 @@ def linear_attention(
       chunk: tokens computed as one matrix by the chunked form, a power of two. It changes rounding and speed alone.
       implementation: None (the best for the call), "gpu" (Hopper kernels; those for a decay per channel take no `write`
         and are compiled, not run: only if named), "tpu" (TPU kernels; compiled, not run on a chip) or "triton" (other
-        NVIDIA GPUs, with the extra triton), both for a decay per head or none and all for bfloat16, "chunked" or
-        "reference".
+        NVIDIA GPUs, with the extra triton; for a decay per head or none), all for bfloat16, "chunked" or "reference".
 
     Returns:
       (y [B, T, H, V] in the dtype of v, state in promote(dtype of q, k and v, float32)). Matmul operands are in the

@@ -26,9 +26,7 @@ def reasons(implementation, q, k, v, log_decay, state, runs, write, *, scale, no
     if implementation is None and found["gpu"] is None and _per_channel(log_decay):
         found["gpu"] = "has not been run on a GPU with a decay per channel, only if named"
     if implementation is None and found["tpu"] is None:
-        from pallas_kernels.linear_attention import tpu
-
-        found["tpu"] = tpu.wasteful(q, v)
+        found["tpu"] = _modules("tpu", log_decay)[0].wasteful(q, v)
     return found
 
 
@@ -60,6 +58,10 @@ def _modules(target, log_decay):
         from pallas_kernels.linear_attention import triton, triton_backward
 
         return triton, triton_backward
+    if _per_channel(log_decay):
+        from pallas_kernels.linear_attention import tpu_channel, tpu_channel_backward
+
+        return tpu_channel, tpu_channel_backward
     from pallas_kernels.linear_attention import tpu, tpu_backward
 
     return tpu, tpu_backward

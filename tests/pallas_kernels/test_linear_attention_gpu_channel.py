@@ -26,12 +26,13 @@ def inputs_of(batch, time, key_heads, heads, key, value, steps=STEPS):
 
 
 def exact(inputs, run_ids, scale, cotangents):
-    """Values and gradients of the op's reference in float64."""
+    """Values and gradients of the op's reference in float64; a sixth input is the logarithm of the writes' weights."""
     with jax.enable_x64(True):
         wide = lambda xs: tuple(jnp.asarray(np.asarray(x, np.float64)) for x in xs)
 
-        def run(q, k, v, log_decay, state):
-            options = {"scale": scale, "segment_ids": run_ids, "implementation": "reference"}
+        def run(q, k, v, log_decay, state, log_write=None):
+            write = None if log_write is None else jnp.exp(log_write)
+            options = {"scale": scale, "segment_ids": run_ids, "write": write, "implementation": "reference"}
             return linear_attention(q, k, v, log_decay, state=state, **options)
 
         def both(inputs, cotangents):
