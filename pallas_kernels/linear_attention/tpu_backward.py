@@ -216,7 +216,7 @@ def _of_key_head(blocks, key_head, here, tokens, dv_ref, gradients, sums):
             slopes = dot(now.only(part, dy), value, 1, 1)
             pairs, weights = now.paired(part, slopes, scores)
             crossed = crossed + pairs
-            mixed.append(dot(weights.astype(jnp.bfloat16).T, dy, 1, 0))  # 16 bits are half the work to turn
+            mixed.append(dot(_turned(plan, weights), dy, 1, 0))
             sums.add_pairs(tile, part, pairs * scores)
         dv = later + now.merge(mixed)
         dv_ref[:, mine] = dv.astype(jnp.bfloat16)
@@ -225,8 +225,13 @@ def _of_key_head(blocks, key_head, here, tokens, dv_ref, gradients, sums):
         sums.add_carried(tile, now, query, state, gradient, read, value, later, dv)
         gradients[place] = scaled(gradient, now.kept) + dot(query_columns, read, 1, 0)
     dq = dq + dot(crossed.astype(jnp.bfloat16), key, 1, 0)
-    dk = dk + dot(crossed.astype(jnp.bfloat16).T, query, 1, 0)
+    dk = dk + dot(_turned(plan, crossed), query, 1, 0)
     return dq, dk
+
+
+def _turned(plan, tile):
+    """tile.T as an operand, of the same bits either way: by the bundle counts, rounding first is slower for K = 256."""
+    return tile.astype(jnp.bfloat16).T if plan.key <= LANES else tile.T.astype(jnp.bfloat16)
 
 
 class Sums:
