@@ -30,7 +30,7 @@ from pallas_kernels.linear_attention.plan import Plan
 
 CHUNK = 128  # tokens, a multiple of the lanes; 256 takes as many bundles a token forward, a sixth more backward
 # Value columns of a grid step, by the bundle counts of tools/tpu_bundles.py. Fewer spill less, but take longer: v5e's
-# backward kernel at K = V = 128 with one head a step spills 89 registers in 906 bundles, with eight 154 in 596 a head.
+# backward kernel at K = V = 128 with one head a step spills 78 registers in 873 bundles, with eight 154 in 596 a head.
 # Spills are stores beside other work; less than half of the bundles have a store.
 STEP_COLUMNS = 1024
 LANES, SUBLANES = 128, 8
