@@ -173,6 +173,8 @@ SPARSE = {
     "blocks at random": {"mask": masks.BlockTable(TABLE | np.eye(4, dtype=bool), 128), "T": 512},
     "packed, few key heads": {"mask": masks.Causal() & masks.Segments(), "ids": IDS, "Hk": 1},
     "blocks by their scores": {"count": 2},
+    "blocks of each token": {"count": 2, "sizes": (1, 128)},
+    "blocks of each token, packed, few key heads": {"count": 2, "sizes": (1, 64), "ids": IDS, "Hk": 1},
 }
 
 
@@ -196,8 +198,10 @@ def block_sparse_attention(name):
     def run(q, k, v, *, implementation):
         options = {"sizes": f["sizes"], "return_lse": True, "implementation": implementation}
         if "count" in f:
-            scores = jnp.asarray(np.random.default_rng(1).random((2, 2, 3, 3)), jnp.float32)
-            return ops.topk_block_attention(q, k, v, count=f["count"], scores=scores, **options)
+            blocks = (f["T"] // size for size in f["sizes"])
+            scores = jnp.asarray(np.random.default_rng(1).random((2, f["Hk"], *blocks)), jnp.float32)
+            options |= {"count": f["count"], "scores": scores, "segment_ids": ids}
+            return ops.topk_block_attention(q, k, v, **options)
         return ops.block_sparse_attention(q, k, v, mask=f["mask"], data=data, **options)
 
     return Check("block_sparse_attention", name, inputs, run, ("y", "lse"))

@@ -42,7 +42,7 @@ class MoBA(Mixer):
     rope: bool = True  # rotate queries and keys by their positions
     rope_base: float = 10000.0  # > 1
     block: int = 512  # queries and keys of the own block whose scores exist at once
-    implementation: str | None = None  # of the ops: None, chunked, reference
+    implementation: str | None = None  # of the ops: None, gpu (all of them, from 64 tokens on), chunked, reference
 
     linear_in_v: ClassVar[bool] = True
 
