@@ -76,6 +76,7 @@ def run(lay, scale, q, k, v, index):
     return on_shares(lay, local, (q, k, v, jnp.asarray(index)), names, (queries, ("batch", "heads", None)))
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def unions(index, group: int, blocks: int) -> Unions:
     """The unions of the lists index [b, h, T, c] of `group` tokens each, T a multiple of it, of 0 to blocks - 1.
 
@@ -124,6 +125,7 @@ class Visitors(NamedTuple):
     counts: jax.Array  # [B, Hk, n] bool: is no filling, nor listed twice
 
 
+@partial(jax.jit, static_argnums=(1, 2, 3))
 def visitors(index, blocks: int, most: int, tile: int) -> Visitors:
     """The lists index [B, Hk, T, c] transposed, filled up to whole tiles of `tile` tokens, which divides `most`."""
     batch, heads, time, c = index.shape

@@ -52,7 +52,7 @@ def test_visitors_are_the_lists_transposed(most):
         assert got == {n: np.flatnonzero((index[b, 0] == n).any(-1)).tolist() for n in range(5)}
 
 
-SHAPES = [(1, 66, 384, 16, 1, 64, 128), (1, 64, 64, 16, 2, 64, 64)]
+SHAPES = [(1, 66, 320, 16, 1, 64, 128), (1, 64, 64, 16, 2, 64, 64)]
 
 
 @needs_mosaic
@@ -64,7 +64,7 @@ def test_kernels_match_float64(shape, monkeypatch):
     draw = lambda n, *dims: jax.random.normal(jax.random.key(n), dims, jnp.bfloat16)
     q, k = draw(0, batch, time, heads, width), draw(1, batch, keys, key_heads, width)
     v, dy = draw(2, batch, keys, key_heads, value), draw(3, batch, time, heads, value)
-    index = chosen((1, 1, time, 3), keys // 64)
+    index = chosen((1, 1, time, 2), keys // 64)
     index[:, :, 5] = -1
     dlse = jnp.cos(jnp.arange(batch * heads * time, dtype=jnp.float32)).reshape(batch, heads, time)
 
@@ -76,8 +76,8 @@ def test_kernels_match_float64(shape, monkeypatch):
         (y, lse), pull = jax.vjp(call, q, k, v)
         return y, jnp.where(lse > -jnp.inf, lse, 0), *pull((dy, dlse.astype(lse.dtype)))
 
-    with compat.interpret():
-        got = jax.jit(run, static_argnums=0, compiler_options=QUICK)("gpu", q, k, v, dy)
+    with compat.interpret():  # not within one jit: its threads and the interpreter's can use up a pool of two
+        got = run("gpu", q, k, v, dy)
     with jax.enable_x64(True):
         wants = run("reference", *(jnp.asarray(np.asarray(x, np.float64)) for x in (q, k, v, dy)))
         wants = [np.asarray(x) for x in wants]
