@@ -150,13 +150,9 @@ def read(ref):
     return compat.load_tile(ref).astype(jnp.float32)
 
 
-def log2_decays(ref):
-    """A tile of decays in log2."""
-    return jnp.maximum(compat.load_tile(ref) * LOG2_E, LEAST_LOG2)
-
-
-def split_parts(decays, parts):
-    """Writes decays as a sum of two bfloat16 tiles, one below the other; `publish` comes after."""
+def split_parts(ref, runs, parts):
+    """Writes a tile of decays, 0 at padding, in log2 as a sum of two bfloat16 tiles; `publish` comes after."""
+    decays = runs.real(jnp.maximum(compat.load_tile(ref) * LOG2_E, LEAST_LOG2))
     high = decays.astype(jnp.bfloat16)
     parts[pl.ds(0, CHUNK)] = high
     parts[pl.ds(CHUNK, CHUNK)] = (decays - high.astype(jnp.float32)).astype(jnp.bfloat16)
@@ -240,21 +236,13 @@ def forward(q, k, v, log_decay, state=None, run_ids=None, log_write=None, *, sca
     if time % 8:
         q, k, v, log_decay, run_ids = gpu.pad_time(q, k, v, log_decay, run_ids)
     lanes = Lanes(planning.make_plan(q, v, batch * v.shape[2] * -(-v.shape[3] // 128), splits))
-    decays = channel_decays(log_decay, run_ids)
+    decays = gpu.flat(log_decay.astype(jnp.float32))
     segments = planning.chunk_segments(run_ids, lanes.plan)
     ends = left = None
     if lanes.plan.splits > 1:
         ends, left = walk_states(lanes, k, v, decays, segments)
     y, last = _fused(lanes, q, k, v, decays, segments, state, ends, left, scale)
     return y[:, :time], last
-
-
-def channel_decays(log_decay, run_ids):
-    """Decays in float32, [B, T, H * K], 0 at padding."""
-    decays = log_decay.astype(jnp.float32)
-    if run_ids is not None:
-        decays = jnp.where(run_ids[..., None, None] != 0, decays, 0.0)
-    return gpu.flat(decays)
 
 
 def specs_of(lanes, block, row, segments, chunk_at, *arrays, rows=None):
@@ -384,7 +372,7 @@ def walk_states(lanes: Lanes, keys, values, decays, segments, start=None, *, rev
                 compat.store(held, out_ref.at[row, now, head, :, columns], warpgroup < units)
 
             def prepare():
-                split_parts(log2_decays(decay_tile.at[:, channels]), parts)
+                split_parts(decay_tile.at[:, channels], runs, parts)
                 compat.wait(done)
                 write_whole(parts, ones, whole.at[channels], runs)
                 joins, keys = Joins(first, spare[0].at[warpgroup] if spare else None), key_tile.at[:, channels]
@@ -480,7 +468,7 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
             parts, mix = states.at[warpgroup, pl.ds(0, 2 * CHUNK)], mixes.at[half]
             decays, q, k = (tile.at[:, channels] for tile in (decay_tile, q_tile, k_tile))
             sums = Sums(vectors, channels)
-            split_parts(log2_decays(decays), parts)
+            split_parts(decays, runs, parts)
             compat.wait(done)
             mild = sums.write(parts, mix, joins_at(0))
 

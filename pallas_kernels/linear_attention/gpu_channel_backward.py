@@ -36,9 +36,7 @@ from pallas_kernels.linear_attention.gpu_channel import (
     Lanes,
     Runs,
     Sums,
-    channel_decays,
     exponents,
-    log2_decays,
     only_first,
     read,
     specs_of,
@@ -61,7 +59,7 @@ def backward(
     if time % 8:
         q, k, v, log_decay, run_ids, dy = gpu.pad_time(q, k, v, log_decay, run_ids, dy)
     lanes = Lanes(planning.make_plan(q, v, q.shape[0] * v.shape[2] * -(-v.shape[3] // 128), splits))
-    decays = channel_decays(log_decay, run_ids)
+    decays = gpu.flat(log_decay.astype(jnp.float32))
     segments = planning.chunk_segments(run_ids, lanes.plan)
     ends, left, back_ends, back_left = [None] * 4
     back = {"reverse": True, "scale": scale}
@@ -247,7 +245,7 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
             def prepare():
                 tiles, sums = tiles_at(0), Sums(here(buffers[3]), channels)
                 compat.wait(done)
-                split_parts(log2_decays(tiles.decays), tiles.parts)
+                split_parts(tiles.decays, runs, tiles.parts)
                 is_mild = sums.write(tiles.parts, tiles.free, joins_at(start))
                 pl.when(is_mild)(lambda: mild(start, runs, sums, tiles))
                 pl.when(jnp.logical_not(is_mild))(lambda: strong(start, runs, tiles_at))
