@@ -80,6 +80,8 @@ LINEAR = {
 }
 CHANNEL = {
     "decays of any size": {},
+    "decays of gates": {"rare": 0.0},
+    "gates, then decays of any size": {"T": 333, "segments": True, "state": True, "rare_from": 130},
     "K 64, V 64": {"K": 64, "V": 64},
     "V 256": {"V": 256},
     "ragged, packed, from a state": {"T": 333, "segments": True, "state": True},
@@ -87,11 +89,11 @@ CHANNEL = {
 }
 
 
-def decays(key, shape):
-    """Logarithms of decays: a token in six is 0, -1e-4, -5, -20 or -100, the rest log-sigmoids over 16."""
+def decays(key, shape, share=1 / 6):
+    """Logarithms of decays: that share is 0, -1e-4, -5, -20 or -100, the rest are log-sigmoids over 16."""
     usual = jax.nn.log_sigmoid(normal(key, shape)) / 16
     rare = jnp.asarray([0.0, -1e-4, -5.0, -20.0, -100.0])[jax.random.randint(jax.random.fold_in(key, 1), shape, 0, 5)]
-    return jnp.where(jax.random.uniform(jax.random.fold_in(key, 2), shape) < 1 / 6, rare, usual)
+    return jnp.where(jax.random.uniform(jax.random.fold_in(key, 2), shape) < share, rare, usual)
 
 
 def segments(batch, length):
@@ -110,7 +112,10 @@ def linear_attention(name, features=None, decay="token"):
     inputs = {"q": q, "k": k, "v": normal(keys[2], (batch, time, heads, f["V"]), jnp.bfloat16)}
     shapes = {"head": (heads,), "token": (batch, time, heads), "channel": (batch, time, heads, f["K"])}
     if f["decay"] is not None:
-        inputs["log_decay"] = decays(keys[3], shapes[f["decay"]])
+        share = f.get("rare", 1 / 6)
+        if "rare_from" in f:
+            share = jnp.where(jnp.arange(time) < f["rare_from"], 0.0, share)[:, None, None]
+        inputs["log_decay"] = decays(keys[3], shapes[f["decay"]], share)
     if f.get("state"):
         inputs["state"] = normal(keys[4], (batch, heads, f["K"], f["V"]))
     if f.get("writes"):
