@@ -172,6 +172,7 @@ ATTENTION = {
     "sinks and a window": {"sinks": 8, "window": 70},
 }
 NEAR = masks.Boxed(masks.Neighbourhood((16, 32), (5, 7)), (8, 8))
+LISTS = np.random.default_rng(2).permuted(np.tile(np.arange(-1, 6), (2, 1, 384, 1)), axis=-1)[..., :3]
 SPARSE = {
     "a window and sinks": {"mask": masks.Causal() & (masks.Window(100) | masks.Sinks(40)), "T": 512},
     "a neighbourhood in boxes": {"mask": NEAR, "T": 512, "sizes": (128, 64)},
@@ -180,6 +181,7 @@ SPARSE = {
     "blocks by their scores": {"count": 2},
     "blocks of each token": {"count": 2, "sizes": (1, 128)},
     "blocks of each token, packed, few key heads": {"count": 2, "sizes": (1, 64), "ids": IDS, "Hk": 1},
+    "lists of single tokens, 16 heads a key head": {"H": 16, "Hk": 1, "sizes": (1, 64)},
 }
 
 
@@ -196,7 +198,7 @@ def attention(name):
 
 def block_sparse_attention(name):
     f = {"Hk": 2, "T": 384, "sizes": (128, 128)} | SPARSE[name]
-    inputs = _tokens(f["T"], f["Hk"], 128)
+    inputs = _tokens(f["T"], f["Hk"], 128, f.get("H", 2))
     ids = f.get("ids")
     data = None if ids is None else dict.fromkeys(("segment_ids", "kv_segment_ids"), ids)
 
@@ -207,13 +209,14 @@ def block_sparse_attention(name):
             scores = jnp.asarray(np.random.default_rng(1).random((2, f["Hk"], *blocks)), jnp.float32)
             options |= {"count": f["count"], "scores": scores, "segment_ids": ids}
             return ops.topk_block_attention(q, k, v, **options)
-        return ops.block_sparse_attention(q, k, v, mask=f["mask"], data=data, **options)
+        given = {"mask": f["mask"], "data": data} if "mask" in f else {"blocks": LISTS}
+        return ops.block_sparse_attention(q, k, v, **given, **options)
 
     return Check("block_sparse_attention", name, inputs, run, ("y", "lse"))
 
 
-def _tokens(time, key_heads, width):
-    shapes = {"q": (2, time, 2, width), "k": (2, time, key_heads, width), "v": (2, time, key_heads, width)}
+def _tokens(time, key_heads, width, heads=2):
+    shapes = {"q": (2, time, heads, width), "k": (2, time, key_heads, width), "v": (2, time, key_heads, width)}
     keys = jax.random.split(jax.random.key(3), 3)
     return {name: normal(key, shapes[name], jnp.bfloat16) for name, key in zip("qkv", keys, strict=True)}
 
