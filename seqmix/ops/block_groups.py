@@ -96,14 +96,31 @@ def _sizes(size):
     return ROWS, 64 if size % 128 else 128
 
 
+def _tile_rows(slots, group, blocks) -> int:
+    """Rows of a tile of the chunked form: near what a block has of them."""
+    return min(ROWS, max(16, 1 << (slots * group // blocks).bit_length()))
+
+
+def computed_rows(time: int, count: int, blocks: int, group: int = 1) -> int:
+    """Rows that meet a block in the chunked form, for each row and key head; time tokens choose count of the blocks."""
+    slots = time * count
+    rows = _tile_rows(slots, group, blocks)
+    tile = rows // math.gcd(rows, group) if time >= LEAST else 1
+    return _tiles(slots, blocks, tile) * tile * group
+
+
+def _tiles(slots, blocks, tile) -> int:
+    """Tiles of `tile` tokens that hold so many slots, each block's filled up: as many as there can be."""
+    return (slots + min(blocks, slots) * (tile - 1)) // tile
+
+
 def run(lay, config: Config, q, k, v, data: dict, index, size: int, name: str):
     """(y [B, T, H, V], lse [B, H, T]); as `block_sparse_chunked.chunked`, of index [b, h, T, c] for blocks (1, size).
 
     A block that a list names twice counts once.
     """
     group = q.shape[2] // k.shape[2]
-    mean = math.prod(index.shape[2:]) * group // -(-k.shape[1] // size)  # rows of a block
-    rows = ROWS if name == "gpu" else min(ROWS, max(16, 1 << mean.bit_length()))
+    rows = ROWS if name == "gpu" else _tile_rows(math.prod(index.shape[2:]), group, -(-k.shape[1] // size))
     call = Call(config, size, name, group, rows)
     index = jax.lax.optimization_barrier(jnp.asarray(index))  # else what is known is sorted while compiling
     if lay is None:
@@ -129,7 +146,7 @@ def grouped(index, blocks: int, tile: int) -> Groups:
     twice = jnp.any((index[..., None] == index[..., None, :]) & jnp.tri(slots, k=-1, dtype=bool), axis=-1)
     block = jnp.where((index >= 0) & (index < blocks) & ~twice, index, -1).astype(jnp.int32)
     size = time * slots
-    total = (size + min(blocks, size) * (tile - 1)) // tile  # tiles, at most
+    total = _tiles(size, blocks, tile)
     stretch = min(STRETCH, size)
     cells = jnp.pad(block.reshape(batch, heads, size), ((0, 0), (0, 0), (0, -size % stretch)), constant_values=-1)
     cells = cells.reshape(batch, heads, -1, stretch)

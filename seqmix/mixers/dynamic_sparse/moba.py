@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from seqmix.core import packing
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
+from seqmix.ops import block_groups
 from seqmix.ops.softmax import attention_flops
 from seqmix.parts import chosen_blocks, kv_cache
 from seqmix.parts.chunks import token_places
@@ -170,10 +171,19 @@ class MoBA(Mixer):
     # Costs
 
     def flops(self, batch: int, seq: int) -> float:
-        """Projections, gates of all tokens with all blocks, and the scores of own and chosen blocks."""
-        H, J, K, tokens = self.heads, self._kv_heads, self._head_dim, batch * seq
+        """Projections, gates of all tokens with all blocks, and the scores of own and chosen blocks, as computed: the
+        tokens that chose a block fill whole tiles.
+        """
         n = max(1, seq // self.size)
+        return self._flops(batch, seq, n, block_groups.computed_rows(seq, min(self.count - 1, n), n))
+
+    def chunkless_flops(self, batch: int, seq: int) -> float:
+        """`flops` without what fills up tiles."""
+        n = max(1, seq // self.size)
+        return self._flops(batch, seq, n, seq * min(self.count - 1, n))
+
+    def _flops(self, batch, seq, n, rows):
+        H, J, K, tokens = self.heads, self._kv_heads, self._head_dim, batch * seq
         projections = 4 * tokens * self.d_model * (H + J) * K + 3 * self.rope * tokens * (H + J) * K
         own = attention_flops(batch, min(seq, self.size), H, K, K, block=self.block) * -(-seq // self.size)
-        chosen = tokens * H * min(self.count - 1, n) * self.size * (4 * K + 7)
-        return projections + own + 2 * tokens * n * H * K + chosen
+        return projections + own + 2 * tokens * n * H * K + batch * H * rows * self.size * (4 * K + 7)
