@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import attention_moba, attention_nsa, attention_peers, errors, timing
-from experiments.bench.suites import Case
+from experiments.bench.suites import Case, taking
 from seqmix import ops
 from seqmix.ops import masks
 
@@ -101,14 +101,7 @@ def _call(options, batch):
 def supported(call, shape):
     """{label: implementation} that take a call: the default, and those that run by name."""
     like = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3
-    found = {"default": None}
-    for name in NAMES:
-        try:
-            jax.eval_shape(functools.partial(call, implementation=name), *like)
-        except ValueError:
-            continue
-        found[name] = name
-    return found
+    return {"default": None} | {name: name for name in taking(call, like, NAMES)}
 
 
 def _case(name, length, args):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import attention_peers, errors, timing
-from experiments.bench.suites import Case
+from experiments.bench.suites import Case, taking
 from seqmix import ops
 from seqmix.ops.topk_blocks import choose_blocks, pooled_scores
 
@@ -43,28 +43,16 @@ def dense(q, k, v):
     return ops.attention(q, k, v)
 
 
-def pairs_left(length, size=SIZE):
-    """Pairs of a head."""
-    return sum(t % size + 1 + min(COUNT - 1, t // size) * size for t in range(length))
-
-
-def implementations(run, shapes):
-    """Those by name that take the call here."""
-    found = []
-    for name in NAMES:
-        try:
-            jax.eval_shape(functools.partial(run, implementation=name), *shapes)
-        except ValueError:
-            continue
-        found.append(name)
-    return found
+def pairs_left(length, size=SIZE, count=COUNT):
+    """Pairs of a head whose tokens see their own block up to themselves, and the count - 1 chosen before it."""
+    return sum(t % size + 1 + min(count - 1, t // size) * size for t in range(length))
 
 
 def _case(length, args):
     shape = TOKENS // length, length, HEADS, WIDTH
     draw = lambda seed: [jax.random.normal(jax.random.key(4 * seed + n), shape, jnp.bfloat16) for n in range(4)]
     sets, runs = [draw(seed) for seed in range(SETS)], {DENSE: dense}
-    for name in implementations(call, [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3):
+    for name in taking(call, [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3, NAMES):
         if name != "chunked" or length <= CHUNKED:
             runs[name] = functools.partial(call, implementation=name)
     found = {}
@@ -93,7 +81,7 @@ def measured_errors(length=ERROR_T, size=ERROR_SIZE, heads=2):
     run = functools.partial(call, size=size, scores=np.asarray(pooled_scores(*inputs[:2], (1, size))))
     exact = errors.exact(run, cotangent, inputs)
     found = {}
-    for label in implementations(run, inputs):
+    for label in taking(run, inputs, NAMES):
         both = timing.with_gradients(functools.partial(run, implementation=label))
         found[label] = errors.compared(jax.jit(both)(cotangent, *inputs), exact, "qkv")
     return found

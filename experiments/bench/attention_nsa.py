@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench import attention_peers, errors, timing
-from experiments.bench.suites import Case
+from experiments.bench.attention_moba import pairs_left
+from experiments.bench.suites import Case, taking
 from seqmix.mixers.dynamic_sparse.native_sparse_attention import BRANCHES, NativeSparseAttention
 from seqmix.parts import chosen_blocks
 from seqmix.parts.chunks import token_places
@@ -20,6 +21,7 @@ LENGTHS = (8192, 32768, 65536)
 HEADS, KEY_HEADS, WIDTH, SIZE, COUNT = 64, 4, 128, 64, 16
 SELECTED, TWO, THREE = "nsa, selected", "nsa, compressed and selected", "nsa, three branches"
 ERROR_T = 1024
+NAMES = ("gpu", "chunked")
 CHUNKED = 8192  # longest rows that the chunked form is timed on
 TIMES = ("fwd_ms", "fwd_bwd_ms")
 
@@ -70,18 +72,6 @@ def call(name, index=None, **fields):
     return run
 
 
-def implementations(run, shapes):
-    """Those by name that take the call here."""
-    found = []
-    for name in ("gpu", "chunked"):
-        try:
-            jax.eval_shape(functools.partial(run, implementation=name), *shapes)
-        except ValueError:
-            continue
-        found.append(name)
-    return found
-
-
 def _case(name, length, args):
     index = lists(length)
     run = call(name, index)
@@ -89,13 +79,13 @@ def _case(name, length, args):
     draw = lambda key, shape: jax.random.normal(jax.random.key(key), shape, jnp.bfloat16)
     inputs = [draw(n, one) for n, one in enumerate(shape)]
     sets = [(draw(9, shape[0]), *inputs)]  # of one set, as four of q at T = 65536 are 4 GiB
-    pairs = pairs_left(length)
+    pairs = pairs_left(length, SIZE, COUNT)  # of the selected branch
     wrong = measured_errors(ERROR_T) if (name, length) == (SELECTED, LENGTHS[0]) else {}
     rivals = attention_peers.nsa_times(name, length, index) if args.peers and name != THREE else {}
     best = [min((times[key] for times in rivals.values()), default=None) for key in TIMES]
     base = {"pattern": name, "batch": 1, "tokens": length, "density": pairs / length**2}
     rate = lambda times: 4 * WIDTH * HEADS * pairs / times["fwd_ms"] / 1e9 if name == SELECTED else None
-    for label in implementations(run, [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in shape]):
+    for label in taking(run, [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in shape], NAMES):
         if label == "chunked" and length > CHUNKED:
             continue
         one = functools.partial(run, implementation=label)
@@ -109,11 +99,6 @@ def _case(name, length, args):
         yield base | {"implementation": label, **times, "tflops": rate(times)}
 
 
-def pairs_left(length, count=COUNT):
-    """Pairs of a head in the selected branch."""
-    return sum(t % SIZE + 1 + min(count - 1, t // SIZE) * SIZE for t in range(length))
-
-
 def measured_errors(length, heads=HEADS // KEY_HEADS):
     """{label: errors to float64} of the selected branch, with one key head and fewer blocks."""
     index = lists(length, 6)[:, :1]
@@ -122,7 +107,7 @@ def measured_errors(length, heads=HEADS // KEY_HEADS):
     inputs = [jax.random.normal(jax.random.key(40 + n), x, jnp.bfloat16) for n, x in enumerate((shape[0], *shape))]
     exact = errors.exact(run, inputs[0], inputs[1:])
     found = {}
-    for label in implementations(run, inputs[1:]):
+    for label in taking(run, inputs[1:], NAMES):
         both = timing.with_gradients(functools.partial(run, implementation=label))
         found[label] = errors.compared(jax.jit(both)(*inputs), exact, "qkv")
     return found

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench import errors, peers, timing
-from experiments.bench.suites import Case
+from experiments.bench.suites import Case, taking
 from seqmix import ops
 
 NAME = "recurrent"
@@ -142,23 +142,20 @@ def _rate():
     return timing.copy_rate()
 
 
-def _supported(name, options):
-    """Whether an implementation runs at ERROR_SHAPE here; a reason against it is a ValueError."""
+def _taking(name):
+    """{label: options} of an op's implementations that run at ERROR_SHAPE here."""
     draw, run, *_ = OPS[name]
-    try:
-        jax.eval_shape(functools.partial(run, **options), *draw(jax.random.key(0), *ERROR_SHAPE))
-    except ValueError:
-        return False
-    return True
+    given = implementations(name)
+    by_label = lambda *inputs, implementation: run(*inputs, **given[implementation])
+    labels = taking(by_label, draw(jax.random.key(0), *ERROR_SHAPE), given)
+    return {label: given[label] for label in labels}
 
 
 def ours(name, b, t):
     """(label, times) of each implementation that runs here."""
     draw, run, *_ = OPS[name]
     sets = [jax.jit(draw, static_argnums=(1, 2))(jax.random.key(seed), b, t) for seed in range(SETS)]
-    for label, options in implementations(name).items():
-        if not _supported(name, options):
-            continue
+    for label, options in _taking(name).items():
         call = functools.partial(run, **options)
         y = jax.eval_shape(call, *sets[0])
         cotangent = normal(jax.random.key(9), y.shape, y.dtype)
@@ -174,10 +171,9 @@ def measured_errors(name, with_peers):
     y = jax.eval_shape(run, *inputs)
     cotangent = normal(jax.random.key(6), y.shape, y.dtype)
     exact, found = errors.exact(run, cotangent, inputs), {}
-    for label, options in implementations(name).items():
-        if _supported(name, options):
-            both = timing.with_gradients(functools.partial(run, **options))
-            found[label] = errors.compared(jax.jit(both)(cotangent, *inputs), exact, names)
+    for label, options in _taking(name).items():
+        both = timing.with_gradients(functools.partial(run, **options))
+        found[label] = errors.compared(jax.jit(both)(cotangent, *inputs), exact, names)
     for label, result in peers.results(name, inputs, cotangent).items() if with_peers else ():
         found[label] = errors.compared(result, exact, names)
     return found

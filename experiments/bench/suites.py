@@ -5,8 +5,11 @@ picture helps, draw(rows, figure). SMALL is true where its cases suit a CPU as w
 """
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
+
+import jax
 
 SUITES = {
     "train": "whole training steps on one device, and where their time goes",
@@ -30,3 +33,15 @@ class Case:
 def load(name):
     """The module of a suite."""
     return importlib.import_module(f"experiments.bench.{name}")
+
+
+def taking(run, inputs, names):
+    """Those of `names` whose run(*inputs, implementation=name) is not refused here, by a ValueError."""
+    found = []
+    for name in names:
+        try:
+            jax.eval_shape(functools.partial(run, implementation=name), *inputs)
+        except ValueError:
+            continue
+        found.append(name)
+    return found
