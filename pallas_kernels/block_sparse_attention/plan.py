@@ -56,6 +56,18 @@ def supports(q, k, v, sizes, *, visible=None, q_data=None, k_data=None, scale=1.
     Takes arrays or shapes with dtypes; lengths are those of the call, before they are filled up to whole blocks.
     capability: (major, minor) of the GPU that will run it; None asks the default device.
     """
+    reason = unfit(q, k, v, scale, capability)
+    if reason is not None:
+        return reason
+    if sizes[0] not in BLOCKS or sizes[1] not in BLOCKS:
+        return f"needs blocks of 64 or 128 queries and keys, got sizes={tuple(sizes)}"
+    if visible is None:
+        return None
+    return Visibility(visible, tuple(q_data or ()), tuple(k_data or ())).wrong()
+
+
+def unfit(q, k, v, scale, capability) -> str | None:
+    """Why no Hopper kernel of block-sparse attention takes a call, whatever its lists; None if one may."""
     reason = compat.no_hopper(capability)
     if reason is not None:
         return reason
@@ -63,13 +75,9 @@ def supports(q, k, v, sizes, *, visible=None, q_data=None, k_data=None, scale=1.
         return f"needs bfloat16 q, k and v, got {q.dtype}, {k.dtype}, {v.dtype}"
     if q.shape[-1] not in WIDTHS or v.shape[-1] not in WIDTHS:
         return f"needs K and V in {WIDTHS}, got K={q.shape[-1]}, V={v.shape[-1]}"
-    if sizes[0] not in BLOCKS or sizes[1] not in BLOCKS:
-        return f"needs blocks of 64 or 128 queries and keys, got sizes={tuple(sizes)}"
     if isinstance(scale, jax.core.Tracer) or not scale > 0:
         return "needs a scale that is a Python number above 0"
-    if visible is None:
-        return None
-    return Visibility(visible, tuple(q_data or ()), tuple(k_data or ())).wrong()
+    return None
 
 
 def own_lists(walk, halves):

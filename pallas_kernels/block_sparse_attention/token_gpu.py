@@ -22,13 +22,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
+from pallas_kernels.block_sparse_attention import plan
 
 SIZE = 64  # keys of a block
 ROWS = 64  # of a tile: the heads of some tokens
 UNITS, TILES = 2, 2  # warpgroups that compute, and tiles of each
 GROUP = UNITS * TILES * ROWS  # rows of a thread block
 HEADS = 8, 16, 32, 64  # G, query heads to a key head: one bit a token, 32 at most
-WIDTHS = 64, 128  # K or V
 LOG2_E = math.log2(math.e)
 LOWEST = -1e38  # a maximum before the first score: 2^(-inf - LOWEST) is 0, and LOWEST - LOWEST no NaN
 SHARED_BYTES = 222 * 1024  # for tiles, of the 227 KiB that a block may have
@@ -41,19 +41,13 @@ def supports(q, k, v, *, scale=1.0, capability=None) -> str | None:
 
     capability: (major, minor) of the GPU that will run it; None asks the default device.
     """
-    reason = compat.no_hopper(capability)
+    reason = plan.unfit(q, k, v, scale, capability)
     if reason is not None:
         return reason
-    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
-        return f"needs bfloat16 q, k and v, got {q.dtype}, {k.dtype}, {v.dtype}"
-    if q.shape[-1] not in WIDTHS or v.shape[-1] not in WIDTHS:
-        return f"needs K and V in {WIDTHS}, got K={q.shape[-1]}, V={v.shape[-1]}"
     if q.shape[2] // k.shape[2] not in HEADS:
         return f"needs {HEADS} query heads to a key head, got H={q.shape[2]}, Hk={k.shape[2]}"
     if k.shape[1] % SIZE:
         return f"needs whole blocks of {SIZE} keys, got S={k.shape[1]}"
-    if isinstance(scale, jax.core.Tracer) or not scale > 0:
-        return "needs a scale that is a Python number above 0"
     return None
 
 

@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
-from pallas_kernels.block_sparse_attention.token_gpu import COMPUTING, FETCHING, LOG2_E, WIDTHS
+from pallas_kernels.block_sparse_attention.plan import WIDTHS
+from pallas_kernels.block_sparse_attention.token_gpu import COMPUTING, FETCHING, LOG2_E
 
 ROWS, UNITS = 64, 2  # tokens of a warpgroup; warpgroups that compute
 TOKENS, KEYS = UNITS * ROWS, 128  # of a tile

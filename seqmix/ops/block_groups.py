@@ -71,7 +71,7 @@ class Call(NamedTuple):
     @property
     def tile(self) -> int:
         """Tokens of a tile."""
-        return self.rows // math.gcd(self.rows, self.group)
+        return _tile_tokens(self.rows, self.group)
 
 
 def reason(lay, implementation, q, k, v, *, mask, data, size, scale, slopes) -> str | None:
@@ -101,11 +101,15 @@ def _tile_rows(slots, group, blocks) -> int:
     return min(ROWS, max(16, 1 << (slots * group // blocks).bit_length()))
 
 
+def _tile_tokens(rows, group) -> int:
+    return rows // math.gcd(rows, group)
+
+
 def computed_rows(time: int, count: int, blocks: int, group: int = 1) -> int:
     """Rows that meet a block in the chunked form, for each row and key head; time tokens choose count of the blocks."""
     slots = time * count
     rows = _tile_rows(slots, group, blocks)
-    tile = rows // math.gcd(rows, group) if time >= LEAST else 1
+    tile = _tile_tokens(rows, group) if time >= LEAST else 1
     return _tiles(slots, blocks, tile) * tile * group
 
 
