@@ -5,7 +5,7 @@ Each case is a call of an op at a small shape that one feature makes hard: a rag
 mean squares of the difference to the float64 reference of the same rounded inputs, over those of float64; `worst` names
 the result with the largest share of its bound, BOUND, or GATE_BOUND for the gradients of decays and write weights. Then
 the same program runs REPEATS times, and every bit must be as at first. A case beyond a bound, or with other bits,
-fails, so that the command ends with 1.
+fails, so that the command ends with 1; other bits of a library that is not ours (LIBRARIES) are only counted.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 from experiments.bench import timing
 from experiments.bench.suites import Case, taking
 from seqmix import ops
-from seqmix.ops import masks
+from seqmix.ops import masks, softmax_library
 from seqmix.ops.conv import short_conv_reference
 
 NAME = "checks"
@@ -38,6 +38,7 @@ BOUND, GATE_BOUND = 5e-3, 2e-2
 NEGLIGIBLE = 1e-6  # a largest difference that is no error, whatever its share of a result that is nearly 0
 REPEATS = 200
 IMPLEMENTATIONS = ("gpu", "triton", "tpu", "cudnn", "tokamax", "splash", "chunked")
+LIBRARIES = softmax_library.NAMES
 DEFAULT = "default"  # of an op that has no names for its implementations
 GATES = ("log_decay", "log_a", "write")
 normal = jax.random.normal
@@ -254,7 +255,7 @@ def _case(make, name, args):
         yield row
         if not row["share"] <= 1:
             failed.append(f"{label}: {row['worst']} is off by {row['error']:.1e}")
-        if row["same_bits"] < row["repeats"]:
+        if row["same_bits"] < row["repeats"] and label not in LIBRARIES:
             failed.append(f"{label}: {row['repeats'] - row['same_bits']} of {row['repeats']} repeats have other bits")
     if failed:
         raise ArithmeticError("; ".join(failed))

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 
-def median_ms(call, sets, seconds=1.0, rounds=5, most=20):
+def median_ms(call, sets, seconds=1.0, rounds=5, most=100):
     """Milliseconds a call: the median over rounds of queued calls, with the argument sets in turn.
 
-    Calls are queued so that a round takes about `seconds` / rounds, at most `most`; where one call takes longer than
-    `seconds`, it is timed twice, and the faster counts.
+    Calls are queued so that a round takes about `seconds` / rounds, at most `most`, so that waiting for the last adds
+    little; where one call takes longer than `seconds`, it is timed twice, and the faster counts.
     """
     jax.block_until_ready(call(*sets[0]))
     first = _seconds(call, sets, 1)

@@ -74,17 +74,14 @@ class Call(NamedTuple):
         return _tile_tokens(self.rows, self.group)
 
 
-def reason(lay, implementation, q, k, v, *, mask, data, size, scale, slopes) -> str | None:
+def reason(lay, q, k, v, *, mask, data, size, scale, slopes) -> str | None:
     """Why the kernels cannot run this call here, in a few words; None if they can."""
     if slopes is not None:
         return "has no form for slopes where each token chooses blocks"
     if size % 64:
         return f"needs blocks of a multiple of 64 keys where each token chooses them, got {size}"
     mask, data = (None, {}) if mask is None else (_Gathered(mask), data | {TOKEN: None})
-    found = block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=_sizes(size), scale=scale)
-    if found is None and implementation is None:
-        return "has not been run on a GPU where each token chooses blocks, only if named"
-    return found
+    return block_sparse_kernels.reason(lay, q, k, v, mask=mask, data=data, sizes=_sizes(size), scale=scale)
 
 
 def takes(lay, time, slopes) -> bool:

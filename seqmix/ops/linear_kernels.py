@@ -16,15 +16,12 @@ LEAST_WRITE = 1e-30
 def reasons(implementation, q, k, v, log_decay, state, runs, write, *, scale, normalize, causal) -> dict:
     """For each target why its kernels cannot run this call here, in a few words, or None if they can.
 
-    With implementation None those for a decay per channel on GPUs are left out, which never ran on one, and the TPU's,
-    which did not either, where their tiles would be partly empty.
+    With implementation None the TPU's, which never ran on one, are left out where their tiles would be partly empty.
     """
     call = (q, k, v, log_decay, state, runs, write)
     found = {
         name: _unsupported(name, *call, scale=scale, normalize=normalize, causal=causal) for name in targets.TARGETS
     }
-    if implementation is None and found["gpu"] is None and _per_channel(log_decay):
-        found["gpu"] = "has not been run on a GPU with a decay per channel, only if named"
     if implementation is None and found["tpu"] is None:
         found["tpu"] = _modules("tpu", log_decay)[0].wasteful(q, v)
     return found

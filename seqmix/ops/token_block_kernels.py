@@ -1,8 +1,7 @@
 """Attention to blocks of keys that each token lists, through Hopper kernels: lists, gradient, and when they can run.
 
 The query heads of a key head share a list, and neighbouring tokens the walk along the union of theirs (`unions`). The
-gradients of keys and values go through the tokens of each block (`visitors`). The kernels are interpreted and compiled,
-and have not run on a chip: an op takes them by name only.
+gradients of keys and values go through the tokens of each block (`visitors`).
 """
 
 from functools import partial
@@ -31,23 +30,18 @@ def takes(sizes, blocks) -> bool:
     return blocks is not None and tuple(sizes) == SIZES
 
 
-def reason(implementation, lay, q, k, v, *, mask, soft_cap, slopes, scale) -> str | None:
-    """Why the kernels cannot run this call here, or are not taken without being named; None if they can."""
+def reason(lay, q, k, v, *, mask, soft_cap, slopes, scale) -> str | None:
+    """Why the kernels cannot run this call here, in a few words; None if they can."""
     for name, given in (("a mask or segments", mask), ("a soft cap", soft_cap), ("slopes", slopes)):
         if given is not None:
             return f"has no form for {name} beside lists of single tokens"
     if lay is None:
-        found = _unsupported(q, k, v, scale)
-    elif lay.time:
-        found = "has no form for time cut over a mesh"
-    else:
-        queries, keys = ("batch", "time", "heads", None), ("batch", "time", "key_heads", None)
-        with sharding.shares(lay.mesh):
-            local = [lay.share(x, *names) for x, names in ((q, queries), (k, keys), (v, keys))]
-            found = _unsupported(*local, scale)
-    if found is None and implementation is None:
-        return "has not been run on a GPU with lists of single tokens, only if named"
-    return found
+        return _unsupported(q, k, v, scale)
+    if lay.time:
+        return "has no form for time cut over a mesh"
+    queries, keys = ("batch", "time", "heads", None), ("batch", "time", "key_heads", None)
+    with sharding.shares(lay.mesh):
+        return _unsupported(*(lay.share(x, *names) for x, names in ((q, queries), (k, keys), (v, keys))), scale)
 
 
 def _unsupported(q, k, v, scale):

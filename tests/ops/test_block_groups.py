@@ -127,12 +127,11 @@ def test_what_the_kernels_do_not_take_is_refused_with_the_reason():
 
 
 @needs_mosaic
-def test_kernels_run_by_name_alone():
+def test_kernels_take_a_call_whose_tokens_choose_blocks_of_128():
     q = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
     given = {"mask": None, "data": {}, "size": 128, "scale": 1.0, "slopes": None}
     with compat.interpret():
-        assert block_groups.reason(None, "gpu", q, q, q, **given) is None
-        assert "only if named" in block_groups.reason(None, None, q, q, q, **given)
+        assert block_groups.reason(None, q, q, q, **given) is None
 
 
 @needs_mosaic
