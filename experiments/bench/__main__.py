@@ -4,8 +4,8 @@
 
 A suite is a list of cases; each gives rows, which are written to DIR/<card>_<suite>.json as they come, with the
 command, versions and card. At the end come a table (.md, and printed) and, with matplotlib, a picture (.png, .svg). A
-case that fails is a row that says why. Exit codes: 0 done, 1 a case failed (the others are kept), 2 a mistake in the
-command.
+case that fails is a row that says why. With --jobs=N cases compile side by side, and measure in turn. Exit codes: 0
+done, 1 a case failed (the others are kept), 2 a mistake in the command.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from experiments import cli, progress
-from experiments.bench import results, suites, tune
+from experiments.bench import results, suites, tune, turns
 
 
 def main(argv=None):
@@ -37,14 +37,18 @@ def main(argv=None):
         return cli.refuse(error)
     if args.compile_only:
         return compiled(wanted, args)
+    if args.jobs > 1 or args.case is not None:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # one device's memory is for all of them
+    wanted = wanted if args.case is None else wanted[args.case : args.case + 1]
     try:
         kept = results.File(Path(args.out), suite, args)
     except OSError as error:
         return cli.refuse(f"--out: expected a folder that can be written, got {args.out!r} ({error.strerror})")
     if kept.device.platform == "cpu" and not getattr(suite, "SMALL", False):
         progress.say("the device is a CPU: the cases are sized for a GPU of 80 GB and will take long")
-    failed = run(suite, wanted, args, kept)
-    kept.finish()
+    failed = (turns.run if args.jobs > 1 else run)(suite, wanted, args, kept)
+    if args.case is None:
+        kept.finish()
     for label, reason in failed:
         print(f"failed: {label}: {reason}", file=sys.stderr)
     return 1 if failed else 0
@@ -62,6 +66,8 @@ def parse(argv):
     add("--out", default="runs/bench", help="folder of the results")
     add("--only", type=_words, default=(), help="parts (of --list, before the colon), joined by commas; default all")
     add("--peers", action="store_true", help="time the PyTorch peers that can be imported, in the same run")
+    add("--jobs", type=int, default=1, help="cases at once, each in a process; one at a time measures (default 1)")
+    add("--case", type=int, help=argparse.SUPPRESS)  # of --jobs
     add("--list", action="store_true", help="name the cases and end")
     add("--compile-only", action="store_true", help="compile the suite's programs (scaling), and time nothing")
     args = parser.parse(argv)
@@ -71,6 +77,10 @@ def parse(argv):
         for flag, given in (("--suite", args.suite), ("--peers", args.peers), ("--list", args.list)):
             if given:
                 raise ValueError(f"{flag}: belongs to run, tune takes --only alone")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs: expected at least 1, got {args.jobs}")
+    if args.jobs > 1 and args.suite in (None, *turns.ALONE):
+        raise ValueError(f"--jobs: {args.suite or args.command} runs one case after the other, got {args.jobs}")
     if args.compile_only and (args.command, args.suite) != ("run", "scaling"):
         raise ValueError(f"--compile-only: expected --suite=scaling, got {args.suite or args.command}")
     if not args.out:

@@ -2,6 +2,8 @@
 
 import functools
 
+from experiments.bench.timing import torch_ms
+
 
 def times(name, batch, length):
     """{peer: times} of a pattern, by triton's do_bench: cuDNN and flash where they know it, flex_attention for all."""
@@ -32,13 +34,12 @@ def times(name, batch, length):
 
 def _timed(call, inputs):
     import torch
-    from triton.testing import do_bench
 
     with torch.no_grad():
-        fwd = do_bench(lambda: call(*inputs), warmup=50, rep=200, return_mode="median")
+        fwd = torch_ms(lambda: call(*inputs))
     cotangent = torch.randn_like(call(*inputs))
     both = lambda: torch.autograd.grad(call(*inputs), inputs, cotangent)
-    return {"fwd_ms": fwd, "fwd_bwd_ms": do_bench(both, warmup=50, rep=200, return_mode="median")}
+    return {"fwd_ms": fwd, "fwd_bwd_ms": torch_ms(both)}
 
 
 def visible(name, length):

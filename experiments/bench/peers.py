@@ -4,6 +4,8 @@ import functools
 
 import numpy as np
 
+from experiments.bench.timing import torch_ms
+
 LABELS = ("fla chunk_hgrn", "fla fused_recurrent_hgrn", "mamba_ssm chunk 256", "fla chunk_gla", "fla chunk_simple_gla")
 LABELS += ("fla chunk_retention",)
 
@@ -39,7 +41,6 @@ def times(name, draw, b, t):
     """{label: times} of the peers at a shape, by triton's do_bench."""
     import jax
     import torch
-    from triton.testing import do_bench
 
     like = jax.eval_shape(lambda: draw(jax.random.key(0), b, t))
     inputs = [_random(name, index, x, torch) for index, x in enumerate(like)]
@@ -49,8 +50,8 @@ def times(name, draw, b, t):
         cotangent = torch.randn_like(forward())
         both = functools.partial(_both, torch, forward, inputs, cotangent)
         with torch.no_grad():
-            fwd = do_bench(forward, warmup=50, rep=200, return_mode="median")
-        found[label] = {"fwd_ms": fwd, "fwd_bwd_ms": do_bench(both, warmup=50, rep=200, return_mode="median")}
+            fwd = torch_ms(forward)
+        found[label] = {"fwd_ms": fwd, "fwd_bwd_ms": torch_ms(both)}
     torch.cuda.empty_cache()
     return found
 

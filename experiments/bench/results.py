@@ -36,6 +36,10 @@ class File:
         shown = ((key, row.get(key)) for key, _, _ in self.suite.COLUMNS)
         line = "  ".join(f"{key} {_cell(value, '.4g')}" for key, value in shown if value is not None)
         progress.say(line if "failed" not in row else f"{row.get('case', line)}: failed: {row['failed']}")
+        self.write()
+
+    def write(self):
+        """Writes all rows."""
         files.write_json(self.path, {**self.head, "rows": self.rows})
 
     def finish(self):

@@ -6,6 +6,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from experiments.bench.turns import turn
+
 
 def median_ms(call, sets, seconds=1.0, rounds=5, most=100):
     """Milliseconds a call: the median over rounds of queued calls, with the argument sets in turn.
@@ -14,11 +16,23 @@ def median_ms(call, sets, seconds=1.0, rounds=5, most=100):
     little; where one call takes longer than `seconds`, it is timed twice, and the faster counts.
     """
     jax.block_until_ready(call(*sets[0]))
-    first = _seconds(call, sets, 1)
-    if first > seconds:
-        return 1e3 * min(first, _seconds(call, sets, 1))
-    queued = max(1, min(most, int(seconds / rounds / first)))
-    return 1e3 * statistics.median(_seconds(call, sets, queued) for _ in range(rounds))
+    with turn():
+        first = _seconds(call, sets, 1)
+        if first > seconds:
+            return 1e3 * min(first, _seconds(call, sets, 1))
+        queued = max(1, min(most, int(seconds / rounds / first)))
+        return 1e3 * statistics.median(_seconds(call, sets, queued) for _ in range(rounds))
+
+
+def torch_ms(call):
+    """Milliseconds of a call of PyTorch's: the median of triton's do_bench, which empties L2 before each."""
+    import torch
+    from triton.testing import do_bench
+
+    call()
+    torch.cuda.synchronize()
+    with turn():
+        return do_bench(call, warmup=50, rep=200, return_mode="median")
 
 
 def _seconds(call, sets, queued):

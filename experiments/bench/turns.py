@@ -1,0 +1,80 @@
+"""Several cases at once, each in a process of its own, of which one at a time measures: `--jobs`.
+
+Most of a suite's time goes into compiling, which several cores share. Who measures holds the turn, a lock on a file
+that the environment names; the first call of a program, which compiles it, runs without it. A case whose process dies,
+as after an illegal address, is a failed row like any other.
+"""
+
+import concurrent.futures
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from experiments import progress
+
+TURN = "SEQMIX_BENCH_TURN"  # the path of the file
+ALONE = ("train", "scaling")  # suites whose cases fill a device, or build on each other
+_held = False
+
+
+@contextlib.contextmanager
+def turn():
+    """Waits until no other process measures, and keeps them waiting; nothing without --jobs."""
+    global _held
+    path = os.environ.get(TURN)
+    if path is None or _held:
+        yield
+        return
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _held = True
+        try:
+            yield
+        finally:
+            _held = False
+
+
+def run(suite, cases, args, kept):
+    """As `__main__.run`: the failed cases as (label, reason). Rows are kept as cases end, last in their order."""
+    failed, order = [], {}
+    work = progress.Work(suite.NAME, "cases", len(cases), seconds=0)
+    logs = Path(args.out) / "logs"
+    logs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        start = lambda index: _case(index, Path(folder), logs / f"{suite.NAME}_{index}.log", args)
+        waiting = {pool.submit(start, index): index for index in range(len(cases))}
+        for count, done in enumerate(concurrent.futures.as_completed(waiting)):
+            case, (rows, seconds) = cases[waiting[done]], done.result()
+            for row in rows:
+                kept.add({"part": case.part, "case": case.label, **row} if "failed" in row else row)
+                order[id(kept.rows[-1])] = waiting[done]
+            failed += [(case.label, row["failed"]) for row in rows if "failed" in row]
+            work.update(count + 1, f"{case.label} took {seconds:.1f} s", last=count + 1 == len(cases))
+    kept.rows.sort(key=lambda row: order[id(row)])
+    kept.write()
+    return failed
+
+
+def _case(index, folder, log, args):
+    """(rows, seconds) of the case of that number, run by a process."""
+    out, begin = folder / str(index), time.monotonic()
+    words = [sys.executable, "-m", "experiments.bench", "run", f"--suite={args.suite}", f"--out={out}"]
+    words += [f"--only={','.join(args.only)}"] * bool(args.only) + ["--peers"] * args.peers + [f"--case={index}"]
+    own = {TURN: str(folder / "turn"), "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
+    with open(log, "w") as file:
+        done = subprocess.run(words, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT, check=False)
+    found = [row for path in out.glob("*.json") for row in json.loads(path.read_text())["rows"]]
+    if done.returncode and not any("failed" in row for row in found):
+        found.append({"failed": f"its process ended with {done.returncode}: {_last(log)}"})
+    return found, time.monotonic() - begin
+
+
+def _last(log):
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"{lines[-1][:200]} ({log})" if lines else f"it printed nothing ({log})"
