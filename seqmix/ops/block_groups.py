@@ -1,9 +1,9 @@
 """Attention where each token chooses its blocks of keys: tokens are sorted by block, and every block meets its own.
 
-A token of T with c chosen blocks has c slots. The slots of a (row, key head) are sorted by block (a counting sort:
-counts of stretches, their running sums, ranks within a stretch), each block's group filled up to whole tiles. Queries
-are gathered into that order, a tile of them meets the one block that it chose, and the partial (y, lse) are gathered
-back to the slots and merged by lse, an exact softmax over the union (MoBA, arXiv 2502.13189, section 2.3):
+A token of T with c chosen blocks has c slots. The slots of a (row, key head) are sorted by block (`ops/block_sort.py`),
+each block's group filled up to whole tiles. Queries are gathered into that order, a tile of them meets the one block
+that it chose, and the partial (y, lse) are gathered back to the slots and merged by lse, an exact softmax over the
+union (MoBA, arXiv 2502.13189, section 2.3):
 
     lse_i = log sum_s exp(lse_is),    y_i = sum_s exp(lse_is - lse_i) y_is
 
@@ -23,23 +23,13 @@ import jax.numpy as jnp
 
 from seqmix.ops import block_lists, block_sparse_chunked, block_sparse_kernels
 from seqmix.ops.block_lists import Lists
+from seqmix.ops.block_sort import ROWS, Groups, grouped, take, tile_rows, tile_tokens, tiles
 from seqmix.ops.block_sparse_chunked import Config
 from seqmix.ops.mask_algebra import Mask
 from seqmix.ops.mesh import on_shares
 
-ROWS = 128  # queries of a tile
 LEAST = 64  # tokens; below it each gathers its own blocks, which reads no more
-STRETCH = 128  # slots that are ranked among each other
 TOKEN = "token of a row"  # input of the mask of gathered rows
-
-
-class Groups(NamedTuple):
-    """Slots sorted by block, for each row and key head; n tiles of `tile` tokens."""
-
-    row: jax.Array  # [B, J, T, c] int32: where a slot went, -1 where it holds no block
-    token: jax.Array  # [B, J, n * tile] int32; what fills up a tile repeats its first
-    real: jax.Array  # [B, J, n * tile] bool: not filling up
-    block: jax.Array  # [B, J, n] int32 of a tile, -1 for tiles that are left over
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class Call(NamedTuple):
     @property
     def tile(self) -> int:
         """Tokens of a tile."""
-        return _tile_tokens(self.rows, self.group)
+        return tile_tokens(self.rows, self.group)
 
 
 def reason(lay, q, k, v, *, mask, data, size, scale, slopes) -> str | None:
@@ -93,26 +83,12 @@ def _sizes(size):
     return ROWS, 64 if size % 128 else 128
 
 
-def _tile_rows(slots, group, blocks) -> int:
-    """Rows of a tile of the chunked form: near what a block has of them."""
-    return min(ROWS, max(16, 1 << (slots * group // blocks).bit_length()))
-
-
-def _tile_tokens(rows, group) -> int:
-    return rows // math.gcd(rows, group)
-
-
 def computed_rows(time: int, count: int, blocks: int, group: int = 1) -> int:
     """Rows that meet a block in the chunked form, for each row and key head; time tokens choose count of the blocks."""
     slots = time * count
-    rows = _tile_rows(slots, group, blocks)
-    tile = _tile_tokens(rows, group) if time >= LEAST else 1
-    return _tiles(slots, blocks, tile) * tile * group
-
-
-def _tiles(slots, blocks, tile) -> int:
-    """Tiles of `tile` tokens that hold so many slots, each block's filled up: as many as there can be."""
-    return (slots + min(blocks, slots) * (tile - 1)) // tile
+    rows = tile_rows(slots, group, blocks)
+    tile = tile_tokens(rows, group) if time >= LEAST else 1
+    return tiles(slots, blocks, tile) * tile * group
 
 
 def run(lay, config: Config, q, k, v, data: dict, index, size: int, name: str):
@@ -121,7 +97,7 @@ def run(lay, config: Config, q, k, v, data: dict, index, size: int, name: str):
     A block that a list names twice counts once.
     """
     group = q.shape[2] // k.shape[2]
-    rows = ROWS if name == "gpu" else _tile_rows(math.prod(index.shape[2:]), group, -(-k.shape[1] // size))
+    rows = ROWS if name == "gpu" else tile_rows(math.prod(index.shape[2:]), group, -(-k.shape[1] // size))
     call = Call(config, size, name, group, rows)
     index = jax.lax.optimization_barrier(jnp.asarray(index))  # else what is known is sorted while compiling
     if lay is None:
@@ -141,35 +117,6 @@ def run(lay, config: Config, q, k, v, data: dict, index, size: int, name: str):
     return on_shares(lay, local, (q, k, v, data, index), names, (queries, ("batch", "heads", None)))
 
 
-def grouped(index, blocks: int, tile: int) -> Groups:
-    """`Groups` of index [B, J, T, c]; what is not from 0 to blocks - 1, or is there already, is no block."""
-    batch, heads, time, slots = index.shape
-    twice = jnp.any((index[..., None] == index[..., None, :]) & jnp.tri(slots, k=-1, dtype=bool), axis=-1)
-    block = jnp.where((index >= 0) & (index < blocks) & ~twice, index, -1).astype(jnp.int32)
-    size = time * slots
-    total = _tiles(size, blocks, tile)
-    stretch = min(STRETCH, size)
-    cells = jnp.pad(block.reshape(batch, heads, size), ((0, 0), (0, 0), (0, -size % stretch)), constant_values=-1)
-    cells = cells.reshape(batch, heads, -1, stretch)
-    count = jnp.sum(cells[..., None] == jnp.arange(blocks), axis=-2, dtype=jnp.int32)
-    ends = jnp.cumsum(count, axis=2)
-    tiles = -(-ends[:, :, -1] // tile)
-    last = jnp.cumsum(tiles, axis=-1)
-    first = ((last - tiles) * tile)[:, :, None] + ends - count
-    same = cells[..., None] == cells[..., None, :]
-    rank = jnp.sum(same & jnp.tri(stretch, k=-1, dtype=bool), axis=-1, dtype=jnp.int32)
-    row = _take(first, jnp.maximum(cells, 0), 3) + rank
-    row = jnp.where(cells >= 0, row, -1).reshape(batch, heads, -1)[..., :size]
-    # What has no block goes past the end, where a scatter drops it.
-    slot = jnp.arange(size, dtype=jnp.int32)
-    place = lambda at: jnp.full(total * tile, -1, jnp.int32).at[at].set(slot // slots, mode="drop", unique_indices=True)
-    token = jax.vmap(jax.vmap(place))(jnp.where(row < 0, total * tile + slot, row))
-    opening = jnp.repeat(jnp.maximum(token[..., ::tile], 0), tile, axis=-1)
-    owner = jnp.sum(last[..., None, :] <= jnp.arange(total)[:, None], axis=-1, dtype=jnp.int32)
-    owner = jnp.where(owner < blocks, owner, -1)
-    return Groups(row.reshape(index.shape), jnp.where(token < 0, opening, token), token >= 0, owner)
-
-
 class _Rows:
     """A call's arrays in the order of its groups, L = N R rows; with a mask, whose data differ by head, B is B J."""
 
@@ -185,7 +132,7 @@ class _Rows:
             for name, x in data.items():
                 x = jnp.broadcast_to(x, (batch, x.shape[1]))[:, None]
                 of_queries = mask.inputs[name] == "queries"
-                x = _take(x, groups.token, axis=2) if of_queries else jnp.repeat(x, self.heads, 1)
+                x = take(x, groups.token, axis=2) if of_queries else jnp.repeat(x, self.heads, 1)
                 self.data[name] = self._folded_numbers(x) if of_queries else x.reshape(-1, x.shape[2])
             mask = _Gathered(mask)
         self.config = call.config._replace(mask=mask, time=self.length)
@@ -213,13 +160,13 @@ class _Rows:
     def gather(self, x):
         """What the rows hold of [B, T, H, K]."""
         x = x.reshape(*x.shape[:2], self.heads, self.call.group, -1)
-        x = _take(x, jnp.swapaxes(self.groups.token, 1, 2)[..., None, None], 1)
+        x = take(x, jnp.swapaxes(self.groups.token, 1, 2)[..., None, None], 1)
         return self.folded(jnp.swapaxes(x, 2, 3).reshape(x.shape[0], self.length, self.heads, -1))
 
     def gather_numbers(self, x, filling):
         """What the rows hold of [B, H, T], `filling` where they fill up a tile."""
         x = x.reshape(x.shape[0], self.heads, self.call.group, -1)
-        x = _take(x, self.groups.token[:, :, None], 3)
+        x = take(x, self.groups.token[:, :, None], 3)
         x = jnp.swapaxes(jnp.where(self.groups.real[:, :, None], x, filling), 2, 3)
         return x.reshape(*((-1, 1) if self.folds else x.shape[:2]), self.length)
 
@@ -229,7 +176,7 @@ class _Rows:
         x = x.reshape(x.shape[0], -1, self.call.group, *x.shape[2:])
         row = jnp.moveaxis(jnp.maximum(self.groups.row, 0), 3, 0)
         for at in jnp.swapaxes(row, 2, 3)[..., None, None]:
-            found = _take(jnp.swapaxes(x, 2, 3), at, 1)
+            found = take(jnp.swapaxes(x, 2, 3), at, 1)
             yield found.reshape(*found.shape[:2], -1, found.shape[4])
 
     def slot_numbers(self, x):
@@ -238,13 +185,9 @@ class _Rows:
         row = self.groups.row
         at = jnp.moveaxis(jnp.maximum(row, 0), 3, 0)
         held = jnp.moveaxis(row >= 0, 3, 0)
-        found = [_take(x[:, :, 0], one[..., None], 2) for one in at]
+        found = [take(x[:, :, 0], one[..., None], 2) for one in at]
         found = jnp.where(held[..., None], jnp.stack(found), -jnp.inf)
         return jnp.swapaxes(found, 3, 4).reshape(len(found), row.shape[0], -1, row.shape[2])
-
-
-def _take(x, index, axis):
-    return jnp.take_along_axis(x, index, axis, mode="clip")  # no index is out of bounds; clipped, none is looked for
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

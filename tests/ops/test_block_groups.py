@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import compat
 from seqmix.core import sharding
-from seqmix.ops import block_groups, block_sparse_attention, masks, topk_block_attention
+from seqmix.ops import block_groups, block_sort, block_sparse_attention, masks, topk_block_attention
 from tests.quick import QUICK
 
 needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
@@ -32,7 +32,7 @@ def draw(seed, *shape):
 @hypothesis.given(st.integers(1, 150), st.integers(1, 4), st.integers(1, 9), st.sampled_from([1, 4, 16]), st.integers())
 def test_each_block_gets_the_tokens_that_list_it(time, slots, blocks, tile, seed):
     index = chosen(abs(seed), (2, 1, time, slots), blocks)
-    sort = jax.jit(block_groups.grouped, static_argnums=(1, 2), compiler_options=QUICK)
+    sort = jax.jit(block_sort.grouped, static_argnums=(1, 2), compiler_options=QUICK)
     groups = [np.asarray(x) for x in sort(index, blocks, tile)]
     for row, token, real, block, listed in zip(*(x[:, 0] for x in groups), index[:, 0], strict=True):
         tiles = token.reshape(len(block), tile)
