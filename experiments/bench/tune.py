@@ -63,8 +63,6 @@ def best(name, kernel, b, t):
     times = []
     for config in plan.candidates(kernel, q, v):
         choices = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
-        if kernel == "forward":
-            choices.pop("anchor", None)
         program, spilled = compiled(run, sets[0], f"linear_attention.{kernel}", choices)
         if program is None or any(spilled.values()):
             progress.say(f"{choices}: " + (f"spills {spilled}" if program else "does not compile"))

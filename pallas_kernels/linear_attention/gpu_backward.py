@@ -1,9 +1,8 @@
 """Gradients of linear attention with one decay per token and head, on Hopper GPUs.
 
-Two kernels walk time and recompute what they need; neither states nor scores are written, but for bf16 states every
-few chunks that the decays' gradient needs. Per chunk, with S the state before it, D its gradient after it, g the
-cumulated decays, c those less the logarithms of the writes' weights, P_ij = scale 2^(g_i - c_j) for j <= i and a_i, w_j
-the factors of carry in and out:
+Two kernels walk time and recompute what they need; neither states nor scores are written. Per chunk, with S the state
+before it, D its gradient after it, g the cumulated decays, c those less the logarithms of the writes' weights, P_ij =
+scale 2^(g_i - c_j) for j <= i and a_i, w_j the factors of carry in and out:
 
     forward walk:   dq = a (dy S^T) + (P * dy v^T) k ;       S <- 2^(g_last) S + k^T (w v)
     backward walk:  dk = (w v) D^T + (P * dy v^T)^T q ;      D <- 2^(g_last) D + q^T (a dy)
@@ -14,8 +13,9 @@ computes dv and the other dk. Heads that share keys, and slices of a wide value,
 writes its part in bf16 and XLA adds the parts, always in one order.
 
 The gradient of log_decay_t is the sum of everything that crosses t: pairs i >= t > j within the chunk, reads of S by
-tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through it. Only the last comes from sums that
-bf16 operands have rounded and that are subtracted; it is most of this gradient's error. `kept_through` keeps it small.
+tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through it. The last is found from what changes
+<S, D>: a chunk reads <S, q^T (a dy)> and writes <k^T (w v), D>. An error of these would be that of all 64 tokens, and
+add up over chunks, so both are summed from the float32 states and the very products that update D and S.
 """
 
 import dataclasses
@@ -42,7 +42,8 @@ from pallas_kernels.linear_attention.gpu import (
 )
 from pallas_kernels.linear_attention.plan import CHUNK, COLUMNS
 
-KEPT_LOG2 = -12.0  # less than 2^-12 left of the state is nothing to the decays' gradient: bf16 rounds to 2^-9
+KEPT_LOG2 = -24.0  # less than 2^-24 left of the state is nothing to the decays' gradient: float32 rounds to 2^-24
+BLOCK = 64  # chunks whose sums are found by one triangle
 
 
 def backward(
@@ -66,7 +67,7 @@ class Begun:
 
     given: tuple  # time, log_decay, run_ids and log_write of the call
     lanes: Lanes
-    anchor: int | None
+    need_decay: bool
     arrays: dict
     shapes: tuple
     ends: tuple  # of the splits, forward and backward, and what each leaves
@@ -75,14 +76,14 @@ class Begun:
 
     def finish(self, state, dstate):
         """`backward`'s results."""
-        (time, log_decay, run_ids, log_write), lanes, keep = self.given, self.lanes, self.anchor
+        (time, log_decay, run_ids, log_write), lanes, need_decay = self.given, self.lanes, self.need_decay
         batch, heads = lanes.plan.batch, lanes.plan.heads
         ends, back_ends, left = self.ends
         given = self.arrays | {"state": state, "ends": ends, "left": left}
-        parts, *walk = _walk_forward(lanes, given, self.scale, keep)
+        parts, *walk = _walk_forward(lanes, given, self.scale, need_decay)
         dq = _add_parts(parts, self.shapes[0])[:, :time]
         given |= {"state": dstate, "ends": back_ends}
-        dv, parts, first, *back, totals = _walk_backward(lanes, given, self.scale, keep, log_write is not None)
+        dv, parts, first, *back, totals = _walk_backward(lanes, given, self.scale, need_decay, log_write is not None)
         dk, dv = (x[:, :time] for x in (_add_parts(parts, self.shapes[1]), dv.reshape(self.shapes[2])))
 
         def by_token(x):
@@ -90,10 +91,10 @@ class Begun:
             return x if run_ids is None else jnp.where(run_ids[:, :time, None] != 0, x, 0.0)
 
         dlog = dwrite = None
-        if keep is not None:
+        if need_decay:
             start = None if state is None else jnp.sum(state * first, axis=(2, 3))
             facts = self.arrays["decays"], self.arrays["segments"]
-            dlog = by_token(_decay_gradient(lanes.plan, keep, *facts, start, walk, back))
+            dlog = by_token(_decay_gradient(lanes.plan, *facts, start, walk, back))
             dlog = jnp.sum(dlog, axis=(0, 1)) if log_decay.ndim == 1 else dlog
         if totals is not None:
             dwrite = by_token(jnp.sum(totals, axis=0))
@@ -105,13 +106,11 @@ def begun(q, k, v, log_decay, run_ids, log_write, dy, *, scale, need_decay=True,
     time, call = q.shape[1], (q.shape[1], log_decay, run_ids, log_write)
     if time % 8:
         q, k, v, log_decay, run_ids, log_write, dy = pad_time(q, k, v, log_decay, run_ids, log_write, dy)
-    batch, padded = q.shape[:2]
-    heads, value = v.shape[2:]
+    batch, (heads, value) = q.shape[0], v.shape[2:]
     config = planning.config("backward", q, v, splits)
     need_decay = need_decay and log_decay is not None
-    anchor = min(config.anchor, -(-padded // CHUNK))
     blocks = batch * heads * value // (COLUMNS * config.units)
-    plan = planning.make_plan(q, v, blocks, config.splits, multiple=anchor)
+    plan = planning.make_plan(q, v, blocks, config.splits)
     lanes = Lanes(plan, config.units, config.stages)
     decays = gates.chunk_decays(log_decay, log_write, run_ids, plan)
     segments = planning.chunk_segments(run_ids, plan)
@@ -127,8 +126,7 @@ def begun(q, k, v, log_decay, run_ids, log_write, dy, *, scale, need_decay=True,
         back_ends = left = None
     arrays = {"decays": decays, "segments": segments, "q": flat(q), "k": flat(k), "v": flat(v), "dy": flat(dy)}
     shapes = q.shape, k.shape, v.shape
-    keep = anchor if need_decay else None
-    return Begun(call, lanes, keep, arrays, shapes, (ends, back_ends, left), start, scale)
+    return Begun(call, lanes, need_decay, arrays, shapes, (ends, back_ends, left), start, scale)
 
 
 def _add_parts(parts, shape):
@@ -136,53 +134,56 @@ def _add_parts(parts, shape):
     return total.astype(parts.dtype).reshape(shape)
 
 
-def _decay_gradient(plan, anchor, decays, segments, start, walk, back):
+def _decay_gradient(plan, decays, segments, start, walk, back):
     """Gradient of the log decays, float32 [B, H, ...] with time last, from the sums that the kernels wrote."""
-    pairs, reads, states = walk
-    writes, gradients = back
+    pairs, reads, lost = walk
+    writes, gained = back
     shape = (plan.batch, plan.heads, plan.chunks, CHUNK)
     pairs, reads, writes = (jnp.sum(x, axis=0).reshape(shape) for x in (pairs, reads, writes))
-    # <S, D> at the start of every anchored block; the first one has no state of its own in the arrays.
-    anchors = jnp.sum(states.astype(jnp.float32) * gradients.astype(jnp.float32), axis=(3, 4))
-    start = jnp.zeros_like(anchors[:, 0]) if start is None else start
-    anchors = jnp.where(jnp.arange(anchors.shape[1])[:, None] == 0, start[:, None], anchors).swapaxes(1, 2)
-    by_block = (plan.batch, plan.heads, plan.chunks // anchor, anchor)
-    read, written = (jnp.sum(x, axis=-1).reshape(by_block) for x in (reads, writes))
+    lost, gained = (jnp.sum(x.reshape(x.shape[0], *shape[:3], plan.key), axis=(0, 4)) for x in (lost, gained))
     left = jnp.moveaxis(gates.ends_of_chunks(decays, segments, plan), 3, 1)
-    kept = kept_through(anchors, read, written, left.reshape(-1, *by_block[1:]) > KEPT_LOG2)
-    kept = kept.reshape(*shape[:3], 1)
+    start = jnp.zeros(shape[:2]) if start is None else start
+    kept = kept_through(start, lost, gained, left.reshape(-1, *shape[1:3]) > KEPT_LOG2)
     # What tokens from t on read, and what those before t wrote: one product with a triangle for both.
     later = jnp.sum(reads, axis=-1, keepdims=True)
     earlier = planning.cumulate("bhcs,st->bhct", writes - reads, lambda source, target: source < target)
-    return pairs + later + earlier + kept
+    return pairs + later + earlier + kept[..., None]
 
 
-def kept_through(anchors, read, written, stays):
-    """<S, D> of what is kept through each chunk, [B, H, blocks, chunks], from its values at the blocks' starts.
+def kept_through(start, lost, gained, stays):
+    """<S, D> of what is kept through each chunk, [B, H, chunks], from its value at the first one's start, [B, H].
 
     <S, D> at a chunk's start less what the chunk reads of S is what is kept; that plus what the chunk writes is <S, D>
-    at its end. Each step adds the rounding errors of one sum, so the walk goes both ways, from a block's start and from
-    the next one's, and each value is weighted by how many sums the other is made of. Where `stays` is false nothing is
-    kept, and both ways start anew.
+    at its end. Where `stays` is false nothing is kept, and the sum starts anew. So it is that of all differences since
+    then: within BLOCK chunks, and of what such blocks end with.
     """
-    count = read.shape[-1]
-    known = jnp.arange(anchors.shape[2]) < anchors.shape[2] - 1
-    ends = jnp.where(known, jnp.roll(anchors, -1, axis=2), 0.0)
-    first = anchors, jnp.ones(anchors.shape)
-    last = ends, jnp.broadcast_to(jnp.where(known, 1.0, 1e9), anchors.shape)
+    count = lost.shape[-1]
+    changes = jnp.concatenate([start[..., None], gained[..., :-1]], axis=-1) - lost
+    blocks = -(-count // BLOCK)
+    shape = *lost.shape[:2], blocks, -(-count // blocks)
+    missing = [(0, 0), (0, 0), (0, shape[2] * shape[3] - count)]
+    changes = jnp.pad(changes, missing).reshape(shape)
+    stays = jnp.pad(jnp.broadcast_to(stays, lost.shape), missing, constant_values=True).reshape(shape)
+    latest = _latest(~stays)
+    kept = _since(changes, latest + 1)
+    unbroken = latest < 0
+    ends = _since(kept[..., -1], _latest(~unbroken[..., -1]))
+    before = jnp.pad(ends[..., :-1], ((0, 0), (0, 0), (1, 0)))
+    kept = kept + jnp.where(unbroken, before[..., None], 0.0)
+    return kept.reshape(*shape[:2], -1)[..., :count]
 
-    def walk(start, order, lost, gained):
-        value, sums = start
-        found = [None] * count
-        for chunk in order:
-            value = jnp.where(stays[..., chunk], value - lost[..., chunk], 0.0)
-            sums = jnp.where(stays[..., chunk], sums + 1, 0.0)
-            found[chunk] = value, sums
-            value, sums = value + gained[..., chunk], sums + 1
-        return found
 
-    ways = zip(walk(first, range(count), read, written), walk(last, reversed(range(count)), written, read))
-    return jnp.stack([(a * m + b * n) / jnp.maximum(n + m, 1.0) for (a, n), (b, m) in ways], axis=-1)
+def _latest(marks):
+    """For each place of the last axis the last marked one up to it, or -1."""
+    index = jnp.arange(marks.shape[-1])
+    return jnp.max(jnp.where(marks[..., None, :] & (index <= index[:, None]), index, -1), axis=-1)
+
+
+def _since(values, first):
+    """For each place of the last axis the sum of the values from place `first` of it through its own."""
+    index = jnp.arange(values.shape[-1])
+    inside = (index <= index[:, None]) & (index >= first[..., None])
+    return jnp.sum(jnp.where(inside, values[..., None, :], 0.0), axis=-1)
 
 
 def _heads_of(lanes, block, decay_tile, segment, start, shift):
@@ -204,18 +205,21 @@ def _row_sums(left, right):
     return jnp.sum(left * right, axis=1)
 
 
-def _walk_forward(lanes: Lanes, given, scale, anchor):
-    """Parts of dq [parts, B, T, Hk * K]; with anchor also pairs and reads [V / 64, B, H, T] and states at anchors."""
+def _walk_forward(lanes: Lanes, given, scale, need_decay):
+    """Parts of dq [parts, B, T, Hk * K]; with need_decay also sums for it, [V / 64, B, H, ...].
+
+    Those are pairs and reads, by token, and what each chunk reads of the state, the sum of K numbers.
+    """
     plan, units = lanes.plan, lanes.units
     names = [name for name, x in given.items() if x is not None]
     parts, slots = plan.group * plan.value // (COLUMNS * units), plan.value // COLUMNS
 
     def body(*args):
         refs, (dq_ref, *rest) = dict.fromkeys(given) | dict(zip(names, args)), args[len(names) :]
-        outs = rest[: 3 if anchor else 0]
+        outs = rest[: 3 if need_decay else 0]
         *buffers, free, handed = rest[len(outs) : len(outs) + 5]
         rest = rest[len(outs) + 5 :]
-        triangle, ready, sums = rest[:3] if anchor else [None] * 3
+        triangle, ready, sums, totals = rest[:4] if need_decay else [None] * 4
         spare = rest[-1] if compat.interpreting() else None
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
         unit = compat.warpgroup(units)
@@ -238,40 +242,48 @@ def _walk_forward(lanes: Lanes, given, scale, anchor):
             compat.stores_read()
             states[unit] = carry.astype(jnp.bfloat16)
             weighted[unit] = scaled_rows(_read(v_mine), own.carry_out()).astype(jnp.bfloat16)
+            if need_decay:  # the tile of dq is free until that is written
+                await_turn()
+                read = queries.at[unit, :, pl.ds(0, COLUMNS)]
+                read[...] = scaled_rows(_read(dy_mine), own.carry_in()).astype(jnp.bfloat16)
             compat.publish()
-            if anchor:
-                keep_state(now, states.at[unit])
+            if need_decay:  # before the state is updated: both at once would need too many registers
+                totals[unit] = _row_sums(carry, compat.matmul((compat.transposed(q_tile), read)))
             jobs = [([(compat.transposed(k_tile), weighted.at[unit])], carry * own.kept())]
             jobs.append(([(dy_mine, compat.transposed(v_mine))], None))
-            if anchor:
+            if need_decay:
                 jobs.append(([(q_tile, compat.transposed(k_tile))], None))
             after, crossed, *score = compat.matmuls(*jobs)
             crossed = (crossed * own.pairs()).astype(jnp.bfloat16)
             weights = compat.as_operand(crossed, spare.at[unit] if spare is not None else None)
-            if anchor:
+            if need_decay:
                 weighted[unit] = (score[0] * crossed.astype(jnp.float32)).astype(jnp.bfloat16)
                 compat.publish()
                 over = compat.matmul((triangle, weighted.at[unit]))
                 earlier = compat.iota((CHUNK, CHUNK), 1) < compat.iota((CHUNK, CHUNK), 0)
                 sums[unit, 0] = jnp.sum(jnp.where(earlier, over, 0.0), axis=1)
+            else:
+                await_turn()
             reads = None
-            if units == 2:
-                pl.when(unit == 1)(lambda: compat.wait(free))
             for start in range(0, plan.key, COLUMNS):  # a half of dq at a time: registers are what is short
                 half = pl.ds(start, COLUMNS)
                 inter = compat.matmul((dy_mine, compat.transposed(states.at[unit, half])))
                 inter = scaled_rows(inter, own.carry_in())
-                if anchor:
+                if need_decay:
                     read = _row_sums(_read(q_tile.at[:, half]), inter)
                     reads = read if reads is None else reads + read
                 queries[unit, :, half] = compat.matmul((weights, k_tile.at[:, half]), start=inter).astype(jnp.bfloat16)
-            if anchor:
+            if need_decay:
                 sums[unit, 1] = reads
             compat.arrive(handed)
             pl.when(unit == 0)(lambda: add_queries(tokens, queries))
-            if anchor:
-                write_sums(tokens)
+            if need_decay:
+                write_sums(now, tokens)
             return after
+
+        def await_turn():
+            if units == 2:
+                pl.when(unit == 1)(lambda: compat.wait(free))
 
         def add_queries(tokens, queries):
             """Adds up the halves of dq that each warpgroup kept in a tile of its own."""
@@ -286,18 +298,15 @@ def _walk_forward(lanes: Lanes, given, scale, anchor):
             place = pl.ds(lanes.key_head(block) * plan.key, plan.key)
             compat.store(queries.at[0], dq_ref.at[block % parts, row, tokens, place])
 
-        def write_sums(tokens):
+        def write_sums(now, tokens):
             slot = lax.div(columns.start, COLUMNS)
             compat.publish()
             for index in range(2):
                 compat.store(sums.at[unit, index], outs[index].at[slot, row, head, tokens])
-
-        def keep_state(now, state):
-            place = lax.div(now, anchor)
-            compat.store(state, outs[2].at[row, place, head, :, columns], lax.rem(now, anchor) == 0)
+            compat.store(totals.at[unit], outs[2].at[slot, row, head, pl.ds(now * plan.key, plan.key)])
 
         def around(run):
-            if anchor:
+            if need_decay:
 
                 @pl.when(unit == 0)
                 def _():
@@ -314,8 +323,7 @@ def _walk_forward(lanes: Lanes, given, scale, anchor):
             if units == 2:
                 pl.when(unit == 0)(lambda: compat.arrive(free))
             run(carry)
-            if units == 2:
-                pl.when(unit == 1)(lambda: compat.wait(free))
+            await_turn()
             compat.stores_done()
 
         _run(lanes, refs, block, row, at, chunk, around, units)
@@ -327,11 +335,11 @@ def _walk_forward(lanes: Lanes, given, scale, anchor):
         compat.tile(1, units, rows, width) for rows, width in ((plan.key, COLUMNS), (CHUNK, COLUMNS), (CHUNK, plan.key))
     ]
     scratch += [compat.barrier(1), compat.barrier(units)]
-    if anchor:
-        out += [jax.ShapeDtypeStruct((slots, plan.batch, plan.heads, padded), jnp.float32)] * 2
-        kept = (plan.batch, plan.chunks // anchor, plan.heads, plan.key, plan.value)
-        out.append(jax.ShapeDtypeStruct(kept, jnp.bfloat16))
-        scratch += [compat.tile(CHUNK, CHUNK), compat.barrier(units), compat.vector(units, 2, CHUNK)]
+    if need_decay:
+        lengths = padded, padded, plan.chunks * plan.key
+        out += [jax.ShapeDtypeStruct((slots, plan.batch, plan.heads, length), jnp.float32) for length in lengths]
+        scratch += [compat.tile(CHUNK, CHUNK), compat.barrier(units)]
+        scratch += [compat.vector(units, 2, CHUNK), compat.vector(units, plan.key)]
     results = compat.kernel(
         body,
         grid=(lanes.blocks, plan.splits, plan.batch),
@@ -355,15 +363,18 @@ def _run(lanes, refs, block, row, at, chunk, around, warpgroups):
     )
 
 
-def _walk_backward(lanes: Lanes, given, scale, anchor, weighs):
-    """dv [B, T, H * V], parts of dk, the first state's gradient; with anchor also writes and gradients at anchors.
+def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
+    """dv [B, T, H * V], parts of dk, the first state's gradient; with need_decay also sums for it, [slots, B, H, ...].
+
+    Those are writes, by token, and what each chunk writes that is read after it, the sum of K numbers.
 
     weighs: then <v, dv> too, [slots, B, H, T]: the gradient of the logarithms of the writes' weights.
     """
     plan, width = lanes.plan, COLUMNS * lanes.units
+    wide = max(width, plan.key)
     names = [name for name, x in given.items() if x is not None]
     count, parts = lanes.block_heads, plan.group * plan.value // width
-    extra = 2 * bool(anchor) + weighs  # results beside dv, dk and the first state's gradient
+    extra = 2 * need_decay + weighs  # results beside dv, dk and the first state's gradient
     # With two units each warpgroup updates its own, and both read all; a single unit both update for themselves.
     shared = lanes.units == 2
 
@@ -383,7 +394,11 @@ def _walk_backward(lanes: Lanes, given, scale, anchor, weighs):
         def chunk(indices, decay_tile, *tiles):
             *seg, q_tile, k_tile, v_tile, dy_tile, carry = tiles
             now = at(indices[0])
-            states, weighted, dv_staged, dk_staged, sums = (compat.unhoisted(buffer, now) for buffer in buffers)
+            states, weighted, staged, sums, totals = (compat.unhoisted(buffer, now) for buffer in buffers)
+            dv_staged, dk_staged = (
+                staged.at[n, :, pl.ds(0, size)] if size < wide else staged.at[n]
+                for n, size in enumerate((width, plan.key))
+            )
             state_of = lambda unit: states.at[unit if shared else warpgroup]
             here = list(_heads_of(lanes, block, decay_tile, *(seg or [None]), now * CHUNK, math.log2(scale)))
             own = Tokens(
@@ -394,9 +409,12 @@ def _walk_backward(lanes: Lanes, given, scale, anchor, weighs):
             states[warpgroup] = carry.astype(jnp.bfloat16)
             slot = pl.ds(warpgroup * COLUMNS, COLUMNS)
             weighted[:, slot] = scaled_rows(_read(dy_tile.at[:, mine]), own.carry_in()).astype(jnp.bfloat16)
+            if need_decay:  # the tile of dv or dk is free until that is written
+                first = staged.at[warpgroup, :, pl.ds(0, COLUMNS)]
+                first[...] = scaled_rows(_read(v_tile.at[:, mine]), own.carry_out()).astype(jnp.bfloat16)
             compat.publish()
-            if anchor:
-                keep_gradient(now, states.at[warpgroup])
+            if need_decay:  # before the gradient is updated: both at once would need too many registers
+                write_total(now, totals, _row_sums(carry, compat.matmul((compat.transposed(k_tile), first))))
             write = (compat.transposed(q_tile), weighted.at[:, slot])
             after = compat.matmul(write, start=carry * own.kept())
             compat.arrive(full)
@@ -411,11 +429,11 @@ def _walk_backward(lanes: Lanes, given, scale, anchor, weighs):
 
             return after
 
-        def keep_gradient(now, state):
-            place = lax.div(now + 1, anchor)
-
-            kept = (lax.rem(now + 1, anchor) == 0) & (now + 1 < plan.chunks) & (shared | (warpgroup == 0))
-            compat.store(state, outs[1].at[row, place, head, :, columns], kept)
+        def write_total(now, totals, total):
+            totals[warpgroup] = total
+            compat.publish()
+            place = lax.div(columns.start, COLUMNS), row, head, pl.ds(now * plan.key, plan.key)
+            compat.store(totals.at[warpgroup], outs[1].at[place], shared | (warpgroup == 0))
 
         def values(now, here, q_tile, k_tile, v_tile, dy_tile, state_of, dv_staged, sums):
             tokens = pl.ds(now * CHUNK, CHUNK)
@@ -429,7 +447,7 @@ def _walk_backward(lanes: Lanes, given, scale, anchor, weighs):
             for unit, index, factors, part in units_in(here):  # a unit at a time: registers are what is short
                 acc = compat.matmul((k_tile, state_of(unit)))
                 acc = scaled_rows(acc, factors.carry_out())
-                if anchor:
+                if need_decay:
                     _add(found, (0, index), _row_sums(_read(v_tile.at[:, part]), acc))
                 acc = compat.matmul((weights[index], dy_tile.at[:, part]), start=acc)
                 if weighs:
@@ -501,16 +519,16 @@ def _walk_backward(lanes: Lanes, given, scale, anchor, weighs):
     scratch = [
         compat.tile(1, 2, plan.key, COLUMNS),
         compat.tile(1, CHUNK, 2 * COLUMNS),
-        compat.tile(1, CHUNK, width),
-        compat.tile(1, CHUNK, plan.key),
+        compat.tile(1, 2, CHUNK, wide),
         compat.vector(1, 2, count, CHUNK),
+        compat.vector(1, 2, plan.key),
         compat.barrier(2),
         compat.barrier(2),
     ]
     sums = jax.ShapeDtypeStruct((max(1, plan.value // width), plan.batch, plan.heads, padded), jnp.float32)
-    if anchor:
-        kept = (plan.batch, plan.chunks // anchor, plan.heads, plan.key, plan.value)
-        out += [sums, jax.ShapeDtypeStruct(kept, jnp.bfloat16)]
+    if need_decay:
+        totals = (plan.value // COLUMNS, plan.batch, plan.heads, plan.chunks * plan.key)
+        out += [sums, jax.ShapeDtypeStruct(totals, jnp.float32)]
     out += [sums] * weighs
     if compat.interpreting():
         scratch += [compat.tile(2, CHUNK, CHUNK)] * 2
@@ -523,5 +541,5 @@ def _walk_backward(lanes: Lanes, given, scale, anchor, weighs):
         warpgroups=2,
         name="linear_attention_dkv",
     )(*[given[name] for name in names])
-    writes, gradients = rest[:2] if anchor else (None, None)
-    return dv[:, : plan.time], dk[:, :, : plan.time], first, writes, gradients, rest[-1] if weighs else None
+    writes, gained = rest[:2] if need_decay else (None, None)
+    return dv[:, : plan.time], dk[:, :, : plan.time], first, writes, gained, rest[-1] if weighs else None

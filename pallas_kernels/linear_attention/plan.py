@@ -60,7 +60,6 @@ class Config:
     units: int  # of 64 value columns in a thread block, 1 or 2
     stages: int  # chunks of inputs that lie in shared memory at once
     splits: int | None = None  # stretches of time that run side by side; None: what `make_plan` reckons to be fastest
-    anchor: int = 8  # backward: chunks between states that are kept; fewer make the decays' gradient more exact
 
 
 def config(kernel: str, q, v, splits: int | None = None) -> Config:
