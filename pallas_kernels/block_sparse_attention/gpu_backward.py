@@ -13,7 +13,6 @@ straight into the next product. One more warpgroup reads the list and fetches ti
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +21,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
-from pallas_kernels.block_sparse_attention.plan import BLOCKS, Visibility
+from pallas_kernels.block_sparse_attention.plan import BLOCKS, LOG2_E, Visibility
 
 ROWS = 64  # of a warpgroup
 WARPGROUPS = 2  # that compute, in a thread block
 # Registers of a thread. Three warpgroups start with 168 each; were these more together, the last would wait forever.
 FETCHING, COMPUTING = 24, 240
 DEEP = 12  # operations of a mask, above which a tile of 128 keys needs too many registers
-LOG2_E = math.log2(math.e)
 SHARED_BYTES = 225 * 1024
 
 
@@ -73,9 +71,8 @@ def backward(
     q,
     k,
     v,
-    lse,
+    rows,
     dy,
-    delta,
     walk,
     turned,
     *,
@@ -90,22 +87,19 @@ def backward(
     """Gradients (dq, dk, dv) of block-sparse attention in the shapes of q, k and v, bfloat16.
 
     q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V], dy [B, T, H, V] bfloat16; head h reads key head h // (H // Hk).
-    lse, delta: [B, H, T] float32, the logarithms of the rows' sums of exp(s), -inf for a row that sees nothing, and
-    sum_v dy y less the cotangent of lse. sizes: tokens of a block of queries and of keys, each 64 or 128, which T
-    and S are multiples of. walk: (begin, count [b, h, owners], other, full [b, h, n]) of blocks of queries: owner o
-    reads the key blocks other[begin[o] : begin[o] + count[o]]; b is B or 1, h is Hk or 1; no pair of a `full` tile is
-    hidden. turned: the same of blocks of keys. visible: None if no pair is hidden, else visible(i, j, values) as in
-    `gpu.forward`, with values from q_data {name: [B or 1, T]} and k_data {name: [B or 1, S]}, int32. soft_cap: None,
-    or s is replaced by soft_cap tanh(s / soft_cap). slopes: must be None. Raises ValueError.
+    rows: [B, H, 2, T] float32, as `plan.rows` of lse and delta and `rows_gpu.rows` make them. sizes: tokens of a block
+    of queries and of keys, each 64 or 128, which T and S are multiples of. walk: (begin, count [b, h, owners], other,
+    full [b, h, n]) of blocks of queries: owner o reads the key blocks other[begin[o] : begin[o] + count[o]]; b is B or
+    1, h is Hk or 1; no pair of a `full` tile is hidden. turned: the same of blocks of keys. visible: None if no pair is
+    hidden, else visible(i, j, values) as in `gpu.forward`, with values from q_data {name: [B or 1, T]} and k_data
+    {name: [B or 1, S]}, int32. soft_cap: None, or s is replaced by soft_cap tanh(s / soft_cap). slopes: must be None.
+    Raises ValueError.
     """
     if slopes is not None:
         raise ValueError("slopes: expected None, got slopes, whose gradients these kernels do not compute")
     if any(size not in BLOCKS for size in sizes) or q.shape[1] % sizes[0] or k.shape[1] % sizes[1]:
         shapes = f"{tuple(sizes)} for T={q.shape[1]}, S={k.shape[1]}"
         raise ValueError(f"sizes: expected 64 or 128 each, of which T and S are multiples, got {shapes}")
-    some = lse > -jnp.inf
-    # A row that sees nothing gets p = exp(-inf) = 0 from a sum that is infinite.
-    rows = jnp.stack([jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0)], axis=2)
     data, seen, facts = (dict(q_data or {}), dict(k_data or {})), None, None
     lengths = q.shape[1], k.shape[1]
     if visible is not None:

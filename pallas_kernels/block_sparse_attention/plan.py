@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,7 @@ from pallas_kernels import compat
 
 BLOCKS = 64, 128  # queries or keys of a block
 WIDTHS = 64, 128  # K or V
+LOG2_E = math.log2(math.e)
 
 # What a mask may be made of: every one works on vectors and tiles of integers and truth values, element by element. The
 # functions are for what is known while tracing, which must not be computed on the device: it may be absent.
@@ -78,6 +80,16 @@ def unfit(q, k, v, scale, capability) -> str | None:
     if isinstance(scale, jax.core.Tracer) or not scale > 0:
         return "needs a scale that is a Python number above 0"
     return None
+
+
+def rows(lse, delta):
+    """[B, H, 2, T] float32 of lse and delta [B, H, T]: what gradients need of each row of queries.
+
+    delta: sum_v dy y less the cotangent of lse. lse in log2, so that p = exp2(s - lse); of a row that sees nothing,
+    whose lse is infinite, it is inf, from which p = 0, and delta 0.
+    """
+    some = jnp.isfinite(lse)
+    return jnp.stack([jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0)], axis=2)
 
 
 def own_lists(walk, halves):

@@ -142,7 +142,28 @@ def _local(config, q, k, v, slopes, data, lists, sizes, target, steps):
 def gradients(config, q, k, v, data, lists, sizes, lse, delta, dy):
     """Those of q, k and v of `run` on one device; lse [B, H, T] and delta as in `visit_back`."""
     call, walks = _prepared(config, lists, sizes)
-    return _by_kernel(call, q, k, v, data, walks, lse, dy, delta)
+    return _by_kernel(call, q, k, v, data, walks, _rows(call, lse, delta), dy)
+
+
+def row_sums(name, y, dy, lse, dlse, *, by_head=False):
+    """`plan.rows` of y, dy [B, T, H, V] and lse, dlse [B, H, T], for gradients by an implementation of this name.
+
+    For "gpu" a kernel makes them, up to a whole tile of T, and of y and dy by heads too.
+    """
+    from pallas_kernels.block_sparse_attention import plan, rows_gpu
+
+    if name != "gpu":
+        return plan.rows(lse, jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=lse.dtype) - dlse)
+    y, dy = (_filled(x, rows_gpu.ROWS, 1 + by_head) for x in (y, dy))
+    lse, dlse = (_filled(x, rows_gpu.ROWS, 2, value) for x, value in ((lse, jnp.inf), (dlse, 0)))
+    return rows_gpu.rows(y, dy, lse, dlse, by_head=by_head)
+
+
+def _rows(call, lse, delta):
+    """`plan.rows` of whole blocks; rows that fill them up have weights 0, as those that see nothing."""
+    from pallas_kernels.block_sparse_attention import plan
+
+    return plan.rows(_filled(lse, call.sizes[0], 2, jnp.inf), _filled(delta, call.sizes[0], 2))
 
 
 def _prepared(config, lists, sizes, target="gpu", steps=None):
@@ -200,7 +221,7 @@ def visit_back(scale, soft_cap, mask, data, q, k, v, lse, dy, delta):
     call, lists = _visited(scale, soft_cap, mask, data, q, k)
     walks = block_lists.forward(lists), block_lists.transposed(lists, -(-k.shape[2] // call.sizes[1]))
     q, k, v, dy = (jnp.moveaxis(x, 1, 2) for x in (q, k, v, dy))
-    gradients = _by_kernel(call, q, k, v, data, walks, lse, dy, delta)
+    gradients = _by_kernel(call, q, k, v, data, walks, _rows(call, lse, delta), dy)
     return tuple(jnp.moveaxis(x, 2, 1) for x in gradients)
 
 
@@ -254,8 +275,10 @@ def _attend_backward(call, saved, cotangents):
     q, k, v, slopes, data, walks, y, lse = saved
     dy, dlse = cotangents
     if slopes is None:
-        delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=lse.dtype) - dlse
-        return (*_by_kernel(call, q, k, v, data, walks, lse, dy, delta), None, None, None)
+        y, dy = (_filled(x, call.sizes[0]) for x in (y, dy))
+        lse, dlse = (_filled(x, call.sizes[0], 2, value) for x, value in ((lse, jnp.inf), (dlse, 0)))
+        rows = row_sums(call.target, y, dy, lse, dlse)
+        return (*_by_kernel(call, q, k, v, data, walks, rows, dy), None, None, None)
     config = block_sparse_chunked.Config(call.scale, call.soft_cap, call.mask, *call.lengths, call.full)
     call = (config, q, k, v, slopes, data, walks[:2], call.sizes)
     return (*block_sparse_chunked.gradients(*call, y, lse, dy, dlse), None, None)
@@ -264,12 +287,10 @@ def _attend_backward(call, saved, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _by_kernel(call, q, k, v, data, walks, lse, dy, delta):
-    """Gradients of q, k and v by the backward kernels."""
+def _by_kernel(call, q, k, v, data, walks, rows, dy):
+    """Gradients of q, k and v by the backward kernels; rows are those of whole blocks of queries."""
     time, keys = q.shape[1], k.shape[1]
     bq, bk = call.sizes
-    lse = jnp.where(lse > -jnp.inf, lse, jnp.inf)  # rows that see nothing have weights 0, and so have those filled up
-    rows = _filled(lse, bq, 2, jnp.inf), _filled(dy, bq), _filled(delta, bq, 2)
-    arrays = _filled(q, bq), _filled(k, bk), _filled(v, bk), *rows
+    arrays = _filled(q, bq), _filled(k, bk), _filled(v, bk), rows, _filled(dy, bq)
     dq, dk, dv = _modules(call.target)[2].backward(*arrays, *walks[:2], **_options(call, data))
     return dq[:, :time], dk[:, :keys], dv[:, :keys]
