@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmix.core import sharding
-from seqmix.ops import block_lists, block_sparse_chunked, block_sparse_sizes, targets
-from seqmix.ops.mask_algebra import EMPTY, FULL, Mask
+from seqmix.ops import block_halves, block_lists, block_sparse_chunked, block_sparse_sizes, targets
+from seqmix.ops.mask_algebra import Mask
 from seqmix.ops.masks import Sinks
 from seqmix.ops.mesh import on_shares
 
 TARGETS = "gpu", "tpu"
 BLOCKS = 64, 128
-HALVES = False  # whether halves of a block of queries pass over tiles; interpreted and compiled, not yet run on a chip
 
 
 class Call(NamedTuple):
@@ -180,24 +179,7 @@ def _prepared(config, lists, sizes, target="gpu", steps=None):
     call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, lengths, full, target, steps)
     walks = block_lists.forward(lists), block_lists.transposed(lists, -(-config.keys // sizes[1]))
     own = static and seen is not None and target == "gpu"
-    return call, (*walks, _halves(config, lists, walks[0], sizes) if own else None)
-
-
-def _halves(config, lists, walk, sizes):
-    """`plan.own_lists`, where halves of a block of queries see other tiles than the block, or None."""
-    from pallas_kernels.block_sparse_attention import plan
-
-    if not HALVES or sizes[0] != 2 * BLOCKS[0] or config.mask is None or config.mask.inputs:
-        return None
-    table = config.mask.tiles(BLOCKS[0], sizes[1], config.time, config.keys)
-    table = np.pad(table, ((0, 2 * lists.index.shape[2] - len(table)), (0, 0)))
-    grades = [np.take_along_axis(table[None, None, half::2], np.maximum(lists.index, 0), axis=-1) for half in (0, 1)]
-    if not any((grade[lists.index >= 0] == EMPTY).any() for grade in grades):
-        return None
-    whole = lists.index < config.keys // sizes[1]
-    full = [(grade == FULL) & whole for grade in grades]
-    halves = sum((grades[half] == EMPTY) * (1 << half) + full[half] * (4 << half) for half in (0, 1))
-    return plan.own_lists(walk, halves.reshape(*halves.shape[:2], -1))
+    return call, (*walks, block_halves.halves(config.mask, lists, walks[0], sizes, *lengths) if own else None)
 
 
 def visit(scale, soft_cap, mask, data, q, k, v):
@@ -261,7 +243,7 @@ def _attend(call, q, k, v, slopes, data, walks):
     bq, bk = call.sizes
     options = _options(call, data) | {"slopes": slopes}
     if walks[2] is not None:
-        options["own"] = walks[2]
+        options["own"] = walks[2].own
     y, lse = _modules(call.target)[1].forward(_filled(q, bq), _filled(k, bk), _filled(v, bk), walks[0], **options)
     return y[:, :time], lse[:, :, :time]
 
@@ -291,6 +273,10 @@ def _by_kernel(call, q, k, v, data, walks, rows, dy):
     """Gradients of q, k and v by the backward kernels; rows are those of whole blocks of queries."""
     time, keys = q.shape[1], k.shape[1]
     bq, bk = call.sizes
+    options, (walk, turned, *more) = _options(call, data), walks
+    if more and more[0] is not None:
+        walk = walk if more[0].marks is None else walk._replace(full=more[0].marks)
+        turned, options["turned_queries"] = more[0].turned, block_halves.HALF
     arrays = _filled(q, bq), _filled(k, bk), _filled(v, bk), rows, _filled(dy, bq)
-    dq, dk, dv = _modules(call.target)[2].backward(*arrays, *walks[:2], **_options(call, data))
+    dq, dk, dv = _modules(call.target)[2].backward(*arrays, walk, turned, **options)
     return dq[:, :time], dk[:, :keys], dv[:, :keys]

@@ -96,6 +96,21 @@ def test_gradients_of_grouped_heads_under_a_causal_mask_match_float64():
 
 
 @needs_mosaic
+def test_sums_of_shares_of_heads_and_of_lists_match_float64(monkeypatch):
+    monkeypatch.setattr(plan, "LEAST_STEPS", 1)
+    assert plan.pieces(1, 2, 2) == (2, 2)  # blocks of 64 keys, two in a thread block
+    check((1, 128, 128, 2, 1, 64, 64), (64, 64), causal, with_lse=True)
+
+
+def test_walks_are_cut_where_their_thread_blocks_are_few_and_long():
+    assert plan.pieces(4, 16, 128) == (16, 2)  # compressed blocks of keys of 8,192 tokens
+    assert plan.pieces(16, 16, 512) == (16, 1)
+    assert plan.pieces(33, 16, 512) == (4, 1)
+    assert plan.pieces(1, 1, 64) == (1, 4)
+    assert plan.pieces(67, 16, 512) == plan.pieces(4, 1, 31) == (1, 1)
+
+
+@needs_mosaic
 def test_gradients_are_exact_with_segments_and_zero_where_nothing_is_seen():
     segments = np.repeat(np.array([[1, 2, 0], [3, 3, 3]], np.int32), (40, 50, 38), axis=1)
     keys = np.where(np.arange(128) < 30, 1, segments)
