@@ -42,7 +42,7 @@ def cases(tile=None):
 
 def _block_sparse(way, mask, key_heads, heads, width, soft_cap, sizes):
     """Attention under a mask."""
-    from pallas_kernels.block_sparse_attention import tpu, tpu_backward
+    from pallas_kernels.block_sparse_attention import plan, tpu, tpu_backward
 
     lists = block_lists.lists(mask, block_lists.of_mask(mask, sizes, TIME, TIME), sizes, TIME, TIME, {})
     walks = block_lists.forward(lists), block_lists.transposed(lists, TIME // sizes[1])
@@ -55,7 +55,7 @@ def _block_sparse(way, mask, key_heads, heads, width, soft_cap, sizes):
         more = options | dict(zip(("q_data", "k_data"), sides))
         if way == "forward":
             return tpu.forward(q, k, v, walks[0], **more)
-        return tpu_backward.backward(q, k, v, lse, dy, delta, *walks, **more)
+        return tpu_backward.backward(q, k, v, plan.rows(lse, delta), dy, *walks, **more)
 
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((BATCH, *shape), dtype)
     q, k = array(TIME, heads * width), array(TIME, key_heads * width)

@@ -18,14 +18,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
-from pallas_kernels.block_sparse_attention.plan import Visibility
+from pallas_kernels.block_sparse_attention.plan import SMS, Visibility
 
 ROWS = 64  # queries of a warpgroup
 LOG2_E = math.log2(math.e)
 LOWEST = -1e38  # a maximum before the first score: 2^(-inf - LOWEST) is 0, and LOWEST - LOWEST no NaN
 SHARED_BYTES = 222 * 1024  # for tiles, of the 227 KiB that a block may have
 FETCHING, COMPUTING = 24, 240  # registers of a thread
-SMS = 132  # multiprocessors of an H100 or H200
 MANY = 4  # vectors that a mask needs, beyond which a tile of 128 keys has too few registers for it
 LONG = 32  # tiles of a list, beyond which a thread block takes one item of work
 F32 = jnp.float32

@@ -9,11 +9,13 @@ Both compute the scores anew, so seven matrix products are done where five are n
 memory: every result is the same in every run.
 
 A warpgroup owns 64 rows of its block and keeps their gradients in registers as float32; p and ds go from registers
-straight into the next product. One more warpgroup reads the list and fetches tiles by TMA.
+straight into the next product. One more warpgroup reads the list and fetches tiles by TMA. Where a list says so, the
+warpgroup of one half of a block passes over a tile of which the other half sees some. Blocks of keys that are too few
+to fill the chip are shared out: each takes some of the heads, or a part of the list, to sums that XLA adds up.
 """
 
 import dataclasses
-import math
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +24,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
-from pallas_kernels.block_sparse_attention.plan import BLOCKS, Visibility
+from pallas_kernels.block_sparse_attention.plan import BLOCKS, LOG2_E, Visibility, pieces
 
 ROWS = 64  # of a warpgroup
 WARPGROUPS = 2  # that compute, in a thread block
 # Registers of a thread. Three warpgroups start with 168 each; were these more together, the last would wait forever.
 FETCHING, COMPUTING = 24, 240
+# What a list may say of a tile, bit by bit: whether it is full for each warpgroup of a block, whether empty for each.
+MARKS = 2 * WARPGROUPS
 DEEP = 12  # operations of a mask, above which a tile of 128 keys needs too many registers
-LOG2_E = math.log2(math.e)
 SHARED_BYTES = 225 * 1024
 
 
@@ -48,6 +51,8 @@ class Call:
     deep: bool  # scores take more registers than usual on their way to p
     keys_own: bool  # the owners are blocks of keys
     ratio: int  # query heads to a key head
+    skips: bool = False  # lists say that halves see nothing of some tiles
+    pieces: tuple = (1, 1)  # parts into which the query heads of a key head, and each list, are cut
 
     @property
     def units(self) -> int:
@@ -64,6 +69,16 @@ class Call:
         """Steps in a listed block."""
         return self.other // self.step
 
+    @property
+    def shares(self) -> int:
+        """Thread blocks of a block of keys."""
+        return self.pieces[0] * self.pieces[1]
+
+    @property
+    def levels(self) -> int:
+        """bfloat16 numbers of a result: of shares two, of 16 bits together, which take no register more than one."""
+        return 2 if self.shares > 1 else 1
+
     def names(self, own: bool) -> tuple[str, ...]:
         """Inputs of the mask for the owners or for what they list."""
         return self.inputs[own == self.keys_own]
@@ -73,9 +88,8 @@ def backward(
     q,
     k,
     v,
-    lse,
+    rows,
     dy,
-    delta,
     walk,
     turned,
     *,
@@ -86,26 +100,26 @@ def backward(
     scale,
     soft_cap=None,
     slopes=None,
+    turned_queries=None,
 ):
     """Gradients (dq, dk, dv) of block-sparse attention in the shapes of q, k and v, bfloat16.
 
     q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V], dy [B, T, H, V] bfloat16; head h reads key head h // (H // Hk).
-    lse, delta: [B, H, T] float32, the logarithms of the rows' sums of exp(s), -inf for a row that sees nothing, and
-    sum_v dy y less the cotangent of lse. sizes: tokens of a block of queries and of keys, each 64 or 128, which T
-    and S are multiples of. walk: (begin, count [b, h, owners], other, full [b, h, n]) of blocks of queries: owner o
-    reads the key blocks other[begin[o] : begin[o] + count[o]]; b is B or 1, h is Hk or 1; no pair of a `full` tile is
-    hidden. turned: the same of blocks of keys. visible: None if no pair is hidden, else visible(i, j, values) as in
-    `gpu.forward`, with values from q_data {name: [B or 1, T]} and k_data {name: [B or 1, S]}, int32. soft_cap: None,
-    or s is replaced by soft_cap tanh(s / soft_cap). slopes: must be None. Raises ValueError.
+    rows: [B, H, 2, T] float32, as `plan.rows` of lse and delta and `rows_gpu.rows` make them. sizes: tokens of a block
+    of queries and of keys, each 64 or 128, which T and S are multiples of. walk: (begin, count [b, h, owners], other,
+    full [b, h, n]) of blocks of queries: owner o reads the key blocks other[begin[o] : begin[o] + count[o]]; b is B or
+    1, h is Hk or 1; no pair of a `full` tile is hidden. full may be int32 instead: 1 and 2 for the first and the second
+    half of an owner of 128 to which the tile is full, 4 and 8 for those that see nothing of it, added. turned: the same
+    of blocks of keys, which list blocks of turned_queries (None: sizes[0]) queries. visible: None if no pair is hidden,
+    else visible(i, j, values) as in `gpu.forward`, with values from q_data {name: [B or 1, T]} and k_data {name: [B or
+    1, S]}, int32. soft_cap: None, or s is replaced by soft_cap tanh(s / soft_cap). slopes: must be None. Raises
+    ValueError.
     """
     if slopes is not None:
         raise ValueError("slopes: expected None, got slopes, whose gradients these kernels do not compute")
     if any(size not in BLOCKS for size in sizes) or q.shape[1] % sizes[0] or k.shape[1] % sizes[1]:
         shapes = f"{tuple(sizes)} for T={q.shape[1]}, S={k.shape[1]}"
         raise ValueError(f"sizes: expected 64 or 128 each, of which T and S are multiples, got {shapes}")
-    some = lse > -jnp.inf
-    # A row that sees nothing gets p = exp(-inf) = 0 from a sum that is infinite.
-    rows = jnp.stack([jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0)], axis=2)
     data, seen, facts = (dict(q_data or {}), dict(k_data or {})), None, None
     lengths = q.shape[1], k.shape[1]
     if visible is not None:
@@ -114,7 +128,11 @@ def backward(
     inputs = tuple(tuple(x) for x in data)
     shared = dict(scale=scale, soft_cap=soft_cap, seen=seen, inputs=inputs, ratio=q.shape[2] // k.shape[2])
     dq = _gradients(_cut(shared, sizes, False, q, v), walk, (q, dy), (k, v), rows, facts)[0]
-    dk, dv = _gradients(_cut(shared, sizes, True, q, v), turned, (k, v), (q, dy), rows, facts)
+    call = _cut(shared, (turned_queries or sizes[0], sizes[1]), True, q, v)
+    owners = turned[0].shape[2]
+    blocks = -(-owners // call.owners) * k.shape[2] * k.shape[0]
+    call = dataclasses.replace(call, pieces=pieces(blocks, call.ratio, turned[2].shape[2] // owners * call.parts))
+    dk, dv = _gradients(call, turned, (k, v), (q, dy), rows, facts)
     return dq, dk, dv
 
 
@@ -150,15 +168,21 @@ def _heavy_first(count, multiple):
 
 def _gradients(call: Call, walk, own, others, rows, facts):
     """What a kernel adds up: [dq], or [dk, dv]."""
-    begin, count, other, full = walk
+    begin, count, other, marks = walk
+    if marks.dtype == bool:
+        marks = marks * ((1 << WARPGROUPS) - 1)
+    elif call.seen is not None:
+        call = dataclasses.replace(call, skips=not isinstance(marks, np.ndarray) or bool((marks >> WARPGROUPS).any()))
     names = ["a", "b", "other_a", "other_b", "rows", "order", "begin", "count", "entries"]
-    entries = 2 * other + full  # number of the block and whether it is full
+    entries = (other << MARKS) + marks  # number of the block, and what is known of it
     order = _heavy_first(count, call.owners)
     arrays = [*own, *others, rows, order, begin, count, entries.astype(np.int32)]
     if call.seen is not None:
         names += ["own_facts", "other_facts"]
         arrays += facts[::-1] if call.keys_own else facts
-    outs = own if call.keys_own else own[:1]
+    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (own if call.keys_own else own[:1])]
+    if call.shares > 1:
+        outs = [jax.ShapeDtypeStruct((call.shares, call.levels, *x.shape), x.dtype) for x in outs]
 
     def body(*refs):
         given = dict(zip(names, refs))
@@ -185,15 +209,22 @@ def _gradients(call: Call, walk, own, others, rows, facts):
         ]
     if compat.interpreting():
         scratch += [compat.tile(WARPGROUPS, ROWS, call.step)] * 2
-    return compat.kernel(
+    found = compat.kernel(
         body,
-        grid=(order.size // call.owners, own[0].shape[2], own[0].shape[0]),
+        grid=(order.size // call.owners, own[0].shape[2] * call.shares, own[0].shape[0]),
         names=("owner", "head", "row"),
-        out=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs),
+        out=tuple(outs),
         scratch=scratch,
         warpgroups=WARPGROUPS,
         name="block_sparse_attention_dkv" if call.keys_own else "block_sparse_attention_dq",
     )(*map(jnp.asarray, arrays))
+    return found if call.shares == 1 else [_added(x) for x in found]
+
+
+def _added(shares):
+    """The sum of shares [n, levels, ...] of a walk, in float32 and in their order."""
+    parts = [level.astype(jnp.float32) for share in shares for level in share]
+    return functools.reduce(jnp.add, parts).astype(shares.dtype)
 
 
 class _Block:
@@ -204,7 +235,7 @@ class _Block:
         self.a, self.b, self.other_a, self.other_b, self.rows = a, b, other_a, other_b, rows
         self.loaded, self.ready, self.free = loaded, ready, free
         self.warpgroup = compat.warpgroup(WARPGROUPS)
-        self.own_facts, self.other_facts, self.full = more[:3] if call.seen is not None else (None,) * 3
+        self.own_facts, self.other_facts, self.marks = more[:3] if call.seen is not None else (None,) * 3
         spares = more[3 * (call.seen is not None) :]
         self.spares = [spare.at[self.warpgroup] for spare in spares] or [None, None]
 
@@ -223,7 +254,9 @@ class _Block:
 
     # Read wherever they are needed, as lists are: what is known before the warpgroups' ways part would be spilled.
     row = property(lambda self: lax.axis_index("row"))
-    head = property(lambda self: lax.axis_index("head"))
+    # With several shares of a walk, they are the faster part of the index.
+    head = property(lambda self: lax.div(lax.axis_index("head"), jnp.int32(self.call.shares)))
+    share = property(lambda self: lax.rem(lax.axis_index("head"), jnp.int32(self.call.shares)))
 
     def row_of(self, ref):
         return self.row if ref.shape[0] > 1 else 0
@@ -260,7 +293,7 @@ class _Block:
     def fetch_step(self, mine, n):
         call, given, row = self.call, self.given, self.row
         slot = mine.slot(n)
-        head = self.head * call.ratio + n % mine.heads if call.keys_own else self.head // call.ratio
+        head = mine.head + n % mine.heads if call.keys_own else self.head // call.ratio
         entry = mine.entry(n)
         tokens = pl.ds(mine.other_start(entry, n), call.step)
         copies = [(given["other_a"].at[row, tokens, head], self.other_a)]
@@ -274,7 +307,7 @@ class _Block:
         for source, target in copies:
             compat.fetch(source, target.at[slot], self.ready.at[slot])
         if call.seen is not None:
-            self.full[slot] = entry & 1
+            self.marks[slot] = entry & ((1 << MARKS) - 1)
             compat.arrive(self.ready.at[slot])
 
     def compute(self):
@@ -291,7 +324,13 @@ class _Block:
             turn = lambda slot, sums: step(slot, False, sums)
         else:  # two copies of the step: a branch around the mask alone costs registers while products are running
             copies = [lambda sums, slot, hides=hides: step(slot, hides, sums) for hides in (True, False)]
-            turn = lambda slot, sums: lax.cond(self.full[slot] == 1, copies[1], copies[0], sums, slot)
+
+            def turn(slot, sums):
+                marks = self.marks[slot] >> (self.warpgroup if call.units > 1 else 0)
+                looks = lambda sums, slot: lax.cond(marks & 1 == 1, copies[1], copies[0], sums, slot)
+                if not call.skips:
+                    return looks(sums, slot)
+                return lax.cond((marks >> WARPGROUPS) & 1 == 1, lambda sums, slot: sums, looks, sums, slot)
 
         def walk(n, sums):
             slot = mine.slot(n)
@@ -302,13 +341,25 @@ class _Block:
 
         sums = lax.fori_loop(0, mine.steps, walk, sums)
         mine = _List(self, place)  # again, so that nothing of it has to be kept through the loop
-        tokens = pl.ds(mine.start + (self.warpgroup if call.owners == 1 else 0) * ROWS, ROWS)
-        for total, staged, out, scale in zip(sums, (self.a, self.b), self.results, (call.scale, 1.0)):
-            staged[self.warpgroup] = (total * scale).astype(jnp.bfloat16)
-            compat.publish()
-            source, target = staged.at[self.warpgroup], out.at[self.row, tokens, self.head]
-            compat.store(source, target, None if call.owners == 1 else mine.exists)
+        sums = [total * scale for total, scale in zip(sums, (call.scale, 1.0))]
+        for level in range(call.levels):
+            if level:
+                compat.stores_read()
+            sums = self.store(mine, sums, () if call.shares == 1 else (self.share, level))
         compat.stores_done()
+
+    def store(self, mine, sums, lead):
+        """Writes the sums, rounded to bfloat16, to a part of the results; what that leaves of them."""
+        call, left = self.call, []
+        tokens = pl.ds(mine.start + (self.warpgroup if call.owners == 1 else 0) * ROWS, ROWS)
+        for total, staged, out in zip(sums, (self.a, self.b), self.results):
+            rounded = total.astype(jnp.bfloat16)
+            left.append(total - rounded.astype(jnp.float32))
+            staged[self.warpgroup] = rounded
+            compat.publish()
+            source, target = staged.at[self.warpgroup], out.at[(*lead, self.row, tokens, self.head)]
+            compat.store(source, target, None if call.owners == 1 else mine.exists)
+        return left
 
     def keys_step(self, slot, hides, sums):
         """dk and dv of 64 keys after one more tile of queries; tiles here are [keys, queries]."""
@@ -396,22 +447,29 @@ class _List:
         b, h = given["begin"].shape[:2]
         lead = (block.row if b > 1 else 0), (head if h > 1 else 0)
         self.start = owner * call.own
-        self.heads = call.ratio if call.keys_own else 1  # query heads that are walked
-        self.begin = given["begin"][*lead, owner]
-        self.steps = given["count"][*lead, owner] * (self.heads * call.parts)
+        self.heads = call.ratio // call.pieces[0] if call.keys_own else 1  # query heads that are walked, from `head` on
+        self.head = block.head * call.ratio
+        self.begin, count = given["begin"][*lead, owner], given["count"][*lead, owner]
+        if call.pieces[0] > 1:
+            self.head += lax.rem(block.share, jnp.int32(call.pieces[0])) * self.heads
+        if call.pieces[1] > 1:
+            part = lax.div(block.share, jnp.int32(call.pieces[0]))
+            first, last = (lax.div(count * n, jnp.int32(call.pieces[1])) for n in (part, part + 1))
+            self.begin, count = self.begin + first, last - first
+        self.steps = count * (self.heads * call.parts)
         if call.owners > 1:
             self.steps = jnp.where(self.exists, self.steps, 0)
         self.entries = given["entries"].at[*lead]
 
     def entry(self, step):
-        """What is listed for a step: twice the block's number, and 1 if it is full."""
+        """What is listed for a step: the block's number, times 16, and its marks."""
         last = self.entries.shape[-1] - 1  # where an empty list may begin past
         return self.entries[jnp.minimum(self.begin + step // (self.heads * self.call.parts), last)]
 
     def other_start(self, entry, step):
         """First token of a step."""
         part = (step // self.heads) % self.call.parts
-        return (entry >> 1) * self.call.other + part * self.call.step
+        return (entry >> MARKS) * self.call.other + part * self.call.step
 
     def slot(self, step):
         """Where in shared memory a step's tiles lie."""

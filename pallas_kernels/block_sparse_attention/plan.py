@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,9 @@ from pallas_kernels import compat
 
 BLOCKS = 64, 128  # queries or keys of a block
 WIDTHS = 64, 128  # K or V
+LOG2_E = math.log2(math.e)
+SMS = 132  # multiprocessors of an H100 or H200
+LEAST_STEPS = 16  # of a part of a list that is cut
 
 # What a mask may be made of: every one works on vectors and tiles of integers and truth values, element by element. The
 # functions are for what is known while tracing, which must not be computed on the device: it may be absent.
@@ -80,11 +84,34 @@ def unfit(q, k, v, scale, capability) -> str | None:
     return None
 
 
+def rows(lse, delta):
+    """[B, H, 2, T] float32 of lse and delta [B, H, T]: what gradients need of each row of queries.
+
+    delta: sum_v dy y less the cotangent of lse. lse in log2, so that p = exp2(s - lse); of a row that sees nothing,
+    whose lse is infinite, it is inf, from which p = 0, and delta 0.
+    """
+    some = jnp.isfinite(lse)
+    return jnp.stack([jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0)], axis=2)
+
+
+def pieces(blocks: int, heads: int, steps: int) -> tuple[int, int]:
+    """Into how many parts (the heads, the lists) are cut that so many thread blocks walk, if they are too few.
+
+    blocks: thread blocks; heads: what each walks of heads, for every one a list of about so many steps.
+    """
+    most = heads * steps // LEAST_STEPS
+    if min(SMS // blocks, most) < 2:
+        return 1, 1
+    divisors = [n for n in range(1, heads + 1) if heads % n == 0 and n <= most]
+    of_heads = next((n for n in divisors if blocks * n >= SMS), divisors[-1])
+    return of_heads, max(1, min(SMS // (blocks * of_heads), most // of_heads))
+
+
 def own_lists(walk, halves):
     """What each warpgroup visits of a list, {"count": [b, h, 2, owners], "place" and "entry": [b, h, 2, n]} of numpy.
 
-    halves [b, h, n]: what the first and the second half of a block's queries see of a tile, numbers 1 and 2 for nothing
-    and 4 and 8 for everything, added. Of tiles that a half does not see one in a row is passed over: the next but two
+    halves [b, h, n]: what the first and the second half of a block's queries see of a tile, numbers 1 and 2 for all
+    and 4 and 8 for nothing, added. Of tiles that a half does not see one in a row is passed over: the next but two
     is not fetched before this one is used.
     """
     begin, count, other, _ = (np.asarray(x) for x in walk)
@@ -94,12 +121,12 @@ def own_lists(walk, halves):
     for b, h, unit, owner in np.ndindex(own.shape):
         first, chosen = begin[b, h, owner], []
         for n, what in enumerate(halves[b, h, first : first + count[b, h, owner]]):
-            if not what >> unit & 1 or n - (chosen[-1] if chosen else n) >= 2:
+            if not what >> 2 + unit & 1 or n - (chosen[-1] if chosen else n) >= 2:
                 chosen.append(n)
         chosen = np.asarray(chosen or range(min(1, count[b, h, owner])), np.int32)
         mine = b, h, unit, slice(first, first + len(chosen))
         own[b, h, unit, owner], place[mine] = len(chosen), chosen
-        entry[mine] = other[b, h, first + chosen] * 2 + (halves[b, h, first + chosen] >> (2 + unit) & 1)
+        entry[mine] = other[b, h, first + chosen] * 2 + (halves[b, h, first + chosen] >> unit & 1)
     return {"count": own, "place": place, "entry": entry}
 
 

@@ -24,9 +24,8 @@ def backward(
     q,
     k,
     v,
-    lse,
+    rows,
     dy,
-    delta,
     walk,
     turned,
     *,
@@ -40,14 +39,10 @@ def backward(
 ):
     """Gradients (dq, dk, dv) of block-sparse attention in the shapes and dtypes of q, k and v.
 
-    q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V], dy [B, T, H, V]; head h reads key head h // (H // Hk). lse and
-    delta: [B, H, T] float32, the logarithms of the rows' sums of exp(s), -inf or inf for a row that sees nothing, and
-    sum_v dy y less the cotangent of lse. turned: the walk of blocks of keys over the query blocks that list them. All
-    else is as of `tpu.forward`.
+    q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V], dy [B, T, H, V]; head h reads key head h // (H // Hk). rows:
+    [B, H, 2, T] float32, as `plan.rows` of lse and delta. turned: the walk of blocks of keys over the query blocks
+    that list them. All else is as of `tpu.forward`.
     """
-    some = jnp.isfinite(lse)
-    # A row that sees nothing gets p = exp(-inf) = 0 from a sum that is infinite.
-    rows = jnp.stack([jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0)], axis=2)
     steps = (walk[2].shape[2], turned[2].shape[2] + turned[0].shape[2]) if steps is None else steps
     options = dict(sizes=sizes, visible=visible, scale=scale, soft_cap=soft_cap, steps=steps)
     return _gradients(q, k, v, rows, dy.astype(q.dtype), walk, turned, q_data=q_data, k_data=k_data, **options)

@@ -223,9 +223,8 @@ def _attend_backward(call, saved, cotangents):
     q, k, v, data, groups, y, lse = saved
     dy, dlse = cotangents
     rows = _Rows(call, groups, data, q.shape[0])
-    some = lse > -jnp.inf
-    delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=lse.dtype) - dlse
-    delta, base = jnp.where(some, delta, 0), jnp.where(some, lse, jnp.inf)
+    delta = block_sparse_kernels.row_sums(call.name, y, dy, lse, dlse)[:, :, 1, : q.shape[1]]
+    base = jnp.where(lse > -jnp.inf, lse, jnp.inf)
     numbers = rows.gather_numbers(base, jnp.inf), rows.gather_numbers(delta, 0)
     given = rows.gather(q), rows.folded(k), rows.folded(v)
     form = block_sparse_kernels.gradients if call.name == "gpu" else _chunked_gradients

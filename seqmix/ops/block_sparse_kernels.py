@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmix.core import sharding
-from seqmix.ops import block_lists, block_sparse_chunked, block_sparse_sizes, targets
-from seqmix.ops.mask_algebra import EMPTY, FULL, Mask
+from seqmix.ops import block_halves, block_lists, block_sparse_chunked, block_sparse_sizes, targets
+from seqmix.ops.mask_algebra import Mask
 from seqmix.ops.masks import Sinks
 from seqmix.ops.mesh import on_shares
 
 TARGETS = "gpu", "tpu"
 BLOCKS = 64, 128
-HALVES = False  # whether halves of a block of queries pass over tiles; interpreted and compiled, not yet run on a chip
 
 
 class Call(NamedTuple):
@@ -142,7 +141,28 @@ def _local(config, q, k, v, slopes, data, lists, sizes, target, steps):
 def gradients(config, q, k, v, data, lists, sizes, lse, delta, dy):
     """Those of q, k and v of `run` on one device; lse [B, H, T] and delta as in `visit_back`."""
     call, walks = _prepared(config, lists, sizes)
-    return _by_kernel(call, q, k, v, data, walks, lse, dy, delta)
+    return _by_kernel(call, q, k, v, data, walks, _rows(call, lse, delta), dy)
+
+
+def row_sums(name, y, dy, lse, dlse, *, by_head=False):
+    """`plan.rows` of y, dy [B, T, H, V] and lse, dlse [B, H, T], for gradients by an implementation of this name.
+
+    For "gpu" a kernel makes them, up to a whole tile of T, and of y and dy by heads too.
+    """
+    from pallas_kernels.block_sparse_attention import plan, rows_gpu
+
+    if name != "gpu":
+        return plan.rows(lse, jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=lse.dtype) - dlse)
+    y, dy = (_filled(x, rows_gpu.ROWS, 1 + by_head) for x in (y, dy))
+    lse, dlse = (_filled(x, rows_gpu.ROWS, 2, value) for x, value in ((lse, jnp.inf), (dlse, 0)))
+    return rows_gpu.rows(y, dy, lse, dlse, by_head=by_head)
+
+
+def _rows(call, lse, delta):
+    """`plan.rows` of whole blocks; rows that fill them up have weights 0, as those that see nothing."""
+    from pallas_kernels.block_sparse_attention import plan
+
+    return plan.rows(_filled(lse, call.sizes[0], 2, jnp.inf), _filled(delta, call.sizes[0], 2))
 
 
 def _prepared(config, lists, sizes, target="gpu", steps=None):
@@ -159,24 +179,7 @@ def _prepared(config, lists, sizes, target="gpu", steps=None):
     call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, lengths, full, target, steps)
     walks = block_lists.forward(lists), block_lists.transposed(lists, -(-config.keys // sizes[1]))
     own = static and seen is not None and target == "gpu"
-    return call, (*walks, _halves(config, lists, walks[0], sizes) if own else None)
-
-
-def _halves(config, lists, walk, sizes):
-    """`plan.own_lists`, where halves of a block of queries see other tiles than the block, or None."""
-    from pallas_kernels.block_sparse_attention import plan
-
-    if not HALVES or sizes[0] != 2 * BLOCKS[0] or config.mask is None or config.mask.inputs:
-        return None
-    table = config.mask.tiles(BLOCKS[0], sizes[1], config.time, config.keys)
-    table = np.pad(table, ((0, 2 * lists.index.shape[2] - len(table)), (0, 0)))
-    grades = [np.take_along_axis(table[None, None, half::2], np.maximum(lists.index, 0), axis=-1) for half in (0, 1)]
-    if not any((grade[lists.index >= 0] == EMPTY).any() for grade in grades):
-        return None
-    whole = lists.index < config.keys // sizes[1]
-    full = [(grade == FULL) & whole for grade in grades]
-    halves = sum((grades[half] == EMPTY) * (1 << half) + full[half] * (4 << half) for half in (0, 1))
-    return plan.own_lists(walk, halves.reshape(*halves.shape[:2], -1))
+    return call, (*walks, block_halves.halves(config.mask, lists, walks[0], sizes, *lengths) if own else None)
 
 
 def visit(scale, soft_cap, mask, data, q, k, v):
@@ -200,7 +203,7 @@ def visit_back(scale, soft_cap, mask, data, q, k, v, lse, dy, delta):
     call, lists = _visited(scale, soft_cap, mask, data, q, k)
     walks = block_lists.forward(lists), block_lists.transposed(lists, -(-k.shape[2] // call.sizes[1]))
     q, k, v, dy = (jnp.moveaxis(x, 1, 2) for x in (q, k, v, dy))
-    gradients = _by_kernel(call, q, k, v, data, walks, lse, dy, delta)
+    gradients = _by_kernel(call, q, k, v, data, walks, _rows(call, lse, delta), dy)
     return tuple(jnp.moveaxis(x, 2, 1) for x in gradients)
 
 
@@ -240,7 +243,7 @@ def _attend(call, q, k, v, slopes, data, walks):
     bq, bk = call.sizes
     options = _options(call, data) | {"slopes": slopes}
     if walks[2] is not None:
-        options["own"] = walks[2]
+        options["own"] = walks[2].own
     y, lse = _modules(call.target)[1].forward(_filled(q, bq), _filled(k, bk), _filled(v, bk), walks[0], **options)
     return y[:, :time], lse[:, :, :time]
 
@@ -254,8 +257,10 @@ def _attend_backward(call, saved, cotangents):
     q, k, v, slopes, data, walks, y, lse = saved
     dy, dlse = cotangents
     if slopes is None:
-        delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=lse.dtype) - dlse
-        return (*_by_kernel(call, q, k, v, data, walks, lse, dy, delta), None, None, None)
+        y, dy = (_filled(x, call.sizes[0]) for x in (y, dy))
+        lse, dlse = (_filled(x, call.sizes[0], 2, value) for x, value in ((lse, jnp.inf), (dlse, 0)))
+        rows = row_sums(call.target, y, dy, lse, dlse)
+        return (*_by_kernel(call, q, k, v, data, walks, rows, dy), None, None, None)
     config = block_sparse_chunked.Config(call.scale, call.soft_cap, call.mask, *call.lengths, call.full)
     call = (config, q, k, v, slopes, data, walks[:2], call.sizes)
     return (*block_sparse_chunked.gradients(*call, y, lse, dy, dlse), None, None)
@@ -264,12 +269,14 @@ def _attend_backward(call, saved, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _by_kernel(call, q, k, v, data, walks, lse, dy, delta):
-    """Gradients of q, k and v by the backward kernels."""
+def _by_kernel(call, q, k, v, data, walks, rows, dy):
+    """Gradients of q, k and v by the backward kernels; rows are those of whole blocks of queries."""
     time, keys = q.shape[1], k.shape[1]
     bq, bk = call.sizes
-    lse = jnp.where(lse > -jnp.inf, lse, jnp.inf)  # rows that see nothing have weights 0, and so have those filled up
-    rows = _filled(lse, bq, 2, jnp.inf), _filled(dy, bq), _filled(delta, bq, 2)
-    arrays = _filled(q, bq), _filled(k, bk), _filled(v, bk), *rows
-    dq, dk, dv = _modules(call.target)[2].backward(*arrays, *walks[:2], **_options(call, data))
+    options, (walk, turned, *more) = _options(call, data), walks
+    if more and more[0] is not None:
+        walk = walk if more[0].marks is None else walk._replace(full=more[0].marks)
+        turned, options["turned_queries"] = more[0].turned, block_halves.HALF
+    arrays = _filled(q, bq), _filled(k, bk), _filled(v, bk), rows, _filled(dy, bq)
+    dq, dk, dv = _modules(call.target)[2].backward(*arrays, walk, turned, **options)
     return dq[:, :time], dk[:, :keys], dv[:, :keys]

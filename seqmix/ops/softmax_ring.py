@@ -84,7 +84,11 @@ def _forward(travel, q, k, v, sink, q_places, k_places):
 def _backward(travel, saved, cotangents):
     q, k, v, sink, q_places, k_places, y, lse = saved
     dy, dlse = cotangents
-    delta = jnp.sum(dy.astype(lse.dtype) * y.astype(lse.dtype), axis=-1) - dlse
+    if travel.kernel is None:
+        delta = jnp.sum(dy.astype(lse.dtype) * y.astype(lse.dtype), axis=-1) - dlse
+    else:
+        delta = block_sparse_kernels.row_sums("gpu", *map(_flat, (y, dy, lse, dlse)), by_head=True)
+        delta = delta[:, :, 1, : q.shape[3]].reshape(lse.shape)
     own, rows = (k, v, k_places), (lse, dy, delta)
     if travel.legs is None:
         dq, *grads = _visit_back(travel, q, q_places, _gather(travel.axis, own), rows)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from seqmix.core import sharding
 from seqmix.ops import targets
+from seqmix.ops.block_sparse_kernels import row_sums
 from seqmix.ops.mesh import on_shares
 
 SIZES = 1, 64  # tokens, and keys, of a block
@@ -203,9 +204,8 @@ def _attend_backward(scale, saved, cotangents):
 
     q, k, v, index, union, y, lse = saved
     dy, dlse = cotangents
-    delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=lse.dtype) - dlse
-    delta = jnp.where(lse > -jnp.inf, delta, 0)
     group, time = token_gpu.group_tokens(q, k), q.shape[1]
+    log2, delta = jnp.moveaxis(row_sums("gpu", y, dy, lse, dlse)[..., :time], 2, 0)
     rows = _filled(lse, 2, group), _filled(dy, 1, group), _filled(delta, 2, group)
     dq = kernels.backward_queries(_filled(q, 1, group), k, v, *rows, tuple(union), scale=scale)[:, :time]
     batch, key_heads, heads = q.shape[0], k.shape[2], q.shape[2] // k.shape[2]
@@ -219,7 +219,7 @@ def _attend_backward(scale, saved, cotangents):
         x = jnp.take_along_axis(x, found.token[..., None], axis=2)
         return jnp.where(found.counts[..., None], x, other).reshape(batch, key_heads, -1)
 
-    facts = jnp.stack([listed(lse * token_gpu.LOG2_E, jnp.inf), listed(delta, 0)], axis=2)
+    facts = jnp.stack([listed(log2, jnp.inf), listed(delta, 0)], axis=2)
     sums = kernels.backward_keys(q, k, v, dy, (*found[:5], facts), scale=scale)
     return dq, *(_added(x, found.block, blocks, like) for x, like in zip(sums, (k, v), strict=True)), None
 

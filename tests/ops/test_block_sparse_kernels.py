@@ -7,8 +7,7 @@ import pytest
 
 from pallas_kernels import compat
 from seqmix import ops
-from seqmix.ops import block_lists, block_sparse_kernels, masks, scored
-from seqmix.ops.block_sparse_chunked import Config
+from seqmix.ops import block_halves, block_lists, block_sparse_kernels, masks, scored
 from tests.quick import QUICK
 
 needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
@@ -65,8 +64,9 @@ def _with_gradients(call, *inputs):
             {"segment_ids": IDS, "slopes": jnp.asarray([0.1, 0.5]), "sink_logits": jnp.asarray([0.5, -1.0])},
         ),
         (ops.block_sparse_attention, {"blocks": np.array([[1, -1], [1, 0]]), "sizes": (64, 64)}),
+        (ops.block_sparse_attention, {"mask": masks.Causal() & masks.Window(30)}),
     ],
-    ids=["packed", "lists"],
+    ids=["packed", "lists", "halves"],
 )
 def test_kernels_agree_with_the_chunked_form(op, options):
     """Values, lse and all gradients: 5e-3 is what bfloat16 operands leave of either form."""
@@ -96,13 +96,12 @@ def test_a_visit_of_keys_from_another_stretch_agrees_with_the_reference():
     assert np.linalg.norm(jnp.swapaxes(y, 1, 2) - want) <= 5e-3 * np.linalg.norm(want)
 
 
-def test_a_half_passes_over_no_tile_that_it_sees(monkeypatch):
-    monkeypatch.setattr(block_sparse_kernels, "HALVES", True)
+def test_a_half_passes_over_no_tile_that_it_sees():
     time, sizes = 300, (128, 64)  # the last blocks are ragged
     mask = masks.Boxed(masks.Neighbourhood((8, 40), (5, 5)), (8, 8))
     lists = block_lists.lists(mask, block_lists.of_mask(mask, sizes, time, time), sizes, time, time, {})
     walk = block_lists.forward(lists)
-    own = block_sparse_kernels._halves(Config(1.0, None, mask, time, time), lists, walk, sizes)
+    own = block_halves.halves(mask, lists, walk, sizes, time, time).own
     dense = np.pad(mask.dense(time), ((0, 84), (0, 20))).reshape(3, 2, 64, 5, 64)
     passed = 0
     for owner, half in np.ndindex(3, 2):
@@ -116,3 +115,25 @@ def test_a_half_passes_over_no_tile_that_it_sees(monkeypatch):
         assert np.all(np.diff(places) <= 2)
         passed += len(listed) - count
     assert passed
+
+
+@pytest.mark.parametrize("sizes", [(128, 64), (128, 128), (64, 128), (64, 64)])
+def test_keys_walk_along_all_queries_that_see_them_and_half_a_block_passes_over_none(sizes):
+    time, keys = 300, 270
+    mask = masks.Causal() & masks.Window(90)
+    lists = block_lists.lists(mask, block_lists.of_mask(mask, sizes, time, keys), sizes, time, keys, {})
+    found = block_halves.halves(mask, lists, block_lists.forward(lists), sizes, time, keys)
+    halves = sizes[1] // 64
+    assert (found.turned.full.dtype != bool) == (halves == 2)
+    dense = np.pad(mask.dense(time, keys), ((0, 84), (0, 114)))
+    exist = np.arange(384) < keys
+    for owner in range(-(-keys // sizes[1])):
+        begin, count = (x[0, 0, owner] for x in found.turned[:2])
+        listed, marks = (x[0, 0, begin : begin + count] for x in found.turned[2:])
+        for half in range(halves):
+            columns = slice(owner * sizes[1] + half * 64, owner * sizes[1] + (half + 1) * 64)
+            tiles = dense[:, columns].reshape(6, 64, 64)
+            passed = listed[marks >> 2 + half & 1 == 1] if halves == 2 else []
+            assert set(np.flatnonzero(tiles.any((1, 2)))) == set(listed) - set(passed)
+            full = listed[marks & (1 << half) != 0]
+            assert set(full) == {n for n in listed if tiles[n].all() and exist[columns].all()}

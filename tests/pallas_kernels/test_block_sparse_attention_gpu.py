@@ -75,7 +75,7 @@ def test_soft_cap_and_slopes_with_halves_that_pass_over_tiles_match_float64():
     mask = masks.Boxed(masks.Neighbourhood((8, 32), (5, 5)), (8, 8))
     walk, _ = listed(mask, (128, 64), 256, {})
     np.testing.assert_array_equal(walk.other[0, 0], [0, 1, 2, 1, 2, 3])
-    own = plan.own_lists(walk, np.array([[[0, 0, 1, 2, 0, 0]]]))
+    own = plan.own_lists(walk, np.array([[[0, 0, 4, 8, 0, 0]]]))
     np.testing.assert_array_equal(own["count"], [[[[2, 3], [3, 2]]]])
     inputs = draw(256, 1, 1, 128, 64)
     check(inputs, mask, (128, 64), {}, soft_cap=2.0, slopes=jnp.asarray([0.05]), own=own)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.block_sparse_attention import gpu_backward
+from pallas_kernels.block_sparse_attention import gpu_backward, plan
 
 BOUND = 5e-3
 needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
@@ -77,7 +77,7 @@ def check(shape, sizes, visible=None, segments=None, drop=(), soft_cap=None, wit
     walks = walk(live, full), walk(live.T, full.T)
     with compat.interpret():
         got = gpu_backward.backward(
-            *(q, k, v, jnp.asarray(lse), dy, jnp.asarray(delta), *walks),
+            *(q, k, v, plan.rows(jnp.asarray(lse), jnp.asarray(delta)), dy, *walks),
             **given,
             sizes=sizes,
             visible=visible,
@@ -93,6 +93,21 @@ def check(shape, sizes, visible=None, segments=None, drop=(), soft_cap=None, wit
 @needs_mosaic
 def test_gradients_of_grouped_heads_under_a_causal_mask_match_float64():
     check((1, 128, 128, 2, 1, 64, 128), (128, 64), causal, with_lse=True)
+
+
+@needs_mosaic
+def test_sums_of_shares_of_heads_and_of_lists_match_float64(monkeypatch):
+    monkeypatch.setattr(plan, "LEAST_STEPS", 1)
+    assert plan.pieces(1, 2, 2) == (2, 2)  # blocks of 64 keys, two in a thread block
+    check((1, 128, 128, 2, 1, 64, 64), (64, 64), causal, with_lse=True)
+
+
+def test_walks_are_cut_where_their_thread_blocks_are_few_and_long():
+    assert plan.pieces(4, 16, 128) == (16, 2)  # compressed blocks of keys of 8,192 tokens
+    assert plan.pieces(16, 16, 512) == (16, 1)
+    assert plan.pieces(33, 16, 512) == (4, 1)
+    assert plan.pieces(1, 1, 64) == (1, 4)
+    assert plan.pieces(67, 16, 512) == plan.pieces(4, 1, 31) == (1, 1)
 
 
 @needs_mosaic
@@ -117,8 +132,8 @@ def test_gradients_of_blocks_of_128_and_of_a_soft_cap_match_float64():
 @needs_mosaic
 def test_a_call_that_cannot_run_is_refused_with_one_line():
     array = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16)
-    q, lse = array(1, 128, 1, 64), array(1, 1, 128)
-    call = lambda **rest: gpu_backward.backward(q, q, q, lse, q, lse, (), (), scale=1.0, **rest)
+    q, rows = array(1, 128, 1, 64), array(1, 1, 2, 128)
+    call = lambda **rest: gpu_backward.backward(q, q, q, rows, q, (), (), scale=1.0, **rest)
     with pytest.raises(ValueError, match=r"^sizes: expected 64 or 128 each"):
         call(sizes=(32, 128))
     with pytest.raises(ValueError, match=r"^slopes: expected None"):
@@ -133,15 +148,15 @@ def compiled(spilled, visible, data=(), soft_cap=None, sizes=(128, 128)):
     integers = lambda length: array(1, 1, length, dtype=jnp.int32)
     time, tiles = 1024, 1024 // sizes[0]
     lists = (integers(tiles), integers(tiles), integers(tiles**2), array(1, 1, tiles**2, dtype=jnp.bool_))
-    q, row = array(2, time, 4, 128), array(2, 4, time, dtype=jnp.float32)
+    q, rows = array(2, time, 4, 128), array(2, 4, 2, time, dtype=jnp.float32)
     k = array(2, time, 2, 128)
     data = [{name: array(2, time, dtype=jnp.int32)} for name in data] or [{}, {}]
 
-    def run(q, k, v, lse, dy, delta, walk, turned, q_data, k_data):
+    def run(q, k, v, rows, dy, walk, turned, q_data, k_data):
         sides = {"q_data": q_data, "k_data": k_data, "visible": visible, "soft_cap": soft_cap}
-        return gpu_backward.backward(q, k, v, lse, dy, delta, walk, turned, sizes=sizes, scale=1.0, **sides)
+        return gpu_backward.backward(q, k, v, rows, dy, walk, turned, sizes=sizes, scale=1.0, **sides)
 
-    return spilled(run, q, k, k, row, q, row, lists, lists, *data)
+    return spilled(run, q, k, k, rows, q, lists, lists, *data)
 
 
 def test_kernels_with_a_data_mask_compile_for_an_h100_without_spills(spilled):
