@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from seqmix.ops.block_sparse import block_sparse_attention
 from seqmix.ops.softmax import attention, merge
-from seqmix.ops.topk_blocks import best_blocks
+from seqmix.ops.topk_blocks import best_blocks, best_in_ranges
 from seqmix.parts.chunks import chunk_ids
 
 
@@ -109,6 +109,26 @@ def choose(scores, seen, count: int, forced=None):
     if forced is not None:
         scores = jnp.where(forced[:, None], jnp.inf, scores)
     return best_blocks(jnp.where(seen[:, None], scores, -jnp.inf), min(count, scores.shape[-1]))
+
+
+def choose_by_kernel(scores, runs, place, size: int, count: int, first: int, local: int):
+    """`choose` of scores [B, h, n, T], for calls without a cache, on a Hopper GPU.
+
+    Forced are the first `first` blocks of a segment and the last local - 1 before a token's own; count >= both together.
+    """
+    before = jnp.where(runs != 0, place // size, 0)  # whole blocks of the segment before the token's own
+    ends = (runs != 0) & (place % size == size - 1)
+    high = jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends
+    low = (high - before).astype(jnp.int32)
+    at = jnp.arange(first + local - 1, dtype=jnp.int32)
+    skipped = jnp.where(at < first, 0, jnp.maximum(before[..., None] - len(at), 0))
+    forced = jnp.where(at < before[..., None], low[..., None] + at + skipped, -1)
+    lists = jnp.broadcast_to(forced[:, None], (*scores.shape[:2], *forced.shape[1:]))
+    if count > len(at):
+        others = low + first, high - (local - 1), count - len(at)
+        found = best_in_ranges(jax.lax.stop_gradient(scores), *others, implementation="gpu")
+        lists = jnp.concatenate([lists, found], axis=-1)
+    return lists[..., : min(count, scores.shape[2])]
 
 
 def by_stretches(function, length: int, *arrays):

@@ -235,12 +235,16 @@ class NativeSparseAttention(Mixer):
             return chosen(jnp.swapaxes(weight, 1, 2), runs, place)
 
         scale = self._head_dim**-0.5
-        if self.implementation == "gpu" and unsupported(q, key, scale) is None:
-            weight = jnp.swapaxes(weights(q, lse, runs, place, implementation="gpu"), 1, 2)
-            most = max(1, SCORES // (weight.shape[2] * key.shape[1]))
-            return chosen_blocks.by_stretches(chosen, most, weight, runs, place)
-        most = max(1, SCORES // (q.shape[2] * key.shape[1]))
-        return chosen_blocks.by_stretches(whole, most, q, jnp.swapaxes(lse, 1, 2), runs, place)
+        if self.implementation != "gpu" or unsupported(q, key, scale) is not None:
+            most = max(1, SCORES // (q.shape[2] * key.shape[1]))
+            return chosen_blocks.by_stretches(whole, most, q, jnp.swapaxes(lse, 1, 2), runs, place)
+        same = cache is None and self.compress == self.stride == self.size  # the weights are the scores
+        weight = weights(q, lse, runs, place, by_keys=same, implementation="gpu")
+        if cache is not None:
+            most = max(1, SCORES // (weight.shape[1] * key.shape[1]))
+            return chosen_blocks.by_stretches(chosen, most, jnp.swapaxes(weight, 1, 2), runs, place)
+        score = weight if same else jnp.einsum("bjtn,bnm->bjmt", weight, shared.astype(weight.dtype))
+        return chosen_blocks.choose_by_kernel(score, runs, place, self.size, self.count - 1, self.first, self.local)
 
     # Decoding
 
