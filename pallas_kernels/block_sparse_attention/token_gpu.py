@@ -56,18 +56,22 @@ def group_tokens(q, k) -> int:
     return GROUP // (q.shape[2] // k.shape[2])
 
 
-def forward(q, k, v, union, *, scale):
+def forward(q, k, v, union, own=None, *, scale):
     """(y [B, T, H, V] bfloat16, lse [B, H, T] float32) of queries over the blocks of keys that their tokens list.
 
     q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V] bfloat16; T is a multiple of n = `group_tokens`, S of 64. union:
     (count [b, h, T / n], block [b, h, T / n, c], bits [b, h, T / n, c]) int32, b of B or 1 and h of Hk or 1: tokens
     o n to o n + n - 1 read the key blocks block[o, : count[o]], token o n + i those entries whose bit i is set. A token
-    that lists nothing has y = 0 and lse = -inf. The call must be one that `supports` accepts.
+    that lists nothing has y = 0 and lse = -inf. own [b, h, T / n] int32, or None: the tokens whose bits are set there see
+    the block of keys of their own indices too, up to themselves; S >= T. The call must be one that `supports` accepts.
     """
     (batch, time, heads, width), (_, _, key_heads, value) = q.shape, v.shape
-    call = Call(heads // key_heads, width, value, float(scale))
-    names = "q", "k", "v", "count", "block", "bits"
-    arrays = q.reshape(batch, time, key_heads, call.heads, width), k, v, *(jnp.asarray(x, jnp.int32) for x in union)
+    call = Call(heads // key_heads, width, value, float(scale), own is not None)
+    names = ["q", "k", "v", "count", "block", "bits"]
+    lists = *union, *(() if own is None else (own,))
+    arrays = q.reshape(batch, time, key_heads, call.heads, width), k, v, *(jnp.asarray(x, jnp.int32) for x in lists)
+    if own is not None:
+        names.append("own")
     out = (
         jax.ShapeDtypeStruct((batch, time, key_heads, call.heads, value), v.dtype),
         jax.ShapeDtypeStruct((batch, key_heads, time * call.heads), F32),
@@ -113,6 +117,7 @@ class Call:
     width: int  # K
     value: int  # V
     scale: float
+    own: bool = False  # tokens see their own block too
 
     @property
     def tokens(self) -> int:
@@ -171,10 +176,19 @@ class Union:
         self.count = given["count"][self.at]
         self.first = self.group * call.group  # token
 
+    @property
+    def visits(self):
+        """Blocks that are visited: the last one is the tokens' own, where they see it."""
+        return self.count + self.call.own
+
     def entry(self, n):
         """The nth block and its bits."""
-        n = jnp.minimum(n, self.given["block"].shape[3] - 1)
-        return tuple(self.given[name][(*self.at, n)] for name in ("block", "bits"))
+        place = jnp.minimum(n, self.given["block"].shape[3] - 1)
+        block, bits = (self.given[name][(*self.at, place)] for name in ("block", "bits"))
+        if not self.call.own:
+            return block, bits
+        last = n >= self.count
+        return jnp.where(last, self.first // SIZE, block), jnp.where(last, self.given["own"][self.at], bits)
 
     def token(self, unit, tile):
         """First token of a tile."""
@@ -212,9 +226,9 @@ def fetch_blocks(union, given, shared, stages):
         compat.arrive(there)
         return later
 
-    lax.fori_loop(0, union.count, step, union.entry(0))
+    lax.fori_loop(0, union.visits, step, union.entry(0))
     for left in range(stages):  # no barrier is left with an arrival that nobody has seen
-        await_free(union.count + left)
+        await_free(union.visits + left)
 
 
 def walk(call, shared, unit, count, stages, visit, starts):
@@ -223,21 +237,23 @@ def walk(call, shared, unit, count, stages, visit, starts):
     visit(tile, own, slot, listed, carry) -> carry is called for the tiles of which `listed`, one bit a token, is not 0;
     own: where the tile's rows lie, which the compiler cannot know before the loop: it would keep every address.
     """
-
-    def step(n, carries):
-        slot = lax.rem(n, stages)
-        compat.wait(shared["there"].at[slot])
-        block, bits = shared["block"][slot], shared["bits"][slot]
-        new = []
-        for tile, carry in enumerate(carries):
-            listed = (bits >> ((unit * TILES + tile) * call.tokens)) & ((1 << call.tokens) - 1)
-            own = unit * TILES + tile + jnp.minimum(block, 0)
-            seen = lambda *carry, at=(tile, own, slot, listed): visit(*at, carry)
-            new.append(lax.cond(listed != 0, seen, lambda *carry: carry, *carry))
-        compat.arrive(shared["free"].at[slot])
-        return tuple(new)
-
+    step = lambda n, carries: walk_step(call, shared, unit, n, stages, visit, carries)
     return lax.fori_loop(0, count, step, starts)
+
+
+def walk_step(call, shared, unit, n, stages, visit, carries):
+    """The carries after the nth block."""
+    slot = lax.rem(n, stages)
+    compat.wait(shared["there"].at[slot])
+    block, bits = shared["block"][slot], shared["bits"][slot]
+    new = []
+    for tile, carry in enumerate(carries):
+        listed = (bits >> ((unit * TILES + tile) * call.tokens)) & ((1 << call.tokens) - 1)
+        own = unit * TILES + tile + jnp.minimum(block, 0)
+        seen = lambda *carry, at=(tile, own, slot, listed): visit(*at, carry)
+        new.append(lax.cond(listed != 0, seen, lambda *carry: carry, *carry))
+    compat.arrive(shared["free"].at[slot])
+    return tuple(new)
 
 
 def lists_block(call, listed):
@@ -277,6 +293,9 @@ class Block:
         compat.wait(shared["q_there"].at[unit])
         visit = lambda *state: self.visit(unit, *state)
         carries = walk(call, shared, unit, Union(call, self.given).count, call.stages, visit, (start,) * TILES)
+        if call.own:
+            count, visit = Union(call, self.given).count, lambda *state: self.visit(unit, *state, causal=True)
+            carries = walk_step(call, shared, unit, count, call.stages, visit, carries)
         union = Union(call, self.given)  # again, so that nothing of it has to be kept through the loop
         staged = shared["y" if "y" in shared else "q"]  # nobody else reads a tile of q
         for tile, (acc, top, total) in enumerate(carries):
@@ -291,12 +310,21 @@ class Block:
             compat.store(shared["lse"].at[unit * TILES + tile], self.lse.at[union.row, union.head, rows])
         compat.stores_done()
 
-    def visit(self, unit, tile, own, slot, listed, carry):
-        """(weighted sum of values [64, V], maximum in log2 and sum of weights [64]) after one more block."""
-        shared, factor = self.shared, self.call.scale * LOG2_E
+    def visit(self, unit, tile, own, slot, listed, carry, causal=False):
+        """(weighted sum of values [64, V], maximum in log2 and sum of weights [64]) after one more block.
+
+        causal: it is that of the tokens themselves, who see it up to themselves.
+        """
+        call, shared, factor = self.call, self.shared, self.call.scale * LOG2_E
         acc, top, total = carry
-        seen = lists_block(self.call, listed)
+        seen = lists_block(call, listed)
         scores = compat.matmul((shared["q"].at[own], compat.transposed(shared["k"].at[slot])))
+        if causal:
+            token = lax.rem(Union(call, self.given).token(unit, tile), SIZE) + compat.row_places(ROWS) // call.heads
+            later = compat.spread_columns(compat.column_places(SIZE), scores.shape) > compat.spread_rows(
+                token, scores.shape
+            )
+            scores = jnp.where(later, -jnp.inf, scores)
         now = jnp.maximum(top, jnp.where(seen, jnp.max(scores, axis=1) * factor, LOWEST))
         kept = jnp.exp2(top - now)
         weights = jnp.exp2(scores * factor - compat.spread_rows(jnp.where(seen, now, jnp.inf), scores.shape))
