@@ -62,8 +62,8 @@ def forward(q, k, v, union, own=None, *, scale):
     q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V] bfloat16; T is a multiple of n = `group_tokens`, S of 64. union:
     (count [b, h, T / n], block [b, h, T / n, c], bits [b, h, T / n, c]) int32, b of B or 1 and h of Hk or 1: tokens
     o n to o n + n - 1 read the key blocks block[o, : count[o]], token o n + i those entries whose bit i is set. A token
-    that lists nothing has y = 0 and lse = -inf. own [b, h, T / n] int32, or None: the tokens whose bits are set there see
-    the block of keys of their own indices too, up to themselves; S >= T. The call must be one that `supports` accepts.
+    that lists nothing has y = 0 and lse = -inf. own [b, h, T / n] int32, or None: tokens whose bits are set there see
+    the block of keys of their own indices too, up to themselves; S >= T. The call must be one `supports` accepts.
     """
     (batch, time, heads, width), (_, _, key_heads, value) = q.shape, v.shape
     call = Call(heads // key_heads, width, value, float(scale), own is not None)
