@@ -15,12 +15,13 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention.plan import WIDTHS
-from pallas_kernels.block_sparse_attention.token_gpu import COMPUTING, FETCHING, LOG2_E
+from pallas_kernels.block_sparse_attention.token_gpu import LOG2_E
 
 ROWS, UNITS = 64, 2  # tokens of a warpgroup; warpgroups that compute
 TOKENS, KEYS = UNITS * ROWS, 128  # of a tile
 STAGES = 4  # tiles of queries in shared memory
 HELD = 2  # tiles of keys
+FETCHING, COMPUTING = 24, 240  # registers of a thread
 
 
 def supports(q, k, *, scale=1.0, capability=None) -> str | None:

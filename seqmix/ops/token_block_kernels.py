@@ -225,12 +225,10 @@ def _attend(static, q, k, v, index):
 def _attend_forward(static, q, k, v, index):
     from pallas_kernels.block_sparse_attention import token_gpu
 
-    time, group = q.shape[1], token_gpu.group_tokens(q, k)
     walk = _walk(static, q, k, index)
-    own = None if walk.own is None else _bits(walk.own, group)
+    own = None if walk.own is None else _bits(walk.own, token_gpu.group_tokens(q, k))
     keys = (_filled(x, 1, SIZES[1]) for x in (k, v))
-    y, lse = token_gpu.forward(_filled(q, 1, group), *keys, tuple(walk.union), own, scale=static.scale)
-    y, lse = y[:, :time], lse[:, :, :time]
+    y, lse = token_gpu.forward(q, *keys, tuple(walk.union), own, scale=static.scale)
     return (y, lse), (q, k, v, walk, y, lse)
 
 
@@ -262,10 +260,9 @@ def _through_lists(scale, q, k, v, walk, lse, dy, delta):
     from pallas_kernels.block_sparse_attention import token_gpu
     from pallas_kernels.block_sparse_attention import token_gpu_backward as kernels
 
-    group, time, keys = token_gpu.group_tokens(q, k), q.shape[1], k.shape[1]
+    time, keys = q.shape[1], k.shape[1]
     k, v = (_filled(x, 1, SIZES[1]) for x in (k, v))
-    rows = _filled(lse, 2, group), _filled(dy, 1, group), _filled(delta, 2, group)
-    dq = kernels.backward_queries(_filled(q, 1, group), k, v, *rows, tuple(walk.union), scale=scale)[:, :time]
+    dq = kernels.backward_queries(q, k, v, lse, dy, delta, tuple(walk.union), scale=scale)
     batch, key_heads, heads = q.shape[0], k.shape[2], q.shape[2] // k.shape[2]
     index = jnp.broadcast_to(walk.index, (batch, key_heads, *walk.index.shape[2:]))
     blocks = k.shape[1] // SIZES[1]

@@ -55,7 +55,7 @@ def test_visitors_are_the_lists_transposed(most):
 SHAPES = {
     "ragged": (1, 66, 320, 16, 1, 64, 128),
     "shared": (1, 64, 64, 16, 2, 64, 64),
-    "causal": (1, 70, 70, 16, 1, 128, 64),
+    "causal": (1, 70, 70, 16, 1, 64, 64),
 }
 
 
