@@ -171,6 +171,11 @@ def transposed(ref):
     return ref.transpose((1, 0))
 
 
+def store_transposed(value, ref):
+    """Writes a tile to global memory [columns, rows]."""
+    transposed(ref)[...] = gpu().layout_cast(value, gpu().Layout.WGMMA_TRANSPOSED)
+
+
 def matmul(*pairs, start=None, issued=lambda: None):
     """Sum of a @ b over `pairs` of tiles (+ start), in float32 on the tensor cores.
 

@@ -23,6 +23,7 @@ SELECTED, TWO, THREE = "nsa, selected", "nsa, compressed and selected", "nsa, th
 ERROR_T = 1024
 NAMES = ("gpu", "chunked")
 CHUNKED = 8192  # longest rows that the chunked form is timed on
+STRETCH = 8192  # tokens whose lists are made at once
 TIMES = ("fwd_ms", "fwd_bwd_ms")
 
 
@@ -41,23 +42,24 @@ def mixer(**fields):
     return NativeSparseAttention(compress=SIZE, stride=SIZE, pool="mean", branch_kv=False, rope=False, **fields)
 
 
-def lists(length, count=COUNT):
+def lists(length, count=COUNT, stretch=STRETCH):
     """What each token and key head chooses beside its own block, [1, HK, T, count - 1] int32."""
-    runs, place, _ = token_places(jnp.zeros((1, length, 1)), None, None)
     number = jnp.arange(length // SIZE)[None]
 
-    def chosen(key, runs, place):
-        scores = jax.vmap(lambda key: jax.random.uniform(key, (KEY_HEADS, number.shape[1])))(key[0])
+    def chosen(seed, runs, place):
+        draw = lambda seed: jax.random.uniform(jax.random.wrap_key_data(seed), (KEY_HEADS, number.shape[1]))
         seen = chosen_blocks.past(runs, place, jnp.ones_like(number), number, SIZE)
         forced = (number < 1) | (number > place[..., None] // SIZE - 2)
-        return chosen_blocks.choose(jnp.moveaxis(scores, 0, 1)[None], seen, count - 1, forced)
+        return chosen_blocks.choose(jnp.moveaxis(jax.vmap(draw)(seed[0]), 0, 1)[None], seen, count - 1, forced)
 
-    keys = jax.random.split(jax.random.key(7), length)[None]
-    return jax.jit(lambda: chosen_blocks.by_stretches(chosen, 8192, keys, runs, place))()
+    seeds = jax.random.key_data(jax.random.split(jax.random.key(7), length))[None]
+    runs, place, _ = token_places(jnp.zeros((1, length, 1)), None, None)
+    # As arguments: XLA would make all lists of known arrays while it compiles.
+    return jax.jit(lambda *x: chosen_blocks.by_stretches(chosen, stretch, *x))(seeds, runs, place)
 
 
 def call(name, index=None, **fields):
-    """The function of q, k, v of a pattern; index: lists of the selected branch."""
+    """The function of q, k, v of a pattern; index: lists of the selected branch, not sorted while compiling."""
 
     def run(q, k, v, implementation=None):
         runs, place, _ = token_places(q, None, None)
@@ -67,7 +69,8 @@ def call(name, index=None, **fields):
             return sum(mixed[: 2 if name == TWO else 3])
         tokens = chosen_blocks.after(None, 0, k, v, runs, place)
         blocks = chosen_blocks.whole(tokens, SIZE, SIZE)
-        return chosen_blocks.attend(q, tokens, blocks, index, SIZE, block=module.block, implementation=implementation)
+        chosen, options = jax.lax.optimization_barrier(index), {"block": module.block, "implementation": implementation}
+        return chosen_blocks.attend(q, tokens, blocks, chosen, SIZE, **options)
 
     return run
 

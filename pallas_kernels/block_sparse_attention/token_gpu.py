@@ -6,10 +6,11 @@ over the keys j of the blocks that token t lists. The G query heads of a key hea
 thread block owns GROUP / G neighbouring tokens of a key head, and walks the union of their lists: what several of them
 chose is fetched once. Beside each block of the union stand bits: who of the tokens listed it.
 
-Rows of a tile are the heads of 64 / G tokens. A warpgroup has two such tiles, passes over a block that none of a tile's
-tokens listed, and gives the rows of those that did not weights of 0. So the tensor cores work in vain where neighbours
-disagree, by up to 64 / G. The other way, keys as rows and the heads of one token as columns, works in vain nowhere, but
-reads each block from shared memory once for each token, which takes as long, and has to reduce across warps.
+Rows of a tile are the heads of 64 / G tokens. A warpgroup passes over a block that none of its tile's tokens listed,
+and gives the rows of those that did not weights of 0. Three, of one tile each, keep the tensor cores busier than two of
+two, of which one makes products while the other makes weights. They work in vain where neighbours disagree, by up to
+64 / G. The other way, keys as rows and the heads of one token as columns, works in vain nowhere, but reads each block
+from shared memory once for each token, which takes as long, and has to reduce across warps.
 docs/attention.md counts both, and the order by key blocks, which writes sums to memory. L2 is what binds.
 """
 
@@ -26,13 +27,14 @@ from pallas_kernels.block_sparse_attention import plan
 
 SIZE = 64  # keys of a block
 ROWS = 64  # of a tile: the heads of some tokens
-UNITS, TILES = 2, 2  # warpgroups that compute, and tiles of each
+UNITS, TILES = 3, 1  # warpgroups that compute, and tiles of each; 2, 2 with 240 registers is the other good cut
 GROUP = UNITS * TILES * ROWS  # rows of a thread block
 HEADS = 8, 16, 32, 64  # G, query heads to a key head: one bit a token, 32 at most
+STAGES = 6  # blocks of keys and values in shared memory, at most
 LOG2_E = math.log2(math.e)
 LOWEST = -1e38  # a maximum before the first score: 2^(-inf - LOWEST) is 0, and LOWEST - LOWEST no NaN
 SHARED_BYTES = 222 * 1024  # for tiles, of the 227 KiB that a block may have
-FETCHING, COMPUTING = 24, 240  # registers of a thread
+FETCHING, COMPUTING = 24, 160  # registers of a thread
 F32 = jnp.float32
 
 
@@ -56,21 +58,26 @@ def group_tokens(q, k) -> int:
     return GROUP // (q.shape[2] // k.shape[2])
 
 
-def forward(q, k, v, union, *, scale):
+def forward(q, k, v, union, own=None, *, scale):
     """(y [B, T, H, V] bfloat16, lse [B, H, T] float32) of queries over the blocks of keys that their tokens list.
 
-    q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V] bfloat16; T is a multiple of n = `group_tokens`, S of 64. union:
-    (count [b, h, T / n], block [b, h, T / n, c], bits [b, h, T / n, c]) int32, b of B or 1 and h of Hk or 1: tokens
-    o n to o n + n - 1 read the key blocks block[o, : count[o]], token o n + i those entries whose bit i is set. A token
-    that lists nothing has y = 0 and lse = -inf. The call must be one that `supports` accepts.
+    q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V] bfloat16; S is a multiple of 64. union: (count [b, h, m],
+    block [b, h, m, c], bits [b, h, m, c]) int32, b of B or 1, h of Hk or 1, m = ceil(T / n) with n = `group_tokens`:
+    tokens o n to o n + n - 1 read the key blocks block[o, : count[o]], token o n + i those entries whose bit i is set.
+    Bits of tokens past the end are 0. A token that lists nothing has y = 0 and lse = -inf. own [b, h, m] int32 or None:
+    tokens whose bits are set there see the block of keys of their own indices too, up to themselves; S >= T.
+    The call must be one that `supports` accepts.
     """
     (batch, time, heads, width), (_, _, key_heads, value) = q.shape, v.shape
-    call = Call(heads // key_heads, width, value, float(scale))
-    names = "q", "k", "v", "count", "block", "bits"
-    arrays = q.reshape(batch, time, key_heads, call.heads, width), k, v, *(jnp.asarray(x, jnp.int32) for x in union)
+    call, groups = Call(heads // key_heads, width, value, float(scale), own is not None), union[0].shape[2]
+    names = ["q", "k", "v", "count", "block", "bits"]
+    lists = *union, *(() if own is None else (own,))
+    arrays = q.reshape(batch, time, key_heads, call.heads, width), k, v, *(jnp.asarray(x, jnp.int32) for x in lists)
+    if own is not None:
+        names.append("own")
     out = (
         jax.ShapeDtypeStruct((batch, time, key_heads, call.heads, value), v.dtype),
-        jax.ShapeDtypeStruct((batch, key_heads, time * call.heads), F32),
+        jax.ShapeDtypeStruct((batch, key_heads, groups * GROUP), F32),
     )
 
     def body(*refs):
@@ -82,7 +89,7 @@ def forward(q, k, v, union, *, scale):
 
     y, lse = compat.kernel(
         body,
-        grid=(batch, key_heads, time // call.group),  # the last changes fastest: L2 holds the keys of one head
+        grid=(batch, key_heads, groups),  # the last changes fastest: L2 holds the keys of one head
         names=("row", "head", "group"),
         out=out,
         scratch=[shared_memory(call)],
@@ -90,7 +97,7 @@ def forward(q, k, v, union, *, scale):
         name="token_block_attention_forward",
         sums_columns=False,
     )(*arrays)
-    return y.reshape(batch, time, heads, value), by_heads(lse, call.heads)
+    return y.reshape(batch, time, heads, value), by_heads(lse, call.heads)[:, :, :time]
 
 
 def by_heads(rows, heads):
@@ -113,6 +120,7 @@ class Call:
     width: int  # K
     value: int  # V
     scale: float
+    own: bool = False  # tokens see their own block too
 
     @property
     def tokens(self) -> int:
@@ -133,7 +141,7 @@ class Call:
         """Blocks of keys and values that shared memory holds."""
         staged = self.value if self.value != self.width else 0
         left = SHARED_BYTES - 2 * GROUP * (self.width + staged)
-        return min(4, left // (2 * SIZE * (self.width + self.value)))
+        return min(STAGES, left // (2 * SIZE * (self.width + self.value)))
 
 
 def shared_memory(call: Call):
@@ -171,10 +179,27 @@ class Union:
         self.count = given["count"][self.at]
         self.first = self.group * call.group  # token
 
+    @property
+    def visits(self):
+        """Blocks that are visited: the last ones are those of the tokens themselves, where they see them."""
+        if not self.call.own:
+            return self.count
+        last = jnp.minimum((self.first + self.call.group - 1) // SIZE, self.given["k"].shape[1] // SIZE - 1)
+        return self.count + 1 + last - self.first // SIZE
+
     def entry(self, n):
         """The nth block and its bits."""
-        n = jnp.minimum(n, self.given["block"].shape[3] - 1)
-        return tuple(self.given[name][(*self.at, n)] for name in ("block", "bits"))
+        place = jnp.minimum(n, self.given["block"].shape[3] - 1)
+        block, bits = (self.given[name][(*self.at, place)] for name in ("block", "bits"))
+        if not self.call.own:
+            return block, bits
+        beyond = jnp.maximum(n - self.count, 0)
+        own, mine = self.first // SIZE + beyond, self.given["own"][self.at]
+        if SIZE % self.call.group:  # some of the tokens may lie in the next block
+            here = (1 << jnp.minimum(SIZE - lax.rem(self.first, SIZE), self.call.group)) - 1
+            mine &= jnp.where(beyond == 0, here, ~here)
+        last = n >= self.count
+        return jnp.where(last, own, block), jnp.where(last, mine, bits)
 
     def token(self, unit, tile):
         """First token of a tile."""
@@ -185,7 +210,7 @@ def fetch_rows(call, union, sources, targets, there):
     """Starts the copies of all rows from [B, T, Hk, G, width], token by token: a loop, as copies take registers."""
 
     def step(place, _):
-        tile, token = place // call.tokens, union.first + place
+        tile, token = place // call.tokens, jnp.minimum(union.first + place, union.given["q"].shape[1] - 1)
         for source, target in zip(sources, targets, strict=True):
             rows = target.at[tile, call.rows(lax.rem(place, call.tokens))]
             compat.fetch(source.at[union.row, token, union.head], rows, there.at[tile // TILES])
@@ -212,9 +237,9 @@ def fetch_blocks(union, given, shared, stages):
         compat.arrive(there)
         return later
 
-    lax.fori_loop(0, union.count, step, union.entry(0))
+    lax.fori_loop(0, union.visits, step, union.entry(0))
     for left in range(stages):  # no barrier is left with an arrival that nobody has seen
-        await_free(union.count + left)
+        await_free(union.visits + left)
 
 
 def walk(call, shared, unit, count, stages, visit, starts):
@@ -223,21 +248,23 @@ def walk(call, shared, unit, count, stages, visit, starts):
     visit(tile, own, slot, listed, carry) -> carry is called for the tiles of which `listed`, one bit a token, is not 0;
     own: where the tile's rows lie, which the compiler cannot know before the loop: it would keep every address.
     """
-
-    def step(n, carries):
-        slot = lax.rem(n, stages)
-        compat.wait(shared["there"].at[slot])
-        block, bits = shared["block"][slot], shared["bits"][slot]
-        new = []
-        for tile, carry in enumerate(carries):
-            listed = (bits >> ((unit * TILES + tile) * call.tokens)) & ((1 << call.tokens) - 1)
-            own = unit * TILES + tile + jnp.minimum(block, 0)
-            seen = lambda *carry, at=(tile, own, slot, listed): visit(*at, carry)
-            new.append(lax.cond(listed != 0, seen, lambda *carry: carry, *carry))
-        compat.arrive(shared["free"].at[slot])
-        return tuple(new)
-
+    step = lambda n, carries: walk_step(call, shared, unit, n, stages, visit, carries)
     return lax.fori_loop(0, count, step, starts)
+
+
+def walk_step(call, shared, unit, n, stages, visit, carries):
+    """The carries after the nth block."""
+    slot = lax.rem(n, stages)
+    compat.wait(shared["there"].at[slot])
+    block, bits = shared["block"][slot], shared["bits"][slot]
+    new = []
+    for tile, carry in enumerate(carries):
+        listed = (bits >> ((unit * TILES + tile) * call.tokens)) & ((1 << call.tokens) - 1)
+        own = unit * TILES + tile + jnp.minimum(block, 0)
+        seen = lambda *carry, at=(tile, own, slot, listed): visit(*at, carry)
+        new.append(lax.cond(listed != 0, seen, lambda *carry: carry, *carry))
+    compat.arrive(shared["free"].at[slot])
+    return tuple(new)
 
 
 def lists_block(call, listed):
@@ -246,14 +273,15 @@ def lists_block(call, listed):
 
 
 def store_rows(call, union, source, target, unit):
-    """Starts the copies of a warpgroup's published tiles to [B, T, Hk, G, width], token by token."""
+    """Starts the copies of a warpgroup's published tiles to [B, T, Hk, G, width], token by token up to the last."""
     first = unit * TILES * call.tokens
+    count = jnp.clip(target.shape[1] - union.first - first, 0, TILES * call.tokens)
 
     def step(place, _):
         rows = source.at[unit * TILES + place // call.tokens, call.rows(lax.rem(place, call.tokens))]
         compat.store(rows, target.at[union.row, union.first + first + place, union.head])
 
-    lax.fori_loop(0, TILES * call.tokens, step, None)
+    lax.fori_loop(0, count, step, None)
 
 
 class Block:
@@ -277,6 +305,10 @@ class Block:
         compat.wait(shared["q_there"].at[unit])
         visit = lambda *state: self.visit(unit, *state)
         carries = walk(call, shared, unit, Union(call, self.given).count, call.stages, visit, (start,) * TILES)
+        if call.own:
+            union, visit = Union(call, self.given), lambda *state: self.visit(unit, *state, causal=True)
+            step = lambda n, carries: walk_step(call, shared, unit, n, call.stages, visit, carries)
+            carries = lax.fori_loop(union.count, union.visits, step, carries)
         union = Union(call, self.given)  # again, so that nothing of it has to be kept through the loop
         staged = shared["y" if "y" in shared else "q"]  # nobody else reads a tile of q
         for tile, (acc, top, total) in enumerate(carries):
@@ -291,12 +323,21 @@ class Block:
             compat.store(shared["lse"].at[unit * TILES + tile], self.lse.at[union.row, union.head, rows])
         compat.stores_done()
 
-    def visit(self, unit, tile, own, slot, listed, carry):
-        """(weighted sum of values [64, V], maximum in log2 and sum of weights [64]) after one more block."""
-        shared, factor = self.shared, self.call.scale * LOG2_E
+    def visit(self, unit, tile, own, slot, listed, carry, causal=False):
+        """(weighted sum of values [64, V], maximum in log2 and sum of weights [64]) after one more block.
+
+        causal: it is that of the tokens themselves, who see it up to themselves.
+        """
+        call, shared, factor = self.call, self.shared, self.call.scale * LOG2_E
         acc, top, total = carry
-        seen = lists_block(self.call, listed)
+        seen = lists_block(call, listed)
         scores = compat.matmul((shared["q"].at[own], compat.transposed(shared["k"].at[slot])))
+        if causal:
+            token = lax.rem(Union(call, self.given).token(unit, tile), SIZE) + compat.row_places(ROWS) // call.heads
+            later = compat.spread_columns(compat.column_places(SIZE), scores.shape) > compat.spread_rows(
+                token, scores.shape
+            )
+            scores = jnp.where(later, -jnp.inf, scores)
         now = jnp.maximum(top, jnp.where(seen, jnp.max(scores, axis=1) * factor, LOWEST))
         kept = jnp.exp2(top - now)
         weights = jnp.exp2(scores * factor - compat.spread_rows(jnp.where(seen, now, jnp.inf), scores.shape))

@@ -18,10 +18,21 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention import token_gpu
-from pallas_kernels.block_sparse_attention.token_gpu import GROUP, LOG2_E, ROWS, SIZE, TILES, UNITS, Union
+from pallas_kernels.block_sparse_attention.token_gpu import (
+    COMPUTING,
+    FETCHING,
+    GROUP,
+    LOG2_E,
+    ROWS,
+    SIZE,
+    TILES,
+    UNITS,
+    Union,
+)
 
 SHARED_BYTES = 224 * 1024  # for tiles, of the 227 KiB that a block may have
-FETCHING, COMPUTING = 24, 240  # registers of a thread
+LISTS = 2  # warpgroups that compute dk and dv
+LISTS_COMPUTING = 240  # registers of a thread of theirs
 F32 = jnp.float32
 
 
@@ -33,7 +44,10 @@ def backward_queries(q, k, v, lse, dy, delta, union, *, scale):
     """
     (batch, time, heads, width), (_, _, key_heads, value) = q.shape, v.shape
     call = QueryCall(heads // key_heads, width, value, float(scale))
-    facts = [token_gpu.by_tokens(x, call.heads) for x in (lse * LOG2_E, delta)]
+    groups = union[0].shape[2]
+    missing = groups * call.group - time
+    facts = [jnp.pad(x, ((0, 0), (0, 0), (0, missing))) for x in (lse * LOG2_E, delta)]
+    facts = [token_gpu.by_tokens(x, call.heads) for x in facts]
     names = "q", "dy", "k", "v", "lse", "delta", "count", "block", "bits"
     by_token = lambda x: x.reshape(batch, time, key_heads, call.heads, x.shape[-1])
     arrays = by_token(q), by_token(dy), k, v, *facts, *(jnp.asarray(x, jnp.int32) for x in union)
@@ -48,7 +62,7 @@ def backward_queries(q, k, v, lse, dy, delta, union, *, scale):
 
     dq = compat.kernel(
         body,
-        grid=(batch, key_heads, time // call.group),
+        grid=(batch, key_heads, groups),
         names=("row", "head", "group"),
         out=out,
         scratch=[query_memory(call)],
@@ -156,7 +170,7 @@ def backward_keys(q, k, v, dy, visitors, *, scale):
     by_token = lambda x: x.reshape(batch, time, key_heads, call.heads, x.shape[-1])
     block, begin, count, order, token, rows = visitors
     lists = order.shape[2]
-    if lists % UNITS:
+    if lists % LISTS:
         order = jnp.pad(order, ((0, 0), (0, 0), (0, 1)), constant_values=-1)
     arrays = by_token(q), by_token(dy), k, v, block, begin, count, order, token, rows
     out = [jax.ShapeDtypeStruct((batch, key_heads, lists, SIZE, x.shape[-1]), F32) for x in (k, v)]
@@ -164,17 +178,17 @@ def backward_keys(q, k, v, dy, visitors, *, scale):
     def body(*refs):
         given, (dk, dv, shared) = dict(zip(names, refs)), refs[len(names) :]
         block = KeyBlock(call, given, (dk, dv), shared)
-        fetches = compat.fetching_warpgroup(UNITS)
+        fetches = compat.fetching_warpgroup(LISTS)
         pl.when(fetches)(block.fetch)
         pl.when(jnp.logical_not(fetches))(block.compute)
 
     return compat.kernel(
         body,
-        grid=(batch, key_heads, order.shape[2] // UNITS),
+        grid=(batch, key_heads, order.shape[2] // LISTS),
         names=("row", "head", "pair"),
         out=tuple(out),
         scratch=[key_memory(call)],
-        warpgroups=UNITS,
+        warpgroups=LISTS,
         name="token_block_attention_dkv",
     )(*arrays)
 
@@ -186,24 +200,24 @@ class KeyCall(QueryCall):
     def stages(self) -> int:
         """Tiles of queries that shared memory holds for each warpgroup."""
         width = 2 * (self.width + self.value)
-        return min(4, (SHARED_BYTES // UNITS - SIZE * width) // (ROWS * (width + 8)))
+        return min(4, (SHARED_BYTES // LISTS - SIZE * width) // (ROWS * (width + 8)))
 
 
 def key_memory(call: KeyCall):
     """Tiles and barriers, by name; each warpgroup has a block of keys and a ring of its own."""
     stages = call.stages
     scratch = {
-        "k": compat.tile(UNITS, SIZE, call.width),
-        "v": compat.tile(UNITS, SIZE, call.value),
-        "q": compat.tile(UNITS * stages, ROWS, call.width),
-        "dy": compat.tile(UNITS * stages, ROWS, call.value),
-        "rows": compat.vector(UNITS * stages, 2, ROWS),
-        "own": compat.barriers(UNITS, 2),
-        "there": compat.barriers(UNITS * stages, 2 * call.tokens + 1),
-        "free": compat.barriers(UNITS * stages),
+        "k": compat.tile(LISTS, SIZE, call.width),
+        "v": compat.tile(LISTS, SIZE, call.value),
+        "q": compat.tile(LISTS * stages, ROWS, call.width),
+        "dy": compat.tile(LISTS * stages, ROWS, call.value),
+        "rows": compat.vector(LISTS * stages, 2, ROWS),
+        "own": compat.barriers(LISTS, 2),
+        "there": compat.barriers(LISTS * stages, 2 * call.tokens + 1),
+        "free": compat.barriers(LISTS * stages),
     }
     if compat.interpreting():
-        scratch |= {name: compat.tile(UNITS, SIZE, ROWS) for name in ("spare", "spare_ds")}
+        scratch |= {name: compat.tile(LISTS, SIZE, ROWS) for name in ("spare", "spare_ds")}
     return scratch
 
 
@@ -212,7 +226,7 @@ class List:
 
     def __init__(self, call: KeyCall, given, unit):
         self.row, self.head = lead = lax.axis_index("row"), lax.axis_index("head")
-        found = given["order"][(*lead, lax.axis_index("pair") * UNITS + unit)]
+        found = given["order"][(*lead, lax.axis_index("pair") * LISTS + unit)]
         self.real = found >= 0
         self.lead, self.number = lead, jnp.maximum(found, 0)
         block, self.begin, count = (given[name][(*lead, self.number)] for name in ("block", "begin", "count"))
@@ -232,7 +246,7 @@ class KeyBlock:
     def fetch(self):
         call, given, shared = self.call, self.given, self.shared
         compat.registers(FETCHING, more=False)
-        lists = [List(call, given, unit) for unit in range(UNITS)]
+        lists = [List(call, given, unit) for unit in range(LISTS)]
         for unit, mine in enumerate(lists):
             for name in ("k", "v"):
                 source = given[name].at[mine.row, mine.keys, mine.head]
@@ -243,7 +257,7 @@ class KeyBlock:
                 pl.when(n < mine.steps)(lambda unit=unit, mine=mine: self.fetch_tile(unit, mine, n))
 
         lax.fori_loop(0, jnp.maximum(*(mine.steps for mine in lists)), step, None)
-        for unit in range(UNITS):
+        for unit in range(LISTS):
             for stage in range(call.stages):  # no arrival is left behind
                 compat.wait(shared["free"].at[unit * call.stages + stage])
 
@@ -266,8 +280,8 @@ class KeyBlock:
 
     def compute(self):
         call, shared = self.call, self.shared
-        compat.registers(COMPUTING, more=True)
-        unit = compat.warpgroup(UNITS)
+        compat.registers(LISTS_COMPUTING, more=True)
+        unit = compat.warpgroup(LISTS)
         for stage in range(call.stages):
             compat.arrive(shared["free"].at[unit * call.stages + stage])
         compat.wait(shared["own"].at[unit])

@@ -15,12 +15,13 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention.plan import WIDTHS
-from pallas_kernels.block_sparse_attention.token_gpu import COMPUTING, FETCHING, LOG2_E
+from pallas_kernels.block_sparse_attention.token_gpu import LOG2_E
 
 ROWS, UNITS = 64, 2  # tokens of a warpgroup; warpgroups that compute
 TOKENS, KEYS = UNITS * ROWS, 128  # of a tile
 STAGES = 4  # tiles of queries in shared memory
 HELD = 2  # tiles of keys
+FETCHING, COMPUTING = 24, 240  # registers of a thread
 
 
 def supports(q, k, *, scale=1.0, capability=None) -> str | None:
@@ -38,7 +39,7 @@ def supports(q, k, *, scale=1.0, capability=None) -> str | None:
 
 
 def weights(q, k, lse, tiles, *, scale):
-    """w [B, Hk, T, S] float32 of q [B, T, H, K], k [B, S, Hk, K] bfloat16 and lse [B, H, T] float32.
+    """w [B, Hk, S, T] float32 of q [B, T, H, K], k [B, S, Hk, K] bfloat16 and lse [B, H, T] float32.
 
     T is a multiple of 128, S of 128. tiles [B, T / 128] int32: how many tiles of 128 keys are looked at for each 128
     tokens; what w holds of the others is anything. The call must be one that `supports` accepts.
@@ -67,7 +68,7 @@ def weights(q, k, lse, tiles, *, scale):
         body,
         grid=(batch, key_heads, time // TOKENS),
         names=("row", "head", "tile"),
-        out=jax.ShapeDtypeStruct((batch, key_heads, time, keys), jnp.float32),
+        out=jax.ShapeDtypeStruct((batch, key_heads, keys, time), jnp.float32),
         scratch=[scratch],
         warpgroups=UNITS,
         name="block_weights",
@@ -156,6 +157,6 @@ class Block:
             total = lax.fori_loop(0, call.heads, head, compat.zeros(shape))
             compat.arrive(shared["k_free"].at[held])
             tokens = pl.ds(self.tile * TOKENS + unit * ROWS, ROWS)
-            self.w[self.row, self.head, tokens, pl.ds(n * KEYS, KEYS)] = total
+            compat.store_transposed(total, self.w.at[self.row, self.head, pl.ds(n * KEYS, KEYS), tokens])
 
         lax.fori_loop(0, self.count, keys, None)

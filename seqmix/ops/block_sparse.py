@@ -113,7 +113,7 @@ def attend(op, q, k, v, mask, data, *, blocks, sizes, scale, soft_cap, slopes, c
     if name == "reference":
         return reference(config, q, k, v, slopes, data, index, sizes)
     if name == "gpu" and walks:
-        return token_block_kernels.run(lay, scale, q, k, v, index)
+        return token_block_kernels.run(lay, scale, q, k, v, index, causal=mask is not None)
     if each and (name == "gpu" or name == "chunked" and block_groups.takes(lay, time, slopes)):
         size = given[1] if name == "gpu" else sizes[1]
         return block_groups.run(lay, config, q, k, v, data, index, size, name)

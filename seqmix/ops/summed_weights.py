@@ -9,12 +9,13 @@ from seqmix.ops.dispatch import pick
 from seqmix.ops.mesh import layout
 
 
-def block_weights(q, k, lse, seen, *, scale, implementation=None):
+def block_weights(q, k, lse, seen, *, scale, by_keys=False, implementation=None):
     """Weights [B, Hk, T, S] in lse.dtype of queries q [B, T, H, K] over keys [B, S, Hk, K], 0 where not seen.
 
         w_tj = sum over the H / Hk query heads g of a key head of exp(scale q_tg . k_j - lse_tg)
 
-    lse [B, H, T]: of the attention whose weights these are. seen [B, T, S] bool. No gradient passes.
+    lse [B, H, T]: of the attention whose weights these are. seen [B, T, S] bool. No gradient passes. by_keys: the
+    weights as [B, Hk, S, T], where what is not seen may be anything.
 
     implementation: None (the best for the call), "gpu" (Hopper kernel, bfloat16, K of 64 or 128) or "chunked",
     which makes all scores at once.
@@ -26,13 +27,14 @@ def block_weights(q, k, lse, seen, *, scale, implementation=None):
     q, k, lse = (jax.lax.stop_gradient(x) for x in (q, k, lse))
     if pick("block_weights", implementation, {"gpu": unsupported(q, k, scale), "chunked": None}) == "gpu":
         found = _by_kernel(q, k, lse, seen, scale)
-        return jnp.where(seen[:, None], found, 0)
+        return found if by_keys else jnp.where(seen[:, None], jnp.swapaxes(found, 2, 3), 0)
     score = scale * jnp.einsum(
         "btjrk,bnjk->bjrtn", q.reshape(d.B, d.T, d.Hk, -1, d.K), k, preferred_element_type=lse.dtype
     )
     seen = seen[:, None, None]
     lse = lse.reshape(*score.shape[:-1], 1)
-    return jnp.where(seen, jnp.exp(jnp.where(seen, score - lse, 0)), 0).sum(2)
+    found = jnp.where(seen, jnp.exp(jnp.where(seen, score - lse, 0)), 0).sum(2)
+    return jnp.swapaxes(found, 2, 3) if by_keys else found
 
 
 def unsupported(q, k, scale) -> str | None:
@@ -48,6 +50,7 @@ def unsupported(q, k, scale) -> str | None:
 
 
 def _by_kernel(q, k, lse, seen, scale):
+    """The weights by keys."""
     from pallas_kernels.block_sparse_attention import weights_gpu
 
     def filled(x, axis, size):
@@ -58,4 +61,4 @@ def _by_kernel(q, k, lse, seen, scale):
     last = filled(last, 1, weights_gpu.TOKENS).reshape(len(q), -1, weights_gpu.TOKENS).max(-1)
     rows = filled(q, 1, weights_gpu.TOKENS), filled(k, 1, weights_gpu.KEYS), filled(lse, 2, weights_gpu.TOKENS)
     found = weights_gpu.weights(*rows, -(-last // weights_gpu.KEYS), scale=scale)
-    return found[:, :, :time, :keys]
+    return found[:, :, :keys, :time]

@@ -1,7 +1,9 @@
 """Attention to blocks of keys that each token lists, through Hopper kernels: lists, gradient, and when they can run.
 
 The query heads of a key head share a list, and neighbouring tokens the walk along the union of theirs (`unions`). The
-gradients of keys and values go through the tokens of each block (`visitors`).
+gradients of keys and values go through the tokens of each block (`visitors`). With a causal mask the kernel of the
+forward pass masks the block in which a token itself lies, and takes no later ones; the gradients through those blocks
+are made apart, of the same softmax, and added.
 """
 
 from functools import partial
@@ -9,13 +11,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqmix.core import sharding
-from seqmix.ops import targets
-from seqmix.ops.block_sparse_kernels import row_sums
+from seqmix.ops import block_lists, block_sparse_kernels, targets
+from seqmix.ops.block_sparse_chunked import Config
+from seqmix.ops.masks import Causal
 from seqmix.ops.mesh import on_shares
 
 SIZES = 1, 64  # tokens, and keys, of a block
+
+
+class Static(NamedTuple):
+    """The static half of a call."""
+
+    scale: float
+    causal: bool  # the mask, of as many keys as queries
 
 
 class Unions(NamedTuple):
@@ -33,9 +44,13 @@ def takes(sizes, blocks) -> bool:
 
 def reason(lay, q, k, v, *, mask, soft_cap, slopes, scale) -> str | None:
     """Why the kernels cannot run this call here, in a few words; None if they can."""
-    for name, given in (("a mask or segments", mask), ("a soft cap", soft_cap), ("slopes", slopes)):
+    causal = mask == Causal() and q.shape[1] == k.shape[1]
+    other = None if causal else mask
+    for name, given in (("this mask or segments", other), ("a soft cap", soft_cap), ("slopes", slopes)):
         if given is not None:
             return f"has no form for {name} beside lists of single tokens"
+    if causal:  # keys are filled up
+        k, v = (jax.eval_shape(partial(_filled, axis=1, size=SIZES[1]), x) for x in (k, v))
     if lay is None:
         return _unsupported(q, k, v, scale)
     if lay.time:
@@ -54,17 +69,18 @@ def _unsupported(q, k, v, scale):
     return token_gpu.supports(q, k, v, scale=scale, capability=targets.capability())
 
 
-def run(lay, scale, q, k, v, index):
+def run(lay, scale, q, k, v, index, causal=False):
     """(y [B, T, H, V], lse [B, H, T]) of a call that there is no reason against; index [b, h, T, c]."""
+    static = Static(scale, causal)
     if lay is None:
-        return _attend(scale, q, k, v, index)
+        return _attend(static, q, k, v, index)
     batch, heads = q.shape[0], k.shape[2]
     cut = index.shape[1] == heads
     lead = ("batch" if index.shape[0] == batch else None), ("key_heads" if cut else None)
 
     def local(q, k, v, index):
         k, v = (lay.local_key_heads(x, heads) for x in (k, v))
-        return _attend(scale, q, k, v, lay.local_key_heads(index, heads, axis=1) if cut else index)
+        return _attend(static, q, k, v, lay.local_key_heads(index, heads, axis=1) if cut else index)
 
     queries, keys = ("batch", None, "heads", None), ("batch", None, "key_heads", None)
     names = queries, keys, keys, (*lead, None, None)
@@ -174,42 +190,80 @@ def _added(sums, owner, blocks: int, like):
     return total.astype(like.dtype)
 
 
-def _walk(q, k, index):
-    """The lists of whole groups, and their unions."""
+class Walk(NamedTuple):
+    """Lists as the kernels read them."""
+
+    index: jax.Array  # [b, h, T, c]; with a causal mask of the blocks before a token's own
+    union: Unions
+    own: jax.Array | None  # [b, h, T] bool: who lists its own block, where the mask is causal
+
+
+def _walk(static, q, k, index) -> Walk:
     from pallas_kernels.block_sparse_attention import token_gpu
 
-    group = token_gpu.group_tokens(q, k)
-    index = _filled(jnp.asarray(index, jnp.int32), 2, group, -1)
-    return index, unions(index, group, k.shape[1] // SIZES[1])
+    time, group, own = q.shape[1], token_gpu.group_tokens(q, k), None
+    index = jnp.asarray(index, jnp.int32)
+    if static.causal:
+        number = (jnp.arange(time, dtype=jnp.int32) // SIZES[1])[:, None]
+        own, index = jnp.any(index == number, axis=-1), jnp.where(index < number, index, -1)
+    union = unions(_filled(index, 2, group, -1), group, -(-k.shape[1] // SIZES[1]))
+    return Walk(index, union, own)
+
+
+def _bits(flags, group: int):
+    """Flags [b, h, T] of tokens as bits of an int32 for each `group` of them, [b, h, T / group]."""
+    flags = _filled(flags, 2, group).reshape(*flags.shape[:2], -1, group)
+    bits = jnp.where(flags, jnp.uint32(1) << jnp.arange(group, dtype=jnp.uint32), 0)
+    return jax.lax.bitcast_convert_type(jnp.sum(bits, axis=-1, dtype=jnp.uint32), jnp.int32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(scale, q, k, v, index):
-    return _attend_forward(scale, q, k, v, index)[0]
+def _attend(static, q, k, v, index):
+    return _attend_forward(static, q, k, v, index)[0]
 
 
-def _attend_forward(scale, q, k, v, index):
+def _attend_forward(static, q, k, v, index):
     from pallas_kernels.block_sparse_attention import token_gpu
 
-    time = q.shape[1]
-    index, union = _walk(q, k, index)
-    y, lse = token_gpu.forward(_filled(q, 1, token_gpu.group_tokens(q, k)), k, v, tuple(union), scale=scale)
-    y, lse = y[:, :time], lse[:, :, :time]
-    return (y, lse), (q, k, v, index[:, :, :time], union, y, lse)
+    walk = _walk(static, q, k, index)
+    own = None if walk.own is None else _bits(walk.own, token_gpu.group_tokens(q, k))
+    keys = (_filled(x, 1, SIZES[1]) for x in (k, v))
+    y, lse = token_gpu.forward(q, *keys, tuple(walk.union), own, scale=static.scale)
+    return (y, lse), (q, k, v, walk, y, lse)
 
 
-def _attend_backward(scale, saved, cotangents):
+def _attend_backward(static, saved, cotangents):
+    q, k, v, walk, y, lse = saved
+    dy, dlse = cotangents
+    log2, delta = jnp.moveaxis(block_sparse_kernels.row_sums("gpu", y, dy, lse, dlse)[..., : q.shape[1]], 2, 0)
+    found = _through_lists(static.scale, q, k, v, walk, lse, log2, dy, delta)
+    if static.causal:
+        own = _through_own(static.scale, q, k, v, walk.own, lse, dy, delta)
+        found = tuple(x + y for x, y in zip(found, own, strict=True))
+    return *found, None
+
+
+def _through_own(scale, q, k, v, own, lse, dy, delta):
+    """Gradients of q, k and v through the blocks in which the tokens lie, of those that list them."""
+    size, time = SIZES[1], q.shape[1]
+    own = jnp.broadcast_to(own, (q.shape[0], k.shape[2], time))
+    lse = jnp.where(jnp.repeat(own, q.shape[2] // k.shape[2], axis=1), lse, -jnp.inf)
+    index = np.arange(-(-time // size), dtype=np.int32)[None, None, :, None]
+    lists = block_lists.lists(Causal(), index, (size, size), time, time, {})
+    config = Config(scale, None, Causal(), time, time)
+    return block_sparse_kernels.gradients(config, q, k, v, {}, lists, (size, size), lse, delta, dy)
+
+
+def _through_lists(scale, q, k, v, walk, lse, log2, dy, delta):
+    """Gradients of q, k and v through the blocks that the walk lists; log2: lse in log2, infinite for -inf."""
     from pallas_kernels.block_sparse_attention import token_gpu
     from pallas_kernels.block_sparse_attention import token_gpu_backward as kernels
 
-    q, k, v, index, union, y, lse = saved
-    dy, dlse = cotangents
-    group, time = token_gpu.group_tokens(q, k), q.shape[1]
-    log2, delta = jnp.moveaxis(row_sums("gpu", y, dy, lse, dlse)[..., :time], 2, 0)
-    rows = _filled(lse, 2, group), _filled(dy, 1, group), _filled(delta, 2, group)
-    dq = kernels.backward_queries(_filled(q, 1, group), k, v, *rows, tuple(union), scale=scale)[:, :time]
+    time, keys = q.shape[1], k.shape[1]
+    k, v = (_filled(x, 1, SIZES[1]) for x in (k, v))
+    dq = kernels.backward_queries(q, k, v, lse, dy, delta, tuple(walk.union), scale=scale)
     batch, key_heads, heads = q.shape[0], k.shape[2], q.shape[2] // k.shape[2]
-    index = jnp.broadcast_to(index, (batch, key_heads, *index.shape[2:]))
+    index = jnp.broadcast_to(walk.index, (batch, key_heads, *walk.index.shape[2:]))
     blocks = k.shape[1] // SIZES[1]
     found = visitors(index, blocks, _most(time), token_gpu.ROWS // heads)
 
@@ -221,7 +275,8 @@ def _attend_backward(scale, saved, cotangents):
 
     facts = jnp.stack([listed(log2, jnp.inf), listed(delta, 0)], axis=2)
     sums = kernels.backward_keys(q, k, v, dy, (*found[:5], facts), scale=scale)
-    return dq, *(_added(x, found.block, blocks, like) for x, like in zip(sums, (k, v), strict=True)), None
+    sums = (_added(x, found.block, blocks, like)[:, :keys] for x, like in zip(sums, (k, v), strict=True))
+    return dq, *sums
 
 
 def _most(time: int) -> int:

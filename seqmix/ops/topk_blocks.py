@@ -13,6 +13,7 @@ from seqmix.ops.softmax import merge
 
 SIZES = 64, 64
 FEW = 8  # blocks that are looked for one by one
+PLACES = 32  # most blocks that the kernel looks for, in registers
 
 
 def pooled_scores(q, k, sizes=SIZES, *, pool="first", per_head=False):
@@ -104,6 +105,22 @@ def best_blocks(scores, count: int):
         found.append(jnp.where(jnp.max(scores, axis=-1) > -jnp.inf, index, -1))
         scores = jnp.where(jnp.arange(scores.shape[-1]) == index[..., None], -jnp.inf, scores)
     return jnp.stack(found, axis=-1)
+
+
+def best_in_ranges(scores, low, high, count: int, implementation=None):
+    """`best_blocks` of scores [B, h, n, T] in the ranges from low to high - 1, each [B, T]; [B, h, T, count] int32.
+
+    implementation: "gpu" (Hopper kernel, for float32 and up to 32 places; takes nothing for NaN) or None, which sorts.
+    """
+    if implementation == "gpu" and count <= PLACES:
+        from pallas_kernels.block_sparse_attention import best_gpu
+
+        filled = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % best_gpu.TOKENS)])
+        found = best_gpu.best(filled(scores), filled(low), filled(high), count=count)
+        return jnp.swapaxes(found[..., : scores.shape[-1]], 2, 3)
+    place = jnp.arange(scores.shape[2])
+    inside = (place >= low[..., None]) & (place < high[..., None])
+    return best_blocks(jnp.where(inside[:, None], jnp.swapaxes(scores, 2, 3), -jnp.inf), count)
 
 
 def topk_block_attention(

@@ -17,9 +17,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from seqmix.ops import token_block_kernels
 from seqmix.ops.block_sparse import block_sparse_attention
+from seqmix.ops.masks import Causal
+from seqmix.ops.mesh import layout
 from seqmix.ops.softmax import attention, merge
-from seqmix.ops.topk_blocks import best_blocks
+from seqmix.ops.topk_blocks import best_blocks, best_in_ranges
 from seqmix.parts.chunks import chunk_ids
 
 
@@ -31,6 +34,7 @@ class Tokens(NamedTuple):
     runs: jax.Array  # [B, held + T] segments as `packing.runs` counts them, 0 for padding
     place: jax.Array  # [B, held + T] positions in the segment
     held: int
+    alone: bool = False  # rows are one segment each, without padding and without a state
 
 
 class Blocks(NamedTuple):
@@ -42,10 +46,13 @@ class Blocks(NamedTuple):
     number: jax.Array  # [B, n] of a block in its segment
 
 
-def after(cache, count: int, k, v, runs, place) -> Tokens:
-    """Tokens k, v of the segments `runs` at `place`, behind the last `count` of a `parts.kv_cache`, or None."""
+def after(cache, count: int, k, v, runs, place, segment_ids=None) -> Tokens:
+    """Tokens k, v of the segments `runs` at `place`, behind the last `count` of a `parts.kv_cache`, or None.
+
+    segment_ids: those of which the runs are, or None for rows of one segment.
+    """
     if cache is None or not count:
-        return Tokens(k, v, runs, place, 0)
+        return Tokens(k, v, runs, place, 0, cache is None and segment_ids is None)
     at = cache["length"][:, None] - count + jnp.arange(count)
     slot = (at % cache["k"].shape[1])[..., None, None]
     k, v = (
@@ -58,6 +65,8 @@ def after(cache, count: int, k, v, runs, place) -> Tokens:
 
 def whole(tokens: Tokens, length: int, stride: int) -> Blocks:
     """The blocks that end among the new tokens: block c holds the positions from c stride on, length >= stride."""
+    if tokens.alone and length % stride == 0:
+        return _regular(tokens, length, stride)
     runs, place, held = tokens.runs, tokens.place, tokens.held
     (batch, time), real = runs.shape, runs != 0
     n = max(1, (time - held + (stride - 1 if held else 0)) // stride)  # only a held block is begun already
@@ -77,6 +86,20 @@ def whole(tokens: Tokens, length: int, stride: int) -> Blocks:
     )
     runs, number = (jnp.take_along_axis(x, end, axis=1) for x in (runs, number))
     return Blocks(k, v, jnp.where(filled, runs, 0), number)
+
+
+def _regular(tokens: Tokens, length: int, stride: int) -> Blocks:
+    """`whole` where blocks begin at the same places of every row: nothing is gathered, no gradient scattered."""
+    batch, time = tokens.runs.shape
+    n = max(1, time // stride)
+    number = jnp.broadcast_to(jnp.arange(n), (batch, n))
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, max(0, (n - 1) * stride + length - time)), (0, 0), (0, 0)])
+        parts = [x[:, at : at + n * stride].reshape(batch, n, stride, *x.shape[2:]) for at in range(0, length, stride)]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=2)
+
+    return Blocks(cut(tokens.k), cut(tokens.v), (number * stride + length <= time).astype(jnp.int32), number)
 
 
 def held_blocks(length, slots: int, size: int, stride: int):
@@ -111,6 +134,26 @@ def choose(scores, seen, count: int, forced=None):
     return best_blocks(jnp.where(seen[:, None], scores, -jnp.inf), min(count, scores.shape[-1]))
 
 
+def choose_by_kernel(scores, runs, place, size: int, count: int, first: int, local: int):
+    """`choose` of scores [B, h, n, T], for calls without a cache, on a Hopper GPU.
+
+    Forced are the first `first` blocks of a segment and the last local - 1 before a token's own, at most `count`.
+    """
+    before = jnp.where(runs != 0, place // size, 0)  # whole blocks of the segment before the token's own
+    ends = (runs != 0) & (place % size == size - 1)
+    high = jnp.cumsum(ends, axis=1, dtype=jnp.int32) - ends
+    low = (high - before).astype(jnp.int32)
+    at = jnp.arange(first + local - 1, dtype=jnp.int32)
+    skipped = jnp.where(at < first, 0, jnp.maximum(before[..., None] - len(at), 0))
+    forced = jnp.where(at < before[..., None], low[..., None] + at + skipped, -1)
+    lists = jnp.broadcast_to(forced[:, None], (*scores.shape[:2], *forced.shape[1:]))
+    if count > len(at):
+        others = low + first, high - (local - 1), count - len(at)
+        found = best_in_ranges(jax.lax.stop_gradient(scores), *others, implementation="gpu")
+        lists = jnp.concatenate([lists, found], axis=-1)
+    return lists[..., : min(count, scores.shape[2])]
+
+
 def by_stretches(function, length: int, *arrays):
     """function(*arrays) [B, h, T, c] of arrays [B, T, ...], for `length` tokens at a time where there are more."""
     batch, time = arrays[0].shape[:2]
@@ -132,6 +175,11 @@ def attend(q, tokens: Tokens, blocks: Blocks, index, size: int, cache=None, **op
     `blocks`. A head of its own list reads keys and values repeated. options: block and implementation of the ops.
     """
     held, block = tokens.held, options.pop("block")
+    if tokens.alone and index.shape[-1] and _joins(q, tokens, index, size, **options):
+        own = jnp.arange(q.shape[1], dtype=index.dtype)[:, None] // size
+        index = jnp.concatenate([index, jnp.broadcast_to(own, (*index.shape[:3], 1))], axis=-1)
+        lists = {"mask": Causal(), "blocks": index, "sizes": (1, size)}
+        return block_sparse_attention(q, tokens.k, tokens.v, **lists, **options)
     ids = chunk_ids(tokens.runs, tokens.place, size)
     near = {"segment_ids": ids[:, held:]}
     if held:
@@ -150,6 +198,15 @@ def attend(q, tokens: Tokens, blocks: Blocks, index, size: int, cache=None, **op
         k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in blocks[:2])
         parts.append(_listed(q, k, v, jnp.where(index < first, -1, index - first), size, **options))
     return merge(parts)[0] if len(parts) > 1 else parts[0][0]
+
+
+def _joins(q, tokens, index, size, implementation):
+    """Whether one kernel takes own and listed blocks."""
+    given = {"mask": Causal(), "soft_cap": None, "slopes": None, "scale": q.shape[-1] ** -0.5}
+    lay = layout(q.shape[0], q.shape[1], q.shape[2], tokens.k.shape[2])
+    fits = token_block_kernels.takes((1, size), index) and index.shape[1] == tokens.k.shape[2] == tokens.v.shape[2]
+    named = implementation in (None, "gpu")
+    return fits and named and token_block_kernels.reason(implementation, lay, q, tokens.k, tokens.v, **given) is None
 
 
 def _listed(q, k, v, index, size, **options):

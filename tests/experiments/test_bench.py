@@ -13,6 +13,7 @@ from experiments.bench import __main__ as bench
 from experiments.bench import (
     attention,
     attention_moba,
+    attention_nsa,
     checks,
     decode,
     errors,
@@ -130,6 +131,14 @@ def test_the_pairs_of_moba_are_those_that_its_tokens_see():
     q, k = (jax.random.normal(jax.random.key(n), (1, 60, 1, 4)) for n in range(2))
     weights = attention_moba.call(q, k, jnp.eye(60)[None, :, None], "reference", size=8)
     assert (weights > 0).sum() == attention_moba.pairs_left(60, 8)
+
+
+def test_the_lists_of_nsa_are_of_the_past_and_the_same_in_stretches():
+    index = np.asarray(attention_nsa.lists(256, 4))
+    own = np.arange(256) // attention_nsa.SIZE
+    assert index.shape == (1, attention_nsa.KEY_HEADS, 256, 3) and (index < own[:, None]).all()
+    assert ((index >= 0).sum(-1) == own).all()  # none but the past is left out
+    assert np.array_equal(index, attention_nsa.lists(256, 4, stretch=100))
 
 
 def test_compared_names_the_worst_gradient():

@@ -52,25 +52,33 @@ def test_visitors_are_the_lists_transposed(most):
         assert got == {n: np.flatnonzero((index[b, 0] == n).any(-1)).tolist() for n in range(5)}
 
 
-SHAPES = [(1, 66, 320, 16, 1, 64, 128), (1, 64, 64, 16, 2, 64, 64)]
+SHAPES = {
+    "ragged": (1, 66, 320, 16, 1, 64, 128),
+    "shared": (1, 64, 64, 16, 2, 64, 64),
+    "causal": (1, 70, 70, 16, 1, 64, 64),
+}
 
 
 @needs_mosaic
-@pytest.mark.parametrize("shape", SHAPES, ids=["ragged", "shared"])
-def test_kernels_match_float64(shape, monkeypatch):
-    """Tokens that list nothing, blocks listed twice, lists of keys cut in two; lists shared by key heads."""
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_match_float64(name, monkeypatch):
+    """Tokens that list nothing, blocks listed twice, lists of keys cut in two; lists shared by key heads; a mask."""
+    shape, mask = SHAPES[name], masks.Causal() if name == "causal" else None
     monkeypatch.setattr(token_block_kernels, "_most", lambda time: 40)
     batch, time, keys, heads, key_heads, width, value = shape
     draw = lambda n, *dims: jax.random.normal(jax.random.key(n), dims, jnp.bfloat16)
     q, k = draw(0, batch, time, heads, width), draw(1, batch, keys, key_heads, width)
     v, dy = draw(2, batch, keys, key_heads, value), draw(3, batch, time, heads, value)
-    index = chosen((1, 1, time, 2), keys // 64)
+    index = chosen((1, 1, time, 2), -(-keys // 64))
+    if mask is not None:  # of others later ones and their own are listed too
+        index = np.concatenate([index, (np.arange(time) // 64)[:, None] + 0 * index[..., :1]], axis=-1)
+        index[:, :, ::7, 2] = -1
     index[:, :, 5] = -1
     dlse = jnp.cos(jnp.arange(batch * heads * time, dtype=jnp.float32)).reshape(batch, heads, time)
 
     def run(implementation, q, k, v, dy):
         def call(*x):
-            options = dict(blocks=jnp.asarray(index), sizes=(1, 64), return_lse=True)
+            options = dict(blocks=jnp.asarray(index), sizes=(1, 64), mask=mask, return_lse=True)
             return ops.block_sparse_attention(*x, **options, implementation=implementation)
 
         (y, lse), pull = jax.vjp(call, q, k, v)
@@ -96,10 +104,12 @@ def test_calls_that_no_kernel_takes_are_refused_with_the_reason():
         with compat.interpret():
             return token_block_kernels.reason(None, q, k, k, **given)
 
-    assert "no form for a mask" in reason(mask=masks.Causal())
+    assert "no form for this mask" in reason(mask=masks.Window(3))
+    assert "no form for this mask" in reason(mask=masks.Causal())  # of more keys than queries
     assert "no form for a soft cap" in reason(soft_cap=5.0)
     if compat.unavailable() is None:
         assert reason() is None
         assert "needs bfloat16" in reason(dtype=jnp.float32)
         assert "query heads to a key head, got H=4, Hk=1" in reason(heads=4)
         assert "whole blocks of 64 keys, got S=100" in reason(keys=100)
+        assert reason(mask=masks.Causal(), keys=64) is None

@@ -83,7 +83,7 @@ class MoBA(Mixer):
         length = None if state is None else state["length"]
         runs, place, _ = token_places(x, segment_ids, length)
         q, k, v = self._inputs(params, x, place if positions is None else positions)
-        tokens = chosen_blocks.after(state, self.size - 1, k, v, runs, place)
+        tokens = chosen_blocks.after(state, self.size - 1, k, v, runs, place, segment_ids)
         blocks = chosen_blocks.whole(tokens, self.size, self.size)
         acc = jnp.promote_types(k.dtype, jnp.float32)
         means = jnp.mean(blocks.k.astype(acc), axis=2)

@@ -129,9 +129,7 @@ class NativeSparseAttention(Mixer):
         length = None if state is None else state["length"]
         runs, place, _ = token_places(x, segment_ids, length)
         q, keys = self._inputs(params, x, place if positions is None else positions)
-        caches = dict.fromkeys(BRANCHES)
-        if state is not None:
-            caches = {name: state[name] | {"length": length} for name in BRANCHES}
+        caches = None if state is None else {name: state[name] | {"length": length} for name in BRANCHES}
         mixed, kept = self.branches(params, q, keys, runs, place, segment_ids, caches)
         gate = jax.nn.sigmoid(jnp.einsum("btd,dhn->btnh", x, params["gate"].astype(x.dtype)))[..., None]
         mixed = sum(gate[:, :, n] * y for n, y in enumerate(mixed))
@@ -152,19 +150,19 @@ class NativeSparseAttention(Mixer):
         q [B, T, H, K] and keys {branch: (k, v)} [B, T, Hk, K] are rotated, runs and place those of
         `parts.chunks.token_places`, caches those of a state, by branch. Of the weights, the pools' alone are read.
         """
-        caches = caches or dict.fromkeys(BRANCHES)
-        pools, kept = self._pools(params, *keys["compressed"], runs, place, caches["compressed"])
+        caches, ids = caches or dict.fromkeys(BRANCHES), segment_ids
+        pools, kept = self._pools(params, *keys["compressed"], runs, place, caches["compressed"], ids)
         compressed, lse = attention(
             *(q, pools.k, pools.v),
             **dict(segment_ids=runs, kv_segment_ids=pools.runs, q_positions=place, kv_positions=self._end(pools)),
             **dict(return_lse=True, **self._options),
         )
         cache = caches["selected"]
-        tokens = chosen_blocks.after(cache, self.size - 1, *keys["selected"], runs, place)
+        tokens = chosen_blocks.after(cache, self.size - 1, *keys["selected"], runs, place, ids)
         blocks = chosen_blocks.whole(tokens, self.size, self.size)
         index = self._select(q, lse, pools, blocks, runs, place, cache)
         selected = chosen_blocks.attend(q, tokens, blocks, index, self.size, cache, **self._options)
-        at = {"segment_ids": segment_ids, "runs": runs, "place": place, "cache": caches["window"]}
+        at = {"segment_ids": ids, "runs": runs, "place": place, "cache": caches["window"]}
         window = cached_attention.attend(q, *keys["window"], window=self.window, **at, **self._options)
         return (compressed, selected, window), kept
 
@@ -189,9 +187,9 @@ class NativeSparseAttention(Mixer):
         hidden = jnp.einsum("bnljk,lkf->bnjf", blocks + w["position"][:, None], w["in"])
         return jnp.einsum("bnjf,fk->bnjk", jax.nn.gelu(hidden), w["out"])
 
-    def _pools(self, params, k, v, runs, place, cache):
+    def _pools(self, params, k, v, runs, place, cache, segment_ids):
         """Compressed blocks, those of the state and then the new ones, as `Pools`; and what the state keeps of them."""
-        tokens = chosen_blocks.after(cache, self.compress - 1, k, v, runs, place)
+        tokens = chosen_blocks.after(cache, self.compress - 1, k, v, runs, place, segment_ids)
         blocks = chosen_blocks.whole(tokens, self.compress, self.stride)
         new = {name: self._pooled(params, name, y) for name, y in (("k", blocks.k), ("v", blocks.v))}
         if cache is None:
@@ -234,13 +232,17 @@ class NativeSparseAttention(Mixer):
             weight = weights(q, jnp.swapaxes(lse, 1, 2), runs, place, implementation="chunked")
             return chosen(jnp.swapaxes(weight, 1, 2), runs, place)
 
-        scale = self._head_dim**-0.5
-        if self.implementation == "gpu" and unsupported(q, key, scale) is None:
-            weight = jnp.swapaxes(weights(q, lse, runs, place, implementation="gpu"), 1, 2)
-            most = max(1, SCORES // (weight.shape[2] * key.shape[1]))
+        scale, rows = self._head_dim**-0.5, SCORES // key.shape[1]
+        if self.implementation != "gpu" or unsupported(q, key, scale) is not None:
+            lse, most = jnp.swapaxes(lse, 1, 2), max(1, rows // q.shape[2])
+            return chosen_blocks.by_stretches(whole, most, q, lse, runs, place)
+        same = cache is None and self.compress == self.stride == self.size  # the weights are the scores
+        weight = weights(q, lse, runs, place, by_keys=same, implementation="gpu")
+        if cache is not None:
+            weight, most = jnp.swapaxes(weight, 1, 2), max(1, rows // weight.shape[1])
             return chosen_blocks.by_stretches(chosen, most, weight, runs, place)
-        most = max(1, SCORES // (q.shape[2] * key.shape[1]))
-        return chosen_blocks.by_stretches(whole, most, q, jnp.swapaxes(lse, 1, 2), runs, place)
+        score = weight if same else jnp.einsum("bjtn,bnm->bjmt", weight, shared.astype(weight.dtype))
+        return chosen_blocks.choose_by_kernel(score, runs, place, self.size, self.count - 1, self.first, self.local)
 
     # Decoding
 
