@@ -206,7 +206,7 @@ def _joins(q, tokens, index, size, implementation):
     lay = layout(q.shape[0], q.shape[1], q.shape[2], tokens.k.shape[2])
     fits = token_block_kernels.takes((1, size), index) and index.shape[1] == tokens.k.shape[2] == tokens.v.shape[2]
     named = implementation in (None, "gpu")
-    return fits and named and token_block_kernels.reason(implementation, lay, q, tokens.k, tokens.v, **given) is None
+    return fits and named and token_block_kernels.reason(lay, q, tokens.k, tokens.v, **given) is None
 
 
 def _listed(q, k, v, index, size, **options):
