@@ -92,13 +92,21 @@ def _number(capability):
 
 @functools.cache
 def _jax_triton():
-    before = os.environ.get("TRITON_CACHE_DIR")
-    import jax_triton  # empties the variable, which is other users' of Triton too
-
-    os.environ.pop("TRITON_CACHE_DIR", None)
-    if before is not None:
-        os.environ["TRITON_CACHE_DIR"] = before
+    with kept_cache():
+        import jax_triton
     return jax_triton
+
+
+@contextlib.contextmanager
+def kept_cache():
+    """Around an import of jax_triton, which empties a variable that is other users' of Triton too."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    try:
+        yield
+    finally:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+        if before is not None:
+            os.environ["TRITON_CACHE_DIR"] = before
 
 
 # The interpreter. It wants PyTorch tensors, of which it uses little.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import attention_moba, attention_nsa, attention_peers, errors, timing
-from experiments.bench.suites import Case, taking
+from experiments.bench.suites import Case, attempted, taking
 from seqmix import ops
 from seqmix.ops import masks
 
@@ -120,7 +120,7 @@ def _case(name, length, args):
         both = timing.median_ms(jax.jit(timing.with_gradients(run)), sets)
         found[label] = {"fwd_ms": fwd, "fwd_bwd_ms": both}
     del sets
-    rivals = attention_peers.times(name, batch, length) if args.peers else {}
+    rivals, failed = attempted(attention_peers.times, name, batch, length) if args.peers else ({}, None)
     best = [min((times[key] for times in rivals.values()), default=None) for key in TIMES]
     base = {"pattern": name, "batch": batch, "tokens": length, "density": pairs / length**2}
     for label, times in (found | rivals).items():
@@ -129,6 +129,8 @@ def _case(name, length, args):
         if label in found and best[0] is not None:
             row |= {"peer_ratio": best[0] / times["fwd_ms"], "peer_ratio_both": best[1] / times["fwd_bwd_ms"]}
         yield row
+    if failed:
+        raise failed
 
 
 def measured_errors(name, length):

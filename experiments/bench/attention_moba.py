@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import attention_peers, errors, timing
-from experiments.bench.suites import Case, taking
+from experiments.bench.suites import Case, attempted, taking
 from seqmix import ops
 from seqmix.ops.topk_blocks import choose_blocks, pooled_scores
 
@@ -61,7 +61,7 @@ def _case(length, args):
         found[label] = {"fwd_ms": fwd, "fwd_bwd_ms": timing.median_ms(jax.jit(timing.with_gradients(run)), sets)}
     del sets
     wrong = measured_errors() if length == LENGTHS[0] else {}
-    rivals = peers(shape[0], length) if args.peers else {}
+    rivals, failed = attempted(peers, shape[0], length) if args.peers else ({}, None)
     best = [min((times[key] for times in rivals.values()), default=None) for key in TIMES]
     pairs = pairs_left(length)
     base = {"pattern": "moba", "batch": shape[0], "tokens": length, "density": pairs / length**2}
@@ -72,6 +72,8 @@ def _case(length, args):
         if label in found and best[0] is not None:
             row |= {"peer_ratio": best[0] / times["fwd_ms"], "peer_ratio_both": best[1] / times["fwd_bwd_ms"]}
         yield row
+    if failed:
+        raise failed
 
 
 def measured_errors(length=ERROR_T, size=ERROR_SIZE, heads=2):

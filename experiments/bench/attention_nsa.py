@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from experiments.bench import attention_peers, errors, timing
 from experiments.bench.attention_moba import pairs_left
-from experiments.bench.suites import Case, taking
+from experiments.bench.suites import Case, attempted, taking
 from seqmix.mixers.dynamic_sparse.native_sparse_attention import BRANCHES, NativeSparseAttention
 from seqmix.parts import chosen_blocks
 from seqmix.parts.chunks import token_places
@@ -84,7 +84,8 @@ def _case(name, length, args):
     sets = [(draw(9, shape[0]), *inputs)]  # of one set, as four of q at T = 65536 are 4 GiB
     pairs = pairs_left(length, SIZE, COUNT)  # of the selected branch
     wrong = measured_errors(ERROR_T) if (name, length) == (SELECTED, LENGTHS[0]) else {}
-    rivals = attention_peers.nsa_times(name, length, index) if args.peers and name != THREE else {}
+    beside = args.peers and name != THREE
+    rivals, failed = attempted(attention_peers.nsa_times, name, length, index) if beside else ({}, None)
     best = [min((times[key] for times in rivals.values()), default=None) for key in TIMES]
     base = {"pattern": name, "batch": 1, "tokens": length, "density": pairs / length**2}
     rate = lambda times: 4 * WIDTH * HEADS * pairs / times["fwd_ms"] / 1e9 if name == SELECTED else None
@@ -100,6 +101,8 @@ def _case(name, length, args):
         yield row
     for label, times in rivals.items():
         yield base | {"implementation": label, **times, "tflops": rate(times)}
+    if failed:
+        raise failed
 
 
 def measured_errors(length, heads=HEADS // KEY_HEADS):

@@ -35,6 +35,14 @@ def load(name):
     return importlib.import_module(f"experiments.bench.{name}")
 
 
+def attempted(call, *arguments):
+    """(what the call of a peer gives, None), or ({}, why it failed): our rows are kept, and then the case fails."""
+    try:
+        return call(*arguments), None
+    except Exception as error:
+        return {}, error
+
+
 def taking(run, inputs, names):
     """Those of `names` whose run(*inputs, implementation=name) is not refused here, by a ValueError."""
     found = []

@@ -1,7 +1,7 @@
 """Several cases at once, each in a process of its own, of which one at a time measures: `--jobs`.
 
 Most of a suite's time goes into compiling, which several cores share. Who measures holds the turn, a lock on a file
-that the environment names; the first call of a program, which compiles it, runs without it. A case whose process dies,
+that the environment names (already set, it joins several commands); the first call of a program, which compiles it, runs without it. A case whose process dies,
 as after an illegal address, is a failed row like any other.
 """
 
@@ -66,7 +66,7 @@ def _case(index, folder, log, args):
     out, begin = folder / str(index), time.monotonic()
     words = [sys.executable, "-m", "experiments.bench", "run", f"--suite={args.suite}", f"--out={out}"]
     words += [f"--only={','.join(args.only)}"] * bool(args.only) + ["--peers"] * args.peers + [f"--case={index}"]
-    own = {TURN: str(folder / "turn"), "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
+    own = {TURN: os.environ.get(TURN, str(folder / "turn")), "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
     with open(log, "w") as file:
         done = subprocess.run(words, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT, check=False)
     found = [row for path in out.glob("*.json") for row in json.loads(path.read_text())["rows"]]

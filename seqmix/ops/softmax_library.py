@@ -132,8 +132,11 @@ def _absent(name, time) -> str | None:
 @functools.cache
 def _missing() -> str | None:
     """Why tokamax cannot be imported."""
+    from pallas_kernels.triton_calls import kept_cache
+
     try:
-        import tokamax  # noqa: F401
+        with kept_cache():
+            import tokamax  # noqa: F401
     except ImportError as error:
         return f"needs the extra tokamax: {error}"
     return None
