@@ -29,8 +29,9 @@ def chunk_decays(log_decay, log_write, run_ids, plan: Plan):
     if log_decay is None:
         log_decay = jnp.zeros((plan.heads,), jnp.float32)
     if log_decay.ndim == 1:
-        batch = 1 if log_write is None and run_ids is None else plan.batch
-        log_decay = jnp.broadcast_to(log_decay, (batch, plan.time, plan.heads))
+        if log_write is None and run_ids is None:
+            return _multiples(log_decay, plan)
+        log_decay = jnp.broadcast_to(log_decay, (plan.batch, plan.time, plan.heads))
     if run_ids is not None:
         log_decay = jnp.where(run_ids[..., None] != 0, log_decay, 0.0)
     group = ROWS // math.gcd(ROWS, plan.heads)  # chunks whose heads fill whole thread blocks
@@ -38,6 +39,14 @@ def chunk_decays(log_decay, log_write, run_ids, plan: Plan):
     given = [_columns(x, group, groups) for x in (log_decay, log_write) if x is not None]
     shape = (log_decay.shape[0], len(given), groups * group, plan.heads, CHUNK)
     return _sums(given, shape).reshape(shape)
+
+
+def _multiples(log_decay, plan: Plan):
+    """The decays of tokens that all decay alike: multiples, which XLA computes again wherever it reads few of them."""
+    log_decay = jnp.maximum(log_decay.astype(jnp.float32) * LOG2_E, LEAST_LOG2)
+    first = jnp.arange(plan.chunks)[:, None] * CHUNK
+    tokens = jnp.clip(jnp.minimum(first + 1 + jnp.arange(CHUNK), plan.time) - first, 0)
+    return (tokens.astype(jnp.float32)[:, None] * log_decay[:, None])[None, None]
 
 
 def _columns(x, group, groups):

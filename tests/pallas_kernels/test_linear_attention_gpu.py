@@ -167,6 +167,9 @@ def test_decays_are_cumulated_in_chunks_and_stand_still_at_padding_and_past_the_
     assert per_head.shape[0] == 1
     np.testing.assert_array_equal(np.broadcast_to(per_head, spread.shape), spread)
     assert not np.any(planning.chunk_decays(None, None, None, plan))
+    multiples = gates.chunk_decays(jnp.asarray(log_decay[0, 0]), None, None, plan)
+    want = np.asarray(per_head).reshape(1, 3, 4, 64).swapaxes(1, 2)[:, None]
+    np.testing.assert_allclose(multiples, want, rtol=1e-5)
 
 
 @needs_mosaic
