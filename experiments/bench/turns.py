@@ -1,8 +1,8 @@
 """Several cases at once, each in a process of its own, of which one at a time measures: `--jobs`.
 
 Most of a suite's time goes into compiling, which several cores share. Who measures holds the turn, a lock on a file
-that the environment names (already set, it joins several commands); the first call of a program, which compiles it, runs without it. A case whose process dies,
-as after an illegal address, is a failed row like any other.
+that the environment names (already set, it joins several commands); the first call of a program, which compiles it,
+runs without it. A case whose process dies, as after an illegal address, is a failed row like any other.
 """
 
 import concurrent.futures

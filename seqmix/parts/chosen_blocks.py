@@ -202,11 +202,12 @@ def attend(q, tokens: Tokens, blocks: Blocks, index, size: int, cache=None, **op
 
 def _joins(q, tokens, index, size, implementation):
     """Whether one kernel takes own and listed blocks."""
-    given = {"mask": Causal(), "soft_cap": None, "slopes": None, "scale": q.shape[-1] ** -0.5}
-    lay = layout(q.shape[0], q.shape[1], q.shape[2], tokens.k.shape[2])
-    fits = token_block_kernels.takes((1, size), index) and index.shape[1] == tokens.k.shape[2] == tokens.v.shape[2]
-    named = implementation in (None, "gpu")
-    return fits and named and token_block_kernels.reason(lay, q, tokens.k, tokens.v, **given) is None
+    if implementation not in (None, "gpu") or not token_block_kernels.takes((1, size), index):
+        return False
+    k, v = tokens.k, tokens.v
+    lay, scale = layout(q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q.shape[-1] ** -0.5
+    given = {"mask": Causal(), "soft_cap": None, "slopes": None, "scale": scale}
+    return index.shape[1] == k.shape[2] == v.shape[2] and token_block_kernels.reason(lay, q, k, v, **given) is None
 
 
 def _listed(q, k, v, index, size, **options):
