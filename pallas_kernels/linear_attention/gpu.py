@@ -263,7 +263,8 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
     Forward the weights are what is left of a token's write at the split's end; the last split is left out, since
     nothing follows it. reverse: the same for the state's gradient, of queries and output gradients: weights are what
     a token reads of the split's incoming state, and the first split is left out (its slot is not written). every: no
-    split is left out. Chunks of which nothing is left at that end are not visited.
+    split is left out. Chunks of which nothing is left at that end are not visited. The walk goes away from it: the
+    kernel that needs the states begins where this one stops, with what is still in the cache.
     """
     plan, units = lanes.plan, lanes.units
     inputs = [x for x in (decays, segments, flat(keys), flat(values)) if x is not None]
@@ -278,7 +279,7 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
         head, columns = lanes.head_and_columns(block, unit)
 
         def chunk(indices, decay_tile, *tiles):
-            *seg, key_tile, value_tile, carry = tiles
+            *seg, key_tile, value_tile, (total, left) = tiles
             tokens = Tokens(
                 decay_tile.at[:, unit if lanes.block_heads > 1 else 0],
                 *(seg or [None]),
@@ -289,12 +290,13 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
             weights = tokens.carry_in() if reverse else tokens.carry_out()
             weighted[unit] = scaled_rows(mine, weights).astype(jnp.bfloat16)
             compat.publish()
-            return compat.matmul((compat.transposed(key_tile), weighted.at[unit]), start=carry * tokens.kept())
+            added = compat.matmul((compat.transposed(key_tile), weighted.at[unit]))
+            return total + added * left, left * tokens.kept()
 
         def around(run):
-            out_ref[row, split, head, :, columns] = run(compat.zeros((plan.key, COLUMNS)))
+            out_ref[row, split, head, :, columns] = run((compat.zeros((plan.key, COLUMNS)), jnp.float32(1.0)))[0]
 
-        at = lambda i: split * plan.steps + (steps - 1 - i if reverse else plan.steps - steps + i)
+        at = lambda i: split * plan.steps + (i if reverse else plan.steps - 1 - i)
         tiles = ((plan.key, lanes.key_head(block)), (COLUMNS * units, block))
         specs = specs_of(lanes, block, row, decays, segments, at, *tiles)
         stages = min(4, plan.steps)
