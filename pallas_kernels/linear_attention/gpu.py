@@ -136,12 +136,12 @@ def begun(q, k, v, log_decay, run_ids, log_write, *, scale, splits=None, need_en
 def summed(ends, left, reverse=False):
     """What all splits add to the state at the end of time, [B, H, K, V]; reverse: to its gradient at the start.
 
-    ends: [B, splits, H, K, V], what each adds at its own end; left: [B or 1, H, splits], what each leaves of a state.
+    ends: [B, splits, H, K, V], what each adds at its own end; left: [B or 1, H, splits], log2 of what it leaves.
     """
     steps = range(ends.shape[1])
     total = jnp.zeros_like(ends[:, 0])
     for split in reversed(steps) if reverse else steps:
-        total = total * left[:, :, split, None, None] + ends[:, split]
+        total = total * jnp.exp2(left)[:, :, split, None, None] + ends[:, split]
     return total
 
 
@@ -160,9 +160,9 @@ def pad_time(q, k, v, log_decay, run_ids, *more):
 def carried_state(given, ends, left, where, row, head, splits):
     """A tile of the state at one end of a split: what the call was given, carried through the `splits` beyond it.
 
-    given: [B, H, K, V] or None for zeros; ends: what each split adds, [B, splits, H, K, V], and left: what it leaves,
-    [B or 1, H, splits], or None where time is not cut. where: (rows, columns) of the tile. splits: (first, count,
-    step) in the order of the walk.
+    given: [B, H, K, V] or None for zeros; ends: what each split adds, [B, splits, H, K, V], and left: log2 of what it
+    leaves, [B or 1, H, splits], or None where time is not cut. where: (rows, columns) of the tile. splits: (first,
+    count, step) in the order of the walk.
     """
     shape = tuple(index.size for index in where)
     carry = compat.zeros(shape) if given is None else compat.load_tile(given.at[(row, head, *where)], shared=False)
@@ -174,7 +174,7 @@ def carried_state(given, ends, left, where, row, head, splits):
     def through(index, carry):
         split = first + index * step
         end = compat.load_tile(ends.at[(row, split, head, *where)], shared=False)
-        return carry * left[decay_row, head, split] + end
+        return carry * jnp.exp2(left[decay_row, head, split]) + end
 
     return lax.fori_loop(0, count, through, carry)
 
