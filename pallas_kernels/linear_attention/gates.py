@@ -101,8 +101,8 @@ def ends_of_chunks(decays, segments, plan: Plan):
 
 
 def split_decays(decays, segments, plan: Plan):
-    """What is left of a state after each split, [B or 1, H, splits] float32; 0 where another run has begun."""
-    return jnp.exp2(jnp.sum(ends_of_chunks(decays, segments, plan), axis=2)).swapaxes(1, 2)
+    """log2 of what is left of a state after each split, [B or 1, H, splits]; -inf where another run has begun."""
+    return jnp.sum(ends_of_chunks(decays, segments, plan), axis=2).swapaxes(1, 2)
 
 
 def reaching(decays, segments, plan: Plan, heads: int, reverse=False):

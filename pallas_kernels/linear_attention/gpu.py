@@ -136,12 +136,12 @@ def begun(q, k, v, log_decay, run_ids, log_write, *, scale, splits=None, need_en
 def summed(ends, left, reverse=False):
     """What all splits add to the state at the end of time, [B, H, K, V]; reverse: to its gradient at the start.
 
-    ends: [B, splits, H, K, V], what each adds at its own end; left: [B or 1, H, splits], what each leaves of a state.
+    ends: [B, splits, H, K, V], what each adds at its own end; left: [B or 1, H, splits], log2 of what it leaves.
     """
     steps = range(ends.shape[1])
     total = jnp.zeros_like(ends[:, 0])
     for split in reversed(steps) if reverse else steps:
-        total = total * left[:, :, split, None, None] + ends[:, split]
+        total = total * jnp.exp2(left)[:, :, split, None, None] + ends[:, split]
     return total
 
 
@@ -160,9 +160,9 @@ def pad_time(q, k, v, log_decay, run_ids, *more):
 def carried_state(given, ends, left, where, row, head, splits):
     """A tile of the state at one end of a split: what the call was given, carried through the `splits` beyond it.
 
-    given: [B, H, K, V] or None for zeros; ends: what each split adds, [B, splits, H, K, V], and left: what it leaves,
-    [B or 1, H, splits], or None where time is not cut. where: (rows, columns) of the tile. splits: (first, count,
-    step) in the order of the walk.
+    given: [B, H, K, V] or None for zeros; ends: what each split adds, [B, splits, H, K, V], and left: log2 of what it
+    leaves, [B or 1, H, splits], or None where time is not cut. where: (rows, columns) of the tile. splits: (first,
+    count, step) in the order of the walk.
     """
     shape = tuple(index.size for index in where)
     carry = compat.zeros(shape) if given is None else compat.load_tile(given.at[(row, head, *where)], shared=False)
@@ -174,7 +174,7 @@ def carried_state(given, ends, left, where, row, head, splits):
     def through(index, carry):
         split = first + index * step
         end = compat.load_tile(ends.at[(row, split, head, *where)], shared=False)
-        return carry * left[decay_row, head, split] + end
+        return carry * jnp.exp2(left[decay_row, head, split]) + end
 
     return lax.fori_loop(0, count, through, carry)
 
@@ -263,7 +263,8 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
     Forward the weights are what is left of a token's write at the split's end; the last split is left out, since
     nothing follows it. reverse: the same for the state's gradient, of queries and output gradients: weights are what
     a token reads of the split's incoming state, and the first split is left out (its slot is not written). every: no
-    split is left out. Chunks of which nothing is left at that end are not visited.
+    split is left out. Chunks of which nothing is left at that end are not visited. The walk goes away from it: the
+    kernel that needs the states begins where this one stops, with what is still in the cache.
     """
     plan, units = lanes.plan, lanes.units
     inputs = [x for x in (decays, segments, flat(keys), flat(values)) if x is not None]
@@ -278,7 +279,7 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
         head, columns = lanes.head_and_columns(block, unit)
 
         def chunk(indices, decay_tile, *tiles):
-            *seg, key_tile, value_tile, carry = tiles
+            *seg, key_tile, value_tile, (total, left) = tiles
             tokens = Tokens(
                 decay_tile.at[:, unit if lanes.block_heads > 1 else 0],
                 *(seg or [None]),
@@ -289,12 +290,13 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
             weights = tokens.carry_in() if reverse else tokens.carry_out()
             weighted[unit] = scaled_rows(mine, weights).astype(jnp.bfloat16)
             compat.publish()
-            return compat.matmul((compat.transposed(key_tile), weighted.at[unit]), start=carry * tokens.kept())
+            added = compat.matmul((compat.transposed(key_tile), weighted.at[unit]))
+            return total + added * left, left * tokens.kept()
 
         def around(run):
-            out_ref[row, split, head, :, columns] = run(compat.zeros((plan.key, COLUMNS)))
+            out_ref[row, split, head, :, columns] = run((compat.zeros((plan.key, COLUMNS)), jnp.float32(1.0)))[0]
 
-        at = lambda i: split * plan.steps + (steps - 1 - i if reverse else plan.steps - steps + i)
+        at = lambda i: split * plan.steps + (i if reverse else plan.steps - 1 - i)
         tiles = ((plan.key, lanes.key_head(block)), (COLUMNS * units, block))
         specs = specs_of(lanes, block, row, decays, segments, at, *tiles)
         stages = min(4, plan.steps)
