@@ -120,25 +120,34 @@ def backward(
     if any(size not in BLOCKS for size in sizes) or q.shape[1] % sizes[0] or k.shape[1] % sizes[1]:
         shapes = f"{tuple(sizes)} for T={q.shape[1]}, S={k.shape[1]}"
         raise ValueError(f"sizes: expected 64 or 128 each, of which T and S are multiples, got {shapes}")
-    data, seen, facts = (dict(q_data or {}), dict(k_data or {})), None, None
+    data, seen, inputs, facts = (dict(q_data or {}), dict(k_data or {})), None, (), None
     lengths = q.shape[1], k.shape[1]
     if visible is not None:
         seen, *data = Visibility(visible, *data).prepared(*data, *lengths)
-        facts = [_facts(x.values(), length) for x, length in zip(data, lengths)]
-    inputs = tuple(tuple(x) for x in data)
+        inputs = tuple(_asked(seen, *side) for side in (("queries", "i"), ("keys", "j")))
+        facts = [_facts(*side) for side in zip(inputs, data, lengths)]
     shared = dict(scale=scale, soft_cap=soft_cap, seen=seen, inputs=inputs, ratio=q.shape[2] // k.shape[2])
     dq = _gradients(_cut(shared, sizes, False, q, v), walk, (q, dy), (k, v), rows, facts)[0]
     call = _cut(shared, (turned_queries or sizes[0], sizes[1]), True, q, v)
     owners = turned[0].shape[2]
     blocks = -(-owners // call.owners) * k.shape[2] * k.shape[0]
-    call = dataclasses.replace(call, pieces=pieces(blocks, call.ratio, turned[2].shape[2] // owners * call.parts))
+    if soft_cap is None:  # else registers are too few
+        call = dataclasses.replace(call, pieces=pieces(blocks, call.ratio, turned[2].shape[2] // owners * call.parts))
     dk, dv = _gradients(call, turned, (k, v), (q, dy), rows, facts)
     return dq, dk, dv
 
 
-def _facts(values, length):
-    """What a mask may ask of one side's tokens, [B or 1, 1 + inputs, length] int32: their indices, then inputs."""
-    rows = [jnp.arange(length, dtype=jnp.int32)[None], *(jnp.asarray(x, jnp.int32) for x in values)]
+def _asked(seen, side, index):
+    """Names of what a mask asks of one side, at least one."""
+    found = seen.asked(side)
+    # Four vectors beside each other cost ptxas a register more than five; two one less than three.
+    return found if len(found) in (1, 2) or index in found else (index, *found)
+
+
+def _facts(names, values, length):
+    """What a mask asks of one side's tokens, [B or 1, names, length] int32; "i" and "j" are their indices."""
+    indices = dict.fromkeys("ij", jnp.arange(length, dtype=jnp.int32)[None])
+    rows = [jnp.asarray((indices | values)[name], jnp.int32) for name in names]
     batch = max(x.shape[0] for x in rows)
     return jnp.stack([jnp.broadcast_to(x, (batch, length)) for x in rows], axis=1)
 
@@ -169,10 +178,13 @@ def _heavy_first(count, multiple):
 def _gradients(call: Call, walk, own, others, rows, facts):
     """What a kernel adds up: [dq], or [dk, dv]."""
     begin, count, other, marks = walk
+    full = (1 << WARPGROUPS) - 1
+    if marks.dtype != bool and (call.soft_cap is not None or call.seen is None):  # too few registers to pass over tiles
+        marks = marks & full == full
     if marks.dtype == bool:
-        marks = marks * ((1 << WARPGROUPS) - 1)
-    elif call.seen is not None:
-        call = dataclasses.replace(call, skips=not isinstance(marks, np.ndarray) or bool((marks >> WARPGROUPS).any()))
+        marks = marks * full
+    else:
+        call = dataclasses.replace(call, skips=True)
     names = ["a", "b", "other_a", "other_b", "rows", "order", "begin", "count", "entries"]
     entries = (other << MARKS) + marks  # number of the block, and what is known of it
     order = _heavy_first(count, call.owners)
@@ -203,8 +215,8 @@ def _gradients(call: Call, walk, own, others, rows, facts):
     ]
     if hides:
         scratch += [
-            compat.vector(WARPGROUPS, 1 + len(call.names(True)), ROWS, dtype=jnp.int32),
-            compat.vector(slots, 1 + len(call.names(False)), call.step, dtype=jnp.int32),
+            compat.vector(WARPGROUPS, len(call.names(True)), ROWS, dtype=jnp.int32),
+            compat.vector(slots, len(call.names(False)), call.step, dtype=jnp.int32),
             compat.vector(slots, dtype=jnp.int32),
         ]
     if compat.interpreting():
@@ -425,10 +437,8 @@ class _Block:
         vectors["other"] = lambda n: lambda: compat.load_columns(other.at[n])
         values = {}
         for side, names in (("own", self.call.names(True)), ("other", self.call.names(False))):
-            values |= {name: vectors[side](1 + n) for n, name in enumerate(names)}
-        i, j = (vectors[side](0) for side in ("own", "other"))
-        if self.call.keys_own:
-            i, j = j, i
+            values |= {name: vectors[side](n) for n, name in enumerate(names)}
+        i, j = (values.pop(name, None) for name in "ij")
         sizes = p.shape[::-1] if self.call.keys_own else p.shape
         return jnp.where(self.call.seen(i, j, values, sizes, turned=self.call.keys_own), p, 0.0)
 

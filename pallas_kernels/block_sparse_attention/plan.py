@@ -191,6 +191,17 @@ class Visibility:
         out.sides = {name: side for side, arrays in data.items() for name in arrays}
         return out, data["queries"], data["keys"]
 
+    def asked(self, kind: str) -> tuple[str, ...]:
+        """What the mask asks for of "queries" or "keys": names of vectors, and "i" or "j" if it is the index."""
+        found, seen, left = set(), set(), [self.root]
+        while left:
+            node = left.pop()
+            if node not in seen:
+                seen.add(node)
+                left += node.inputs
+                found |= {node.value} if node.kind == kind and node.operation is None else set()
+        return tuple(sorted(found))
+
     def __call__(self, i, j, values, sizes, *, turned=False):
         """Whether pairs are visible: bool [bq, bk], of int32 vectors i() [bq] and j() [bk], and values {name: one}.
 

@@ -143,17 +143,23 @@ def test_a_call_that_cannot_run_is_refused_with_one_line():
 # Ahead of time for an H100, through ptxas, on a machine without a GPU.
 
 
-def compiled(spilled, visible, data=(), soft_cap=None, sizes=(128, 128)):
+def compiled(spilled, visible, data=(), soft_cap=None, sizes=(128, 128), marks=False):
     array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
     integers = lambda length: array(1, 1, length, dtype=jnp.int32)
     time, tiles = 1024, 1024 // sizes[0]
-    lists = (integers(tiles), integers(tiles), integers(tiles**2), array(1, 1, tiles**2, dtype=jnp.bool_))
+    lists = (
+        integers(tiles),
+        integers(tiles),
+        integers(tiles**2),
+        array(1, 1, tiles**2, dtype=jnp.int32 if marks else jnp.bool_),
+    )
     q, rows = array(2, time, 4, 128), array(2, 4, 2, time, dtype=jnp.float32)
     k = array(2, time, 2, 128)
     data = [{name: array(2, time, dtype=jnp.int32)} for name in data] or [{}, {}]
 
     def run(q, k, v, rows, dy, walk, turned, q_data, k_data):
         sides = {"q_data": q_data, "k_data": k_data, "visible": visible, "soft_cap": soft_cap}
+        sides["turned_queries"] = 64 if marks else None
         return gpu_backward.backward(q, k, v, rows, dy, walk, turned, sizes=sizes, scale=1.0, **sides)
 
     return spilled(run, q, k, k, rows, q, lists, lists, *data)
@@ -161,6 +167,11 @@ def compiled(spilled, visible, data=(), soft_cap=None, sizes=(128, 128)):
 
 def test_kernels_with_a_data_mask_compile_for_an_h100_without_spills(spilled):
     found = compiled(spilled, packed, ("segment", "kv_segment"))
+    assert found == {"block_sparse_attention_dkv": 0, "block_sparse_attention_dq": 0}
+
+
+def test_kernels_whose_halves_pass_over_tiles_compile_for_an_h100_without_spills(spilled):
+    found = compiled(spilled, causal, marks=True)
     assert found == {"block_sparse_attention_dkv": 0, "block_sparse_attention_dq": 0}
 
 
