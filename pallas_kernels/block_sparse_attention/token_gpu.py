@@ -27,14 +27,14 @@ from pallas_kernels.block_sparse_attention import plan
 
 SIZE = 64  # keys of a block
 ROWS = 64  # of a tile: the heads of some tokens
-UNITS, TILES = 3, 1  # warpgroups that compute, and tiles of each; 2, 2 with 240 registers is the other good cut
+UNITS, TILES = 3, 1  # warpgroups that compute, and tiles of each; 2, 2 goes with 24 and 240 registers
 GROUP = UNITS * TILES * ROWS  # rows of a thread block
 HEADS = 8, 16, 32, 64  # G, query heads to a key head: one bit a token, 32 at most
 STAGES = 6  # blocks of keys and values in shared memory, at most
 LOG2_E = math.log2(math.e)
 LOWEST = -1e38  # a maximum before the first score: 2^(-inf - LOWEST) is 0, and LOWEST - LOWEST no NaN
 SHARED_BYTES = 222 * 1024  # for tiles, of the 227 KiB that a block may have
-FETCHING, COMPUTING = 24, 160  # registers of a thread
+FETCHING, COMPUTING = 32, 160  # registers of a thread
 F32 = jnp.float32
 
 
@@ -188,34 +188,34 @@ class Union:
         return self.count + 1 + last - self.first // SIZE
 
     def entry(self, n):
-        """The nth block and its bits."""
-        place = jnp.minimum(n, self.given["block"].shape[3] - 1)
-        block, bits = (self.given[name][(*self.at, place)] for name in ("block", "bits"))
-        if not self.call.own:
-            return block, bits
-        beyond = jnp.maximum(n - self.count, 0)
-        own, mine = self.first // SIZE + beyond, self.given["own"][self.at]
-        if SIZE % self.call.group:  # some of the tokens may lie in the next block
+        """The nth block of the union and its bits."""
+        n = jnp.minimum(n, self.given["block"].shape[3] - 1)
+        return tuple(self.given[name][(*self.at, n)] for name in ("block", "bits"))
+
+    def own(self, n):
+        """The nth block in which tokens lie, and its bits."""
+        bits = self.given["own"][self.at]
+        if SIZE % self.call.group:  # some of them may lie in the next block
             here = (1 << jnp.minimum(SIZE - lax.rem(self.first, SIZE), self.call.group)) - 1
-            mine &= jnp.where(beyond == 0, here, ~here)
-        last = n >= self.count
-        return jnp.where(last, own, block), jnp.where(last, mine, bits)
+            bits &= jnp.where(n == 0, here, ~here)
+        return self.first // SIZE + n, bits
 
     def token(self, unit, tile):
         """First token of a tile."""
         return self.first + (unit * TILES + tile) * self.call.tokens
 
 
-def fetch_rows(call, union, sources, targets, there):
-    """Starts the copies of all rows from [B, T, Hk, G, width], token by token: a loop, as copies take registers."""
+def fetch_rows(call, given, sources, targets, there):
+    """Starts the copies of all rows from [B, T, Hk, G, width], token by token: loops, as copies take registers."""
+    for source, target in zip(sources, targets, strict=True):
+        union = Union(call, given)
 
-    def step(place, _):
-        tile, token = place // call.tokens, jnp.minimum(union.first + place, union.given["q"].shape[1] - 1)
-        for source, target in zip(sources, targets, strict=True):
+        def step(place, _, source=source, target=target, union=union):
+            tile, token = place // call.tokens, jnp.minimum(union.first + place, source.shape[1] - 1)
             rows = target.at[tile, call.rows(lax.rem(place, call.tokens))]
             compat.fetch(source.at[union.row, token, union.head], rows, there.at[tile // TILES])
 
-    lax.fori_loop(0, call.group, step, None)
+        lax.fori_loop(0, call.group, step, None)
 
 
 def fetch_blocks(union, given, shared, stages):
@@ -225,9 +225,7 @@ def fetch_blocks(union, given, shared, stages):
         """Until the block has been used that lay where the nth one goes."""
         pl.when(n >= stages)(lambda: compat.wait(shared["free"].at[lax.rem(n, stages)]))
 
-    def step(n, entry):
-        block, bits = entry
-        later = union.entry(n + 1)
+    def start(n, block, bits):
         slot = lax.rem(n, stages)
         keys, there = pl.ds(block * SIZE, SIZE), shared["there"].at[slot]
         await_free(n)
@@ -235,9 +233,16 @@ def fetch_blocks(union, given, shared, stages):
             compat.fetch(given[name].at[union.row, keys, union.head], shared[name].at[slot], there)
         shared["block"][slot], shared["bits"][slot] = block, bits
         compat.arrive(there)
+
+    def step(n, entry):
+        later = union.entry(n + 1)
+        start(n, *entry)
         return later
 
-    lax.fori_loop(0, union.visits, step, union.entry(0))
+    lax.fori_loop(0, union.count, step, union.entry(0))
+    if union.call.own:
+        again = Union(union.call, given)  # so that nothing of it has to be kept through the loop
+        lax.fori_loop(again.count, again.visits, lambda n, _: start(n, *again.own(n - again.count)), None)
     for left in range(stages):  # no barrier is left with an arrival that nobody has seen
         await_free(union.visits + left)
 
@@ -293,9 +298,8 @@ class Block:
     def fetch(self):
         call, given, shared = self.call, self.given, self.shared
         compat.registers(FETCHING, more=False)
-        union = Union(call, given)
-        fetch_rows(call, union, [given["q"]], [shared["q"]], shared["q_there"])
-        fetch_blocks(union, given, shared, call.stages)
+        fetch_rows(call, given, [given["q"]], [shared["q"]], shared["q_there"])
+        fetch_blocks(Union(call, given), given, shared, call.stages)
 
     def compute(self):
         call, shared = self.call, self.shared

@@ -32,7 +32,7 @@ from pallas_kernels.block_sparse_attention.token_gpu import (
 
 SHARED_BYTES = 224 * 1024  # for tiles, of the 227 KiB that a block may have
 LISTS = 2  # warpgroups that compute dk and dv
-LISTS_COMPUTING = 240  # registers of a thread of theirs
+LISTS_FETCHING, LISTS_COMPUTING = 24, 240  # registers of a thread there
 F32 = jnp.float32
 
 
@@ -111,10 +111,9 @@ class QueryBlock:
     def fetch(self):
         call, given, shared = self.call, self.given, self.shared
         compat.registers(FETCHING, more=False)
-        union = Union(call, given)
         sources, targets = ([x[name] for name in ("q", "dy")] for x in (given, shared))
-        token_gpu.fetch_rows(call, union, sources, targets, shared["own"])
-        token_gpu.fetch_blocks(union, given, shared, call.stages)
+        token_gpu.fetch_rows(call, given, sources, targets, shared["own"])
+        token_gpu.fetch_blocks(Union(call, given), given, shared, call.stages)
 
     def compute(self):
         call, shared = self.call, self.shared
@@ -245,7 +244,7 @@ class KeyBlock:
 
     def fetch(self):
         call, given, shared = self.call, self.given, self.shared
-        compat.registers(FETCHING, more=False)
+        compat.registers(LISTS_FETCHING, more=False)
         lists = [List(call, given, unit) for unit in range(LISTS)]
         for unit, mine in enumerate(lists):
             for name in ("k", "v"):
