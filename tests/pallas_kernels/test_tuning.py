@@ -17,6 +17,4 @@ def test_candidates_compile_for_an_absent_h100_and_say_what_they_spill(h100s):
     program, spilled = tune.compiled(gpu.forward, [q] * 3, "linear_attention.forward", choices)
     assert program is not None
     # Two splits, as was asked, have states.
-    assert spilled == dict.fromkeys(
-        ("linear_attention_gates", "linear_attention_states", "linear_attention_forward"), 0
-    )
+    assert spilled == dict.fromkeys(("linear_attention_states", "linear_attention_forward"), 0)
