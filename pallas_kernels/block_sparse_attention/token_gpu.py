@@ -215,7 +215,7 @@ def fetch_rows(call, given, sources, targets, there):
             rows = target.at[tile, call.rows(lax.rem(place, call.tokens))]
             compat.fetch(source.at[union.row, token, union.head], rows, there.at[tile // TILES])
 
-        lax.fori_loop(0, call.group, step, None)
+        lax.fori_loop(0, call.group + jnp.minimum(union.count, 0), step, None)  # a number unknown: it is not unrolled
 
 
 def fetch_blocks(union, given, shared, stages):
