@@ -371,7 +371,6 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
     weighs: then <v, dv> too, [slots, B, H, T]: the gradient of the logarithms of the writes' weights.
     """
     plan, width = lanes.plan, COLUMNS * lanes.units
-    wide = max(width, plan.key)
     names = [name for name, x in given.items() if x is not None]
     count, parts = lanes.block_heads, plan.group * plan.value // width
     extra = 2 * need_decay + weighs  # results beside dv, dk and the first state's gradient
@@ -382,7 +381,8 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
         refs, rest = dict.fromkeys(given) | dict(zip(names, args)), args[len(names) :]
         dv_ref, dk_ref, first_ref, *rest = rest
         outs, rest = rest[:extra], rest[extra:]
-        buffers, full, free, *spares = rest[:5], *rest[5:]
+        full, free, *rest = rest
+        buffers, spares = (rest[:-2], rest[-2:]) if compat.interpreting() else (rest, [])
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
         warpgroup = compat.warpgroup(2)
         unit = warpgroup if shared else 0
@@ -394,11 +394,8 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
         def chunk(indices, decay_tile, *tiles):
             *seg, q_tile, k_tile, v_tile, dy_tile, carry = tiles
             now = at(indices[0])
-            states, weighted, staged, sums, totals = (compat.unhoisted(buffer, now) for buffer in buffers)
-            dv_staged, dk_staged = (
-                staged.at[n, :, pl.ds(0, size)] if size < wide else staged.at[n]
-                for n, size in enumerate((width, plan.key))
-            )
+            states, weighted, sums, totals, staged, *apart = (compat.unhoisted(buffer, now) for buffer in buffers)
+            dv_staged, dk_staged = apart or (staged.at[0], staged.at[1])
             state_of = lambda unit: states.at[unit if shared else warpgroup]
             here = list(_heads_of(lanes, block, decay_tile, *(seg or [None]), now * CHUNK, math.log2(scale)))
             own = Tokens(
@@ -409,7 +406,7 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
             states[warpgroup] = carry.astype(jnp.bfloat16)
             slot = pl.ds(warpgroup * COLUMNS, COLUMNS)
             weighted[:, slot] = scaled_rows(_read(dy_tile.at[:, mine]), own.carry_in()).astype(jnp.bfloat16)
-            if need_decay:  # the tile of dv or dk is free until that is written
+            if need_decay:  # where the tile is dv's or dk's, it is free until that is written
                 first = staged.at[warpgroup, :, pl.ds(0, COLUMNS)]
                 first[...] = scaled_rows(_read(v_tile.at[:, mine]), own.carry_out()).astype(jnp.bfloat16)
             compat.publish()
@@ -517,14 +514,17 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
         jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.key, plan.value), jnp.float32),
     ]
     scratch = [
+        compat.barrier(2),
+        compat.barrier(2),
         compat.tile(1, 2, plan.key, COLUMNS),
         compat.tile(1, CHUNK, 2 * COLUMNS),
-        compat.tile(1, 2, CHUNK, wide),
         compat.vector(1, 2, count, CHUNK),
         compat.vector(1, 2, plan.key),
-        compat.barrier(2),
-        compat.barrier(2),
     ]
+    if width == plan.key:  # one for dv, one for dk
+        scratch.append(compat.tile(1, 2, CHUNK, width))
+    else:  # of tiles as wide as the other TMA could not store the parts
+        scratch += [compat.tile(1, 2, CHUNK, COLUMNS), compat.tile(1, CHUNK, width), compat.tile(1, CHUNK, plan.key)]
     sums = jax.ShapeDtypeStruct((max(1, plan.value // width), plan.batch, plan.heads, padded), jnp.float32)
     if need_decay:
         totals = (plan.value // COLUMNS, plan.batch, plan.heads, plan.chunks * plan.key)
