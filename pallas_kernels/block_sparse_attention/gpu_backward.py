@@ -33,6 +33,7 @@ FETCHING, COMPUTING = 24, 240
 # What a list may say of a tile, bit by bit: whether it is full for each warpgroup of a block, whether empty for each.
 MARKS = 2 * WARPGROUPS
 DEEP = 12  # operations of a mask, above which a tile of 128 keys needs too many registers
+VECTOR = 6  # as many operations as that a vector of keys, beyond one, takes in registers
 SHARED_BYTES = 225 * 1024
 
 
@@ -155,8 +156,9 @@ def _facts(names, values, length):
 def _cut(shared, sizes, keys_own, q, v, step=None, stages=None):
     """How one of the kernels cuts its work."""
     own, other = sizes[::-1] if keys_own else sizes
-    deep = shared["soft_cap"] is not None or (shared["seen"] is not None and shared["seen"].root.cost > DEEP)
-    small = keys_own or deep or own == ROWS
+    cost, vectors = (shared["seen"].root.cost, len(shared["inputs"][1])) if shared["seen"] is not None else (0, 1)
+    deep = shared["soft_cap"] is not None or cost > DEEP
+    small = keys_own or deep or cost + VECTOR * (vectors - 1) > DEEP or own == ROWS
     step = step or (64 if small else other)  # as many as registers and shared memory hold
     width = 2 * (q.shape[-1] + v.shape[-1])  # bytes of a token
     rings = WARPGROUPS * ROWS // own
