@@ -108,10 +108,11 @@ def best_blocks(scores, count: int):
 
 
 def best_in_ranges(scores, low, high, count: int, implementation=None):
-    """`best_blocks` of scores [B, h, n, T] in the ranges from low to high - 1, each [B, T]; [B, h, T, count] int32.
+    """`best_blocks` of scores [B, h, n, T] from low to high - 1, both [B, T]: [B, h, T, min(count, n)] int32.
 
     implementation: "gpu" (Hopper kernel, for float32 and up to 32 places; takes nothing for NaN) or None, which sorts.
     """
+    count = min(count, scores.shape[2])
     if implementation == "gpu" and count <= PLACES:
         from pallas_kernels.block_sparse_attention import best_gpu
 

@@ -134,8 +134,8 @@ def choose(scores, seen, count: int, forced=None):
     return best_blocks(jnp.where(seen[:, None], scores, -jnp.inf), min(count, scores.shape[-1]))
 
 
-def choose_by_kernel(scores, runs, place, size: int, count: int, first: int, local: int):
-    """`choose` of scores [B, h, n, T], for calls without a cache, on a Hopper GPU.
+def choose_in_ranges(scores, runs, place, size: int, count: int, first: int, local: int, implementation="gpu"):
+    """`choose` of scores [B, h, n, T], for calls without a cache, by `best_in_ranges`.
 
     Forced are the first `first` blocks of a segment and the last local - 1 before a token's own, at most `count`.
     """
@@ -149,7 +149,7 @@ def choose_by_kernel(scores, runs, place, size: int, count: int, first: int, loc
     lists = jnp.broadcast_to(forced[:, None], (*scores.shape[:2], *forced.shape[1:]))
     if count > len(at):
         others = low + first, high - (local - 1), count - len(at)
-        found = best_in_ranges(jax.lax.stop_gradient(scores), *others, implementation="gpu")
+        found = best_in_ranges(jax.lax.stop_gradient(scores), *others, implementation)
         lists = jnp.concatenate([lists, found], axis=-1)
     return lists[..., : min(count, scores.shape[2])]
 

@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import compat
 from seqmix.ops.summed_weights import block_weights
+from seqmix.ops.topk_blocks import best_in_ranges
 
 needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
 
@@ -32,6 +33,20 @@ def test_kernel_matches_float64_where_tokens_see_some_keys_or_none():
     want = np.where(seen, np.exp(scores - lse).sum(1), 0)[:, None]
     np.testing.assert_allclose(got, want, rtol=1e-5)
     np.testing.assert_allclose(block_weights(q, k, inputs()[2], seen, scale=0.1), want, rtol=1e-5)
+
+
+@needs_mosaic
+def test_the_kernel_of_the_best_is_a_stable_sort_of_ranges(time=130, blocks=9):
+    """Ties, ranges of fewer blocks than places, empty ones, and no numbers outside of them."""
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 4, (2, 1, blocks, time)).astype(np.float32)
+    low, high = np.sort(rng.integers(0, blocks + 1, (2, 2, time)), axis=0).astype(np.int32)
+    place = np.arange(blocks)[:, None]
+    scores = jnp.where(((place >= low[:, None]) & (place < high[:, None]))[:, None], scores, jnp.nan)
+    with compat.interpret():
+        got = best_in_ranges(scores, jnp.asarray(low), jnp.asarray(high), 4, implementation="gpu")
+    want = best_in_ranges(jnp.nan_to_num(scores), jnp.asarray(low), jnp.asarray(high), 4)
+    assert np.array_equal(got, want) and (want >= 0).any() and (want < 0).any()
 
 
 def test_a_call_that_does_not_fit_is_refused_with_one_line():

@@ -242,7 +242,7 @@ class NativeSparseAttention(Mixer):
             weight, most = jnp.swapaxes(weight, 1, 2), max(1, rows // weight.shape[1])
             return chosen_blocks.by_stretches(chosen, most, weight, runs, place)
         score = weight if same else jnp.einsum("bjtn,bnm->bjmt", weight, shared.astype(weight.dtype))
-        return chosen_blocks.choose_by_kernel(score, runs, place, self.size, self.count - 1, self.first, self.local)
+        return chosen_blocks.choose_in_ranges(score, runs, place, self.size, self.count - 1, self.first, self.local)
 
     # Decoding
 
