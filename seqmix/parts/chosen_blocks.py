@@ -12,6 +12,7 @@ sparse attention): 0.16 and 0.72 at 2048, gathering 0.24 and 0.69; 1.05 and 4.13
 attention from somewhere between those lengths on; native sparse attention is slower at both.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,8 @@ import jax.numpy as jnp
 
 from seqmix.ops import token_block_kernels
 from seqmix.ops.block_sparse import block_sparse_attention
-from seqmix.ops.masks import Causal
+from seqmix.ops.mask_algebra import grade
+from seqmix.ops.masks import Causal, Mask
 from seqmix.ops.mesh import layout
 from seqmix.ops.softmax import attention, merge
 from seqmix.ops.topk_blocks import best_blocks, best_in_ranges
@@ -44,6 +46,21 @@ class Blocks(NamedTuple):
     v: jax.Array  # [B, n, length, Hk, V]
     runs: jax.Array  # [B, n] segment of a block, 0 where there is none
     number: jax.Array  # [B, n] of a block in its segment
+
+
+@dataclass(frozen=True)
+class Ended(Mask):
+    """Of blocks of `length` tokens, which begin every `stride` tokens of a row, those that have ended by a query."""
+
+    length: int
+    stride: int
+
+    def visible(self, i, j, data=None):
+        return j * self.stride <= i - (self.length - 1)
+
+    def over(self, rows, columns, spans=None):
+        (first, last), (low, high) = rows, columns
+        return grade(low * self.stride + self.length <= last + 1, high * self.stride + self.length <= first + 1)
 
 
 def after(cache, count: int, k, v, runs, place, segment_ids=None) -> Tokens:

@@ -41,3 +41,10 @@ def test_ranges_choose_what_masks_choose(count, first, local, size=8):
     fields = given.runs, place, size, count, first, local
     got = chosen_blocks.choose_in_ranges(jnp.asarray(scores), *fields, implementation=None)
     assert (np.asarray(want) >= 0).any() and np.array_equal(got, want)
+
+
+def test_blocks_that_have_ended_are_graded_as_their_pairs_are():
+    mask = chosen_blocks.Ended(12, 4)
+    seen = np.arange(16) * 4 + 11 <= np.arange(TIME)[:, None]
+    assert np.array_equal(mask.dense(TIME, 16), seen)
+    assert np.array_equal(mask.tiles(8, 3, TIME, 16), mask.tiles(8, 3, TIME, 16, refine=True))

@@ -152,11 +152,10 @@ class NativeSparseAttention(Mixer):
         """
         caches, ids = caches or dict.fromkeys(BRANCHES), segment_ids
         pools, kept = self._pools(params, *keys["compressed"], runs, place, caches["compressed"], ids)
-        compressed, lse = attention(
-            *(q, pools.k, pools.v),
-            **dict(segment_ids=runs, kv_segment_ids=pools.runs, q_positions=place, kv_positions=self._end(pools)),
-            **dict(return_lse=True, **self._options),
-        )
+        ended = dict(segment_ids=runs, kv_segment_ids=pools.runs, q_positions=place, kv_positions=self._end(pools))
+        if self.implementation == "gpu" and caches["compressed"] is ids is None:  # then its kernels' lists are known
+            ended = {"mask": chosen_blocks.Ended(self.compress, self.stride)}
+        compressed, lse = attention(q, pools.k, pools.v, return_lse=True, **ended, **self._options)
         cache = caches["selected"]
         tokens = chosen_blocks.after(cache, self.size - 1, *keys["selected"], runs, place, ids)
         blocks = chosen_blocks.whole(tokens, self.size, self.size)
