@@ -3,12 +3,11 @@
     s_tgj = scale q_tg . k_j,   lse_tg = log sum_j exp(s_tgj),   y_tg = sum_j exp(s_tgj - lse_tg) v_j
 
 over the keys j of the blocks that token t lists. The G query heads of a key head share a list (arXiv 2502.11089). A
-thread block owns GROUP / G neighbouring tokens of a key head, and walks the union of their lists: what several of them
+thread block owns some neighbouring tokens of a key head, and walks the union of their lists: what several of them
 chose is fetched once. Beside each block of the union stand bits: who of the tokens listed it.
 
 Rows of a tile are the heads of 64 / G tokens. A warpgroup passes over a block that none of its tile's tokens listed,
-and gives the rows of those that did not weights of 0. Three, of one tile each, keep the tensor cores busier than two of
-two, of which one makes products while the other makes weights. They work in vain where neighbours disagree, by up to
+and gives the rows of those that did not weights of 0. The tensor cores work in vain where neighbours disagree, by up to
 64 / G. The other way, keys as rows and the heads of one token as columns, works in vain nowhere, but reads each block
 from shared memory once for each token, which takes as long, and has to reduce across warps.
 docs/attention.md counts both, and the order by key blocks, which writes sums to memory. L2 is what binds.
@@ -27,15 +26,37 @@ from pallas_kernels.block_sparse_attention import plan
 
 SIZE = 64  # keys of a block
 ROWS = 64  # of a tile: the heads of some tokens
-UNITS, TILES = 3, 1  # warpgroups that compute, and tiles of each; 2, 2 goes with 24 and 240 registers
-GROUP = UNITS * TILES * ROWS  # rows of a thread block
 HEADS = 8, 16, 32, 64  # G, query heads to a key head: one bit a token, 32 at most
 STAGES = 6  # blocks of keys and values in shared memory, at most
 LOG2_E = math.log2(math.e)
 LOWEST = -1e38  # a maximum before the first score: 2^(-inf - LOWEST) is 0, and LOWEST - LOWEST no NaN
 SHARED_BYTES = 222 * 1024  # for tiles, of the 227 KiB that a block may have
-FETCHING, COMPUTING = 32, 160  # registers of a thread
+LONG = 16384  # keys above which unions are so long that L2 binds
 F32 = jnp.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a thread block divides its rows."""
+
+    units: int  # warpgroups that compute
+    tiles: int  # of each
+    fetching: int  # registers of a thread
+    computing: int
+
+    @property
+    def rows(self) -> int:
+        return self.units * self.tiles * ROWS
+
+
+# Three warpgroups of one tile keep the tensor cores busier than two of two, of which one makes products while the other
+# makes weights; but fewer neighbours share what is fetched.
+MANY, WIDE = Cut(3, 1, 32, 160), Cut(2, 2, 24, 240)
+
+
+def cut(keys: int) -> Cut:
+    """The cut for so many keys."""
+    return WIDE if keys > LONG else MANY
 
 
 def supports(q, k, v, *, scale=1.0, capability=None) -> str | None:
@@ -55,7 +76,7 @@ def supports(q, k, v, *, scale=1.0, capability=None) -> str | None:
 
 def group_tokens(q, k) -> int:
     """Tokens of a thread block, which share a union of lists."""
-    return GROUP // (q.shape[2] // k.shape[2])
+    return cut(k.shape[1]).rows // (q.shape[2] // k.shape[2])
 
 
 def forward(q, k, v, union, own=None, *, scale):
@@ -69,7 +90,10 @@ def forward(q, k, v, union, own=None, *, scale):
     The call must be one that `supports` accepts.
     """
     (batch, time, heads, width), (_, _, key_heads, value) = q.shape, v.shape
-    call, groups = Call(heads // key_heads, width, value, float(scale), own is not None), union[0].shape[2]
+    call, groups = (
+        Call(heads // key_heads, width, value, float(scale), own is not None, cut(k.shape[1])),
+        union[0].shape[2],
+    )
     names = ["q", "k", "v", "count", "block", "bits"]
     lists = *union, *(() if own is None else (own,))
     arrays = q.reshape(batch, time, key_heads, call.heads, width), k, v, *(jnp.asarray(x, jnp.int32) for x in lists)
@@ -77,13 +101,13 @@ def forward(q, k, v, union, own=None, *, scale):
         names.append("own")
     out = (
         jax.ShapeDtypeStruct((batch, time, key_heads, call.heads, value), v.dtype),
-        jax.ShapeDtypeStruct((batch, key_heads, groups * GROUP), F32),
+        jax.ShapeDtypeStruct((batch, key_heads, groups * call.cut.rows), F32),
     )
 
     def body(*refs):
         given, (y, lse, shared) = dict(zip(names, refs)), refs[len(names) :]
         block = Block(call, given, y, lse, shared)
-        fetches = compat.fetching_warpgroup(UNITS)
+        fetches = compat.fetching_warpgroup(call.cut.units)
         pl.when(fetches)(block.fetch)
         pl.when(jnp.logical_not(fetches))(block.compute)
 
@@ -93,7 +117,7 @@ def forward(q, k, v, union, own=None, *, scale):
         names=("row", "head", "group"),
         out=out,
         scratch=[shared_memory(call)],
-        warpgroups=UNITS,
+        warpgroups=call.cut.units,
         name="token_block_attention_forward",
         sums_columns=False,
     )(*arrays)
@@ -121,6 +145,7 @@ class Call:
     value: int  # V
     scale: float
     own: bool = False  # tokens see their own block too
+    cut: Cut = WIDE
 
     @property
     def tokens(self) -> int:
@@ -130,7 +155,7 @@ class Call:
     @property
     def group(self) -> int:
         """Tokens of a thread block."""
-        return GROUP // self.heads
+        return self.cut.rows // self.heads
 
     def rows(self, token):
         """Rows of a token in a tile."""
@@ -140,7 +165,7 @@ class Call:
     def stages(self) -> int:
         """Blocks of keys and values that shared memory holds."""
         staged = self.value if self.value != self.width else 0
-        left = SHARED_BYTES - 2 * GROUP * (self.width + staged)
+        left = SHARED_BYTES - 2 * self.cut.rows * (self.width + staged)
         return min(STAGES, left // (2 * SIZE * (self.width + self.value)))
 
 
@@ -148,20 +173,20 @@ def shared_memory(call: Call):
     """Tiles and barriers, by name: what is `there` has come, what is `free` has been used by all warpgroups."""
     stages = call.stages
     scratch = {
-        "q": compat.tile(UNITS * TILES, ROWS, call.width),
+        "q": compat.tile(call.cut.units * call.cut.tiles, ROWS, call.width),
         "k": compat.tile(stages, SIZE, call.width),
         "v": compat.tile(stages, SIZE, call.value),
-        "lse": compat.vector(UNITS * TILES, ROWS),
+        "lse": compat.vector(call.cut.units * call.cut.tiles, ROWS),
         "block": compat.vector(stages, dtype=jnp.int32),
         "bits": compat.vector(stages, dtype=jnp.int32),
-        "q_there": compat.barriers(UNITS, TILES * call.tokens),
+        "q_there": compat.barriers(call.cut.units, call.cut.tiles * call.tokens),
         "there": compat.barriers(stages, 3),  # keys, values, bits
-        "free": compat.barriers(stages, UNITS),
+        "free": compat.barriers(stages, call.cut.units),
     }
     if call.value != call.width:
-        scratch["y"] = compat.tile(UNITS * TILES, ROWS, call.value)
+        scratch["y"] = compat.tile(call.cut.units * call.cut.tiles, ROWS, call.value)
     if compat.interpreting():
-        scratch["p"] = compat.tile(UNITS, ROWS, SIZE)
+        scratch["p"] = compat.tile(call.cut.units, ROWS, SIZE)
     return scratch
 
 
@@ -202,7 +227,7 @@ class Union:
 
     def token(self, unit, tile):
         """First token of a tile."""
-        return self.first + (unit * TILES + tile) * self.call.tokens
+        return self.first + (unit * self.call.cut.tiles + tile) * self.call.tokens
 
 
 def fetch_rows(call, given, sources, targets, there):
@@ -213,7 +238,7 @@ def fetch_rows(call, given, sources, targets, there):
         def step(place, _, source=source, target=target, union=union):
             tile, token = place // call.tokens, jnp.minimum(union.first + place, source.shape[1] - 1)
             rows = target.at[tile, call.rows(lax.rem(place, call.tokens))]
-            compat.fetch(source.at[union.row, token, union.head], rows, there.at[tile // TILES])
+            compat.fetch(source.at[union.row, token, union.head], rows, there.at[tile // call.cut.tiles])
 
         lax.fori_loop(0, call.group + jnp.minimum(union.count, 0), step, None)  # a number unknown: it is not unrolled
 
@@ -264,8 +289,8 @@ def walk_step(call, shared, unit, n, stages, visit, carries):
     block, bits = shared["block"][slot], shared["bits"][slot]
     new = []
     for tile, carry in enumerate(carries):
-        listed = (bits >> ((unit * TILES + tile) * call.tokens)) & ((1 << call.tokens) - 1)
-        own = unit * TILES + tile + jnp.minimum(block, 0)
+        listed = (bits >> ((unit * call.cut.tiles + tile) * call.tokens)) & ((1 << call.tokens) - 1)
+        own = unit * call.cut.tiles + tile + jnp.minimum(block, 0)
         seen = lambda *carry, at=(tile, own, slot, listed): visit(*at, carry)
         new.append(lax.cond(listed != 0, seen, lambda *carry: carry, *carry))
     compat.arrive(shared["free"].at[slot])
@@ -279,11 +304,11 @@ def lists_block(call, listed):
 
 def store_rows(call, union, source, target, unit):
     """Starts the copies of a warpgroup's published tiles to [B, T, Hk, G, width], token by token up to the last."""
-    first = unit * TILES * call.tokens
-    count = jnp.clip(target.shape[1] - union.first - first, 0, TILES * call.tokens)
+    first = unit * call.cut.tiles * call.tokens
+    count = jnp.clip(target.shape[1] - union.first - first, 0, call.cut.tiles * call.tokens)
 
     def step(place, _):
-        rows = source.at[unit * TILES + place // call.tokens, call.rows(lax.rem(place, call.tokens))]
+        rows = source.at[unit * call.cut.tiles + place // call.tokens, call.rows(lax.rem(place, call.tokens))]
         compat.store(rows, target.at[union.row, union.first + first + place, union.head])
 
     lax.fori_loop(0, count, step, None)
@@ -297,18 +322,18 @@ class Block:
 
     def fetch(self):
         call, given, shared = self.call, self.given, self.shared
-        compat.registers(FETCHING, more=False)
+        compat.registers(call.cut.fetching, more=False)
         fetch_rows(call, given, [given["q"]], [shared["q"]], shared["q_there"])
         fetch_blocks(Union(call, given), given, shared, call.stages)
 
     def compute(self):
         call, shared = self.call, self.shared
-        compat.registers(COMPUTING, more=True)
-        unit = compat.warpgroup(UNITS)
+        compat.registers(call.cut.computing, more=True)
+        unit = compat.warpgroup(call.cut.units)
         start = compat.zeros((ROWS, call.value)), compat.rows(ROWS, LOWEST), compat.rows(ROWS, 0.0)
         compat.wait(shared["q_there"].at[unit])
         visit = lambda *state: self.visit(unit, *state)
-        carries = walk(call, shared, unit, Union(call, self.given).count, call.stages, visit, (start,) * TILES)
+        carries = walk(call, shared, unit, Union(call, self.given).count, call.stages, visit, (start,) * call.cut.tiles)
         if call.own:
             union, visit = Union(call, self.given), lambda *state: self.visit(unit, *state, causal=True)
             step = lambda n, carries: walk_step(call, shared, unit, n, call.stages, visit, carries)
@@ -318,13 +343,13 @@ class Block:
         for tile, (acc, top, total) in enumerate(carries):
             some = total > 0
             y = acc * compat.spread_rows(jnp.where(some, 1 / total, 0.0), acc.shape)
-            staged[unit * TILES + tile] = y.astype(jnp.bfloat16)
-            shared["lse"][unit * TILES + tile] = jnp.where(some, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
+            staged[unit * call.cut.tiles + tile] = y.astype(jnp.bfloat16)
+            shared["lse"][unit * call.cut.tiles + tile] = jnp.where(some, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
         compat.publish()
         store_rows(call, union, staged, self.y, unit)
-        for tile in range(TILES):
+        for tile in range(call.cut.tiles):
             rows = pl.ds(union.token(unit, tile) * call.heads, ROWS)
-            compat.store(shared["lse"].at[unit * TILES + tile], self.lse.at[union.row, union.head, rows])
+            compat.store(shared["lse"].at[unit * call.cut.tiles + tile], self.lse.at[union.row, union.head, rows])
         compat.stores_done()
 
     def visit(self, unit, tile, own, slot, listed, carry, causal=False):

@@ -18,17 +18,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention import token_gpu
-from pallas_kernels.block_sparse_attention.token_gpu import (
-    COMPUTING,
-    FETCHING,
-    GROUP,
-    LOG2_E,
-    ROWS,
-    SIZE,
-    TILES,
-    UNITS,
-    Union,
-)
+from pallas_kernels.block_sparse_attention.token_gpu import LOG2_E, ROWS, SIZE, Union
 
 SHARED_BYTES = 224 * 1024  # for tiles, of the 227 KiB that a block may have
 LISTS = 2  # warpgroups that compute dk and dv
@@ -43,7 +33,7 @@ def backward_queries(q, k, v, lse, dy, delta, union, *, scale):
     logarithms of the rows' sums of exp(s), -inf for a row that sees nothing, and sum_v dy y less the cotangent of lse.
     """
     (batch, time, heads, width), (_, _, key_heads, value) = q.shape, v.shape
-    call = QueryCall(heads // key_heads, width, value, float(scale))
+    call = QueryCall(heads // key_heads, width, value, float(scale), cut=token_gpu.cut(k.shape[1]))
     groups = union[0].shape[2]
     missing = groups * call.group - time
     facts = [jnp.pad(x, ((0, 0), (0, 0), (0, missing))) for x in (lse * LOG2_E, delta)]
@@ -56,7 +46,7 @@ def backward_queries(q, k, v, lse, dy, delta, union, *, scale):
     def body(*refs):
         given, (dq, shared) = dict(zip(names, refs)), refs[len(names) :]
         block = QueryBlock(call, given, dq, shared)
-        fetches = compat.fetching_warpgroup(UNITS)
+        fetches = compat.fetching_warpgroup(call.cut.units)
         pl.when(fetches)(block.fetch)
         pl.when(jnp.logical_not(fetches))(block.compute)
 
@@ -66,7 +56,7 @@ def backward_queries(q, k, v, lse, dy, delta, union, *, scale):
         names=("row", "head", "group"),
         out=out,
         scratch=[query_memory(call)],
-        warpgroups=UNITS,
+        warpgroups=call.cut.units,
         name="token_block_attention_dq",
         sums_columns=False,
     )(*arrays)
@@ -79,7 +69,7 @@ class QueryCall(token_gpu.Call):
 
     @property
     def stages(self) -> int:
-        left = SHARED_BYTES - 2 * GROUP * (self.width + self.value)
+        left = SHARED_BYTES - 2 * self.cut.rows * (self.width + self.value)
         return min(4, left // (2 * SIZE * (self.width + self.value)))
 
 
@@ -87,18 +77,18 @@ def query_memory(call: QueryCall):
     """Tiles and barriers, by name, as in `token_gpu.shared_memory`."""
     stages = call.stages
     scratch = {
-        "q": compat.tile(UNITS * TILES, ROWS, call.width),
-        "dy": compat.tile(UNITS * TILES, ROWS, call.value),
+        "q": compat.tile(call.cut.units * call.cut.tiles, ROWS, call.width),
+        "dy": compat.tile(call.cut.units * call.cut.tiles, ROWS, call.value),
         "k": compat.tile(stages, SIZE, call.width),
         "v": compat.tile(stages, SIZE, call.value),
         "block": compat.vector(stages, dtype=jnp.int32),
         "bits": compat.vector(stages, dtype=jnp.int32),
-        "own": compat.barriers(UNITS, TILES * 2 * call.tokens),
+        "own": compat.barriers(call.cut.units, call.cut.tiles * 2 * call.tokens),
         "there": compat.barriers(stages, 3),
-        "free": compat.barriers(stages, UNITS),
+        "free": compat.barriers(stages, call.cut.units),
     }
     if compat.interpreting():
-        scratch["spare"] = compat.tile(UNITS, ROWS, SIZE)
+        scratch["spare"] = compat.tile(call.cut.units, ROWS, SIZE)
     return scratch
 
 
@@ -110,28 +100,28 @@ class QueryBlock:
 
     def fetch(self):
         call, given, shared = self.call, self.given, self.shared
-        compat.registers(FETCHING, more=False)
+        compat.registers(call.cut.fetching, more=False)
         sources, targets = ([x[name] for name in ("q", "dy")] for x in (given, shared))
         token_gpu.fetch_rows(call, given, sources, targets, shared["own"])
         token_gpu.fetch_blocks(Union(call, given), given, shared, call.stages)
 
     def compute(self):
         call, shared = self.call, self.shared
-        compat.registers(COMPUTING, more=True)
-        unit = compat.warpgroup(UNITS)
+        compat.registers(call.cut.computing, more=True)
+        unit = compat.warpgroup(call.cut.units)
         union = Union(call, self.given)
         facts = []
-        for tile in range(TILES):
+        for tile in range(call.cut.tiles):
             rows = pl.ds(union.token(unit, tile) * call.heads, ROWS)
             mine = (self.given[name].at[union.row, union.head, rows] for name in ("lse", "delta"))
             facts.append([compat.load_rows_of(x) for x in mine])
         compat.wait(shared["own"].at[unit])
         visit = lambda tile, *state: self.visit(unit, *facts[tile], *state)
-        starts = ((compat.zeros((ROWS, call.width)),),) * TILES
+        starts = ((compat.zeros((ROWS, call.width)),),) * call.cut.tiles
         sums = token_gpu.walk(call, shared, unit, union.count, call.stages, visit, starts)
         union = Union(call, self.given)  # again, so that nothing of it has to be kept through the loop
         for tile, (total,) in enumerate(sums):
-            shared["q"][unit * TILES + tile] = (total * call.scale).astype(jnp.bfloat16)
+            shared["q"][unit * call.cut.tiles + tile] = (total * call.scale).astype(jnp.bfloat16)
         compat.publish()
         token_gpu.store_rows(call, union, shared["q"], self.dq, unit)
         compat.stores_done()

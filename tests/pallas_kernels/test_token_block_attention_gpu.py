@@ -6,15 +6,15 @@ import pytest
 
 from pallas_kernels.block_sparse_attention import best_gpu, token_gpu, token_gpu_backward, weights_gpu
 
-T = 32768  # of arrays, whose sizes decide how many registers an address takes
+LENGTHS = token_gpu.LONG, 2 * token_gpu.LONG  # one for each cut
 KERNELS = {"token_block_attention_forward": 0, "token_block_attention_dq": 0, "token_block_attention_dkv": 0}
 
 
-def compiled(spilled, heads=64, width=128, value=128):
+def compiled(spilled, time, heads=64, width=128, value=128):
     array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
-    q, k, v, dy = (array(1, T, *more) for more in ((heads, width), (4, width), (4, value), (heads, value)))
+    q, k, v, dy = (array(1, time, *more) for more in ((heads, width), (4, width), (4, value), (heads, value)))
     integers = lambda *more: array(1, 4, *more, dtype=jnp.int32)
-    groups = -(-T // token_gpu.group_tokens(q, k))
+    groups = -(-time // token_gpu.group_tokens(q, k))
     union, own = (integers(groups), integers(groups, 64), integers(groups, 64)), integers(groups)
     lists = *(integers(97),) * 4, integers(65536), array(1, 4, 2, 65536 * heads // 4, dtype=jnp.float32)
 
@@ -23,11 +23,12 @@ def compiled(spilled, heads=64, width=128, value=128):
         dq = token_gpu_backward.backward_queries(q, k, v, lse, dy, delta, union, scale=0.1)
         return y, dq, token_gpu_backward.backward_keys(q, k, v, dy, lists, scale=0.1)
 
-    return spilled(run, q, k, v, dy, array(1, heads, T, dtype=jnp.float32), union, own, lists)
+    return spilled(run, q, k, v, dy, array(1, heads, time, dtype=jnp.float32), union, own, lists)
 
 
-def test_kernels_compile_for_an_h100_without_spills(spilled):
-    assert compiled(spilled) == KERNELS
+@pytest.mark.parametrize("time", LENGTHS)
+def test_kernels_compile_for_an_h100_without_spills(spilled, time):
+    assert compiled(spilled, time) == KERNELS
 
 
 def test_the_kernels_of_weights_and_of_the_best_compile_for_an_h100_without_spills(spilled):
@@ -42,13 +43,14 @@ def test_the_kernels_of_weights_and_of_the_best_compile_for_an_h100_without_spil
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("time", LENGTHS)
 @pytest.mark.parametrize("shape", [(32, 64, 128)])
-def test_other_heads_and_widths_compile_for_an_h100_without_spills(spilled, shape):
-    assert compiled(spilled, *shape) == KERNELS
+def test_other_heads_and_widths_compile_for_an_h100_without_spills(spilled, shape, time):
+    assert compiled(spilled, time, *shape) == KERNELS
 
 
 CUTS = [
-    (token_gpu.UNITS, token_gpu.FETCHING, token_gpu.COMPUTING),
+    *((cut.units, cut.fetching, cut.computing) for cut in (token_gpu.MANY, token_gpu.WIDE)),
     (token_gpu_backward.LISTS, token_gpu_backward.LISTS_FETCHING, token_gpu_backward.LISTS_COMPUTING),
     (weights_gpu.UNITS, weights_gpu.FETCHING, weights_gpu.COMPUTING),
 ]
