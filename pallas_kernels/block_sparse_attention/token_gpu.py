@@ -31,7 +31,7 @@ STAGES = 6  # blocks of keys and values in shared memory, at most
 LOG2_E = math.log2(math.e)
 LOWEST = -1e38  # a maximum before the first score: 2^(-inf - LOWEST) is 0, and LOWEST - LOWEST no NaN
 SHARED_BYTES = 222 * 1024  # for tiles, of the 227 KiB that a block may have
-LONG = 16384  # keys above which unions are so long that L2 binds
+LONG = 16384  # keys, whole blocks, above which unions are so long that L2 binds
 F32 = jnp.float32
 
 

@@ -66,7 +66,7 @@ def test_kernels_match_float64(name, monkeypatch):
     """Tokens that list nothing, blocks listed twice, lists of keys cut in two; lists shared by key heads; a mask."""
     shape, mask = SHAPES[name], masks.Causal() if name == "causal" else None
     monkeypatch.setattr(token_block_kernels, "_most", lambda time: 40)
-    monkeypatch.setattr(token_gpu, "LONG", 100)  # the first is cut otherwise than the others
+    monkeypatch.setattr(token_gpu, "LONG", 128)  # the first is cut otherwise than the others
     batch, time, keys, heads, key_heads, width, value = shape
     draw = lambda n, *dims: jax.random.normal(jax.random.key(n), dims, jnp.bfloat16)
     q, k = draw(0, batch, time, heads, width), draw(1, batch, keys, key_heads, width)
