@@ -161,7 +161,8 @@ def draw(rows, figure):
             left.plot(*zip(*dense, strict=True), marker=".", label=label)
     left.set_xscale("log", base=2)
     left.set(xlabel="T", ylabel="TFLOP/s, forward", title="causal")
-    left.legend(fontsize=6)
+    if left.has_data():
+        left.legend(fontsize=6)
     names = [name for name in dict.fromkeys(row["pattern"] for row in rows) if name != "causal"]
     for offset, label in enumerate(labels):
         times = {r["pattern"]: r["fwd_bwd_ms"] for r in rows if r["implementation"] == label}

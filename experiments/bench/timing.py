@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from experiments.bench.turns import turn
 
 
-def median_ms(call, sets, seconds=1.0, rounds=5, most=100):
+def median_ms(call, sets, seconds=0.4, rounds=5, most=100):
     """Milliseconds a call: the median over rounds of queued calls, with the argument sets in turn.
 
     Calls are queued so that a round takes about `seconds` / rounds, at most `most`, so that waiting for the last adds

@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
+from pallas_kernels.block_sparse_attention import plan
 from pallas_kernels.block_sparse_attention.plan import BLOCKS, LOG2_E, Visibility, pieces
 
 ROWS = 64  # of a warpgroup
@@ -132,7 +133,7 @@ def backward(
     call = _cut(shared, (turned_queries or sizes[0], sizes[1]), True, q, v)
     owners = turned[0].shape[2]
     blocks = -(-owners // call.owners) * k.shape[2] * k.shape[0]
-    if soft_cap is None:  # else registers are too few
+    if plan.CUT_WALKS and soft_cap is None:  # else registers are too few
         call = dataclasses.replace(call, pieces=pieces(blocks, call.ratio, turned[2].shape[2] // owners * call.parts))
     dk, dv = _gradients(call, turned, (k, v), (q, dy), rows, facts)
     return dq, dk, dv

@@ -16,6 +16,7 @@ BLOCKS = 64, 128  # queries or keys of a block
 WIDTHS = 64, 128  # K or V
 LOG2_E = math.log2(math.e)
 SMS = 132  # multiprocessors of an H100 or H200
+CUT_WALKS = False  # whether long walks of few thread blocks are cut; interpreted and compiled, not run on a chip
 LEAST_STEPS = 16  # of a part of a list that is cut
 
 # What a mask may be made of: every one works on vectors and tiles of integers and truth values, element by element. The

@@ -14,6 +14,7 @@ from experiments.bench import (
     attention,
     attention_moba,
     attention_nsa,
+    check_cases,
     checks,
     decode,
     errors,
@@ -162,7 +163,7 @@ def test_a_check_fails_beyond_its_bound():
 
     def made(name):
         run = lambda x, implementation: ((1 if implementation == "reference" else float(name)) * x * x,)
-        return checks.Check("square", name, {"x": jnp.linspace(1, 2, 16)}, run, ("y",))
+        return check_cases.Check("square", name, {"x": jnp.linspace(1, 2, 16)}, run, ("y",))
 
     (right, *_) = checks._case(made, "1.001", None)
     assert right["share"] == pytest.approx(0.2, rel=0.01)
@@ -181,7 +182,7 @@ def test_the_checks_of_a_convolution_pass_here(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "REPEATS", 2)
     assert bench.main(["run", "--suite=checks", "--only=short_conv", f"--out={tmp_path}"]) == 0
     rows = json.loads((tmp_path / "cpu_checks.json").read_text())["rows"]
-    assert {row["case"] for row in rows} == set(checks.CONV)
+    assert {row["case"] for row in rows} == set(check_cases.CONV)
     assert all(0 < row["error"] < checks.BOUND and row["same_bits"] == 2 for row in rows)
 
 

@@ -97,6 +97,7 @@ def test_gradients_of_grouped_heads_under_a_causal_mask_match_float64():
 
 @needs_mosaic
 def test_sums_of_shares_of_heads_and_of_lists_match_float64(monkeypatch):
+    monkeypatch.setattr(plan, "CUT_WALKS", True)
     monkeypatch.setattr(plan, "LEAST_STEPS", 1)
     assert plan.pieces(1, 2, 2) == (2, 2)  # blocks of 64 keys, two in a thread block
     check((1, 128, 128, 2, 1, 64, 64), (64, 64), causal, with_lse=True)

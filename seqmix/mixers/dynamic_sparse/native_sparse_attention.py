@@ -232,7 +232,7 @@ class NativeSparseAttention(Mixer):
             return chosen(jnp.swapaxes(weight, 1, 2), runs, place)
 
         scale, rows = self._head_dim**-0.5, SCORES // key.shape[1]
-        if self.implementation not in (None, "gpu") or unsupported(q, key, scale) is not None:
+        if self.implementation != "gpu" or unsupported(q, key, scale) is not None:
             lse, most = jnp.swapaxes(lse, 1, 2), max(1, rows // q.shape[2])
             return chosen_blocks.by_stretches(whole, most, q, lse, runs, place)
         same = cache is None and self.compress == self.stride == self.size  # the weights are the scores
