@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,12 +43,12 @@ def turn():
 
 def run(suite, cases, args, kept):
     """As `__main__.run`: the failed cases as (label, reason). Rows are kept as cases end, last in their order."""
-    failed, order = [], {}
+    failed, order, running = [], {}, set()
     work = progress.Work(suite.NAME, "cases", len(cases), seconds=0)
     logs = Path(args.out) / "logs"
     logs.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        start = lambda index: _case(index, Path(folder), logs / f"{suite.NAME}_{index}.log", args)
+    with tempfile.TemporaryDirectory() as folder, _together(args.jobs, running) as pool:
+        start = lambda index: _case(index, Path(folder), logs / f"{suite.NAME}_{index}.log", args, running)
         waiting = {pool.submit(start, index): index for index in range(len(cases))}
         for count, done in enumerate(concurrent.futures.as_completed(waiting)):
             case, (rows, seconds) = cases[waiting[done]], done.result()
@@ -61,17 +62,37 @@ def run(suite, cases, args, kept):
     return failed
 
 
-def _case(index, folder, log, args):
-    """(rows, seconds) of the case of that number, run by a process."""
+@contextlib.contextmanager
+def _together(jobs, running):
+    """A pool of threads; where it is left before its end, by a signal too, the processes in `running` end with it."""
+    held = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(running):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown()
+        signal.signal(signal.SIGTERM, held)
+
+
+def _case(index, folder, log, args, running):
+    """(rows, seconds) of the case of that number, run by a process, which is in `running` meanwhile."""
     out, begin = folder / str(index), time.monotonic()
     words = [sys.executable, "-m", "experiments.bench", "run", f"--suite={args.suite}", f"--out={out}"]
     words += [f"--only={','.join(args.only)}"] * bool(args.only) + ["--peers"] * args.peers + [f"--case={index}"]
     own = {TURN: os.environ.get(TURN, str(folder / "turn")), "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
     with open(log, "w") as file:
-        done = subprocess.run(words, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT, check=False)
+        process = subprocess.Popen(words, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT)
+        running.add(process)
+        process.wait()
+        running.discard(process)
     found = [row for path in out.glob("*.json") for row in json.loads(path.read_text())["rows"]]
-    if done.returncode and not any("failed" in row for row in found):
-        found.append({"failed": f"its process ended with {done.returncode}: {_last(log)}"})
+    if process.returncode and not any("failed" in row for row in found):
+        found.append({"failed": f"its process ended with {process.returncode}: {_last(log)}"})
     return found, time.monotonic() - begin
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import gzip
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,27 @@ echo '{"rows": [{"part": "ssd", "op": "ssd", "batch": '$case'}]}' > $out/found.j
     assert [row.get("batch") for row in rows] == [0, None, 2]
     assert rows[1]["case"] == "ssd B8 T4096" and "ended with -11: started" in rows[1]["failed"]
     assert "failed: ssd B8 T4096" in capsys.readouterr().err
+
+
+def test_a_command_that_is_stopped_ends_its_processes_and_keeps_its_rows(tmp_path, monkeypatch):
+    process = tmp_path / "process"
+    process.write_text(
+        f"""#!/bin/sh
+for word; do case $word in --out=*) out=${{word#--out=}};; --case=*) case=${{word#--case=}};; esac; done
+mkdir -p $out
+test $case = 0 && echo '{{"rows": [{{"op": "ssd"}}]}}' > $out/found.json && exit
+test $case = 2 && echo $$ > {tmp_path}/lasting
+test $case = 1 && sleep 0.5 && kill -TERM {os.getpid()}
+exec sleep 60
+"""
+    )
+    process.chmod(0o755)
+    monkeypatch.setattr(turns.sys, "executable", str(process))
+    with pytest.raises(SystemExit, match="143"):
+        bench.main(["run", "--suite=recurrent", "--only=ssd", "--jobs=3", f"--out={tmp_path / 'out'}"])
+    assert json.loads((tmp_path / "out/cpu_recurrent.json").read_text())["rows"] == [{"op": "ssd"}]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "lasting").read_text()), 0)
 
 
 def test_who_measures_keeps_others_waiting(tmp_path, monkeypatch):
