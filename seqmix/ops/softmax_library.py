@@ -11,7 +11,7 @@ it is rounded to bfloat16 or has no gradient. Public names of the libraries only
 Key heads may be fewer than query heads everywhere, value heads that are not as many as key heads are repeated with
 them (`heads.alike`), and float32 stays with the chunked form. With implementation None a
 call goes to the first of them, in this order, that takes it here, any other one to our own kernels or the chunked form;
-our kernels come first where `yields` says so (docs/attention.md says why, and what was measured).
+so does a window that is short beside T, rather than to tokamax (docs/attention.md says why, and what was measured).
 """
 
 import functools
@@ -28,7 +28,6 @@ from seqmix.ops.mesh import on_shares
 NAMES = ("cudnn", "tokamax", "splash")
 TILE = 128  # of splash: numbers of queries and keys are multiples of it
 BLOCKS = 512, 256, 128  # queries and keys that splash works on at once, the largest that fits
-SHORT, NARROW = 2048, 4  # tokens, and times the window: where our own kernels were measured to be faster, forward
 WASTEFUL = 8  # times the window: from there on chunks are reckoned faster than tokamax, forward and backward
 WIDEST = {"cudnn": 256, "tokamax": 128, "splash": 256}  # K and V
 DTYPES = dict.fromkeys(NAMES, (jnp.bfloat16, jnp.float16)) | {"splash": (jnp.bfloat16,)}
@@ -69,12 +68,6 @@ def _each(implementation, rules, q, k, v, *call):
     if implementation is None and window is not None and q.shape[1] > WASTEFUL * window:
         found["tokamax"] = "is slow where a window is short: its gradient goes through all keys"
     return found
-
-
-def yields(rules, time, keys) -> bool:
-    """Whether our own kernels come before the libraries: in short rows, and where a window is short beside them."""
-    window = _window(rules, time, keys)
-    return rules.causal and (time <= SHORT if window is None else time >= NARROW * window)
 
 
 def _unsupported(name, rules, q, k, v, sink_logits, order, return_lse) -> str | None:

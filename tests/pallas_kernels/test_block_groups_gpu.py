@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from seqmix import ops
 from seqmix.core import sharding
 
-PASSES = "forward", "dq", "dkv"
+PASSES = "forward", "rows", "dq", "dkv"
 
 
 def test_it_compiles_for_an_h100_without_spills(spilled, h100s, monkeypatch):
