@@ -30,6 +30,8 @@ def main(argv=None):
         cases = suite.cases(args)
         check_parts(args.only, dict.fromkeys(case.part for case in cases), suite.NAME)
         wanted = [case for case in cases if not args.only or case.part in args.only]
+        if args.case is not None and not 0 <= args.case < len(wanted):
+            raise ValueError(f"--case: expected 0 to {len(wanted) - 1}, got {args.case}")
         if args.list:
             print(*(f"{case.part}: {case.label}" for case in wanted), sep="\n")
             return 0
@@ -46,7 +48,11 @@ def main(argv=None):
         return cli.refuse(f"--out: expected a folder that can be written, got {args.out!r} ({error.strerror})")
     if kept.device.platform == "cpu" and not getattr(suite, "SMALL", False):
         progress.say("the device is a CPU: the cases are sized for a GPU of 80 GB and will take long")
-    failed = (turns.run if args.jobs > 1 else run)(suite, wanted, args, kept)
+    try:
+        failed = (turns.run if args.jobs > 1 else run)(suite, wanted, args, kept)
+    except KeyboardInterrupt:
+        print(f"stopped; what was measured is in {kept.path}", file=sys.stderr)
+        return 130
     if args.case is None:
         kept.finish()
     for label, reason in failed:
@@ -64,9 +70,14 @@ def parse(argv):
     add = parser.add_argument
     add("--suite", choices=tuple(suites.SUITES), help=commands)
     add("--out", default="runs/bench", help="folder of the results")
-    add("--only", type=_words, default=(), help="parts (of --list, before the colon), joined by commas; default all")
+    add("--only", type=_words, default=(), help="parts (of --list, before the colon), joined by commas; () is all")
     add("--peers", action="store_true", help="time the PyTorch peers that can be imported, in the same run")
-    add("--jobs", type=int, default=1, help="cases at once, each in a process; one at a time measures (default 1)")
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        help="cases at once, each in a process; one at a time measures (not of train and scaling)",
+    )
     add("--case", type=int, help=argparse.SUPPRESS)  # of --jobs
     add("--list", action="store_true", help="name the cases and end")
     add("--compile-only", action="store_true", help="compile the suite's programs (scaling), and time nothing")

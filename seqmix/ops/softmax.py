@@ -193,6 +193,9 @@ def attention_flops(
 
 def _check(q, k, v, sink_logits, *given):
     shapes = {"segment_ids": "B T", "kv_segment_ids": "B S", "q_positions": "B T", "kv_positions": "B S"}
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x is None:
+            raise ValueError(f"{name}: expected an array, got None")
     given = dict(zip(shapes, given, strict=True))
     shapes |= {"q": "B T H K", "k": "B S Hk K", "v": "B S Hv V", "sink_logits": "H"}
     d = dims(shapes, q=q, k=k, v=v, sink_logits=sink_logits, **given)

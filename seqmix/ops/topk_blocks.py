@@ -13,6 +13,7 @@ from seqmix.ops.softmax import merge
 
 SIZES = 64, 64
 FEW = 8  # blocks that are looked for one by one
+OPTIONS = "scale", "soft_cap", "slopes", "return_lse", "context", "implementation"  # that go on to the attention
 PLACES = 32  # most blocks that the kernel looks for, in registers
 
 
@@ -153,6 +154,11 @@ def topk_block_attention(
       elsewhere the means of keys cross their borders. Blocks forced by `first` are those of the row.
     """
     d = dims({"q": "B T H K", "k": "B S Hk K", "v": "B S Hk V"}, q=q, k=k, v=v)
+    for name in options:
+        if name not in OPTIONS:
+            raise ValueError(
+                f"{name}: expected no such argument (of block_sparse_attention's there are {', '.join(OPTIONS)})"
+            )
     mask = Causal() if mask is None else mask
     scores = pooled_scores(q, k, sizes) if scores is None else scores
     if scores.ndim != 4 or scores.shape[1] not in (d.Hk, d.H):

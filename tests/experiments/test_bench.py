@@ -44,6 +44,7 @@ def test_a_mistake_is_one_line_with_exit_code_2(capsys, tmp_path):
         (["run", "--suite=recurrent", "--compile-only"], "--compile-only: expected --suite=scaling, got recurrent"),
         (["tune", "--list"], "--list: belongs to run"),
         (["run", "--suite=train", "--jobs=2"], "--jobs: train runs one case after the other, got 2"),
+        (["run", "--suite=recurrent", "--case=99"], "--case: expected 0 to 14, got 99"),
         (["run", "--suite=recurrent", "--jobs=0"], "--jobs: expected at least 1, got 0"),
         (["run", "--suite=recurrent", "--peer"], "--peer: unknown flag, did you mean --peers?"),
     ):

@@ -53,6 +53,12 @@ def test_a_call_that_does_not_fit_is_refused_with_one_line():
     q, k, lse, seen = inputs()
     with pytest.raises(ValueError, match=r"^seen: expected shape \(B=1, T=70, S=5\)"):
         block_weights(q, k, lse, seen[..., :4], scale=0.1)
+    with pytest.raises(ValueError, match="^seen: expected a bool dtype, got int32"):
+        block_weights(q, k, lse, seen.astype(jnp.int32), scale=0.1)
+    with pytest.raises(ValueError, match="^seen: expected an array, got NoneType"):
+        block_weights(q, k, lse, None, scale=0.1)
+    with pytest.raises(ValueError, match="^scale: expected a finite number, known when tracing, got None"):
+        block_weights(q, k, lse, seen, scale=None)
     if compat.unavailable() is None:
         with compat.interpret(), pytest.raises(ValueError, match="cannot run 'gpu': needs bfloat16"):
             block_weights(q.astype(jnp.float32), k, lse, seen, scale=0.1, implementation="gpu")
