@@ -1,9 +1,7 @@
 """experiments.bench: rows kept as they come, failures named, errors and rates that are what they say."""
 
-import fcntl
 import gzip
 import json
-import os
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +24,6 @@ from experiments.bench import (
     suites,
     timing,
     tune,
-    turns,
 )
 
 
@@ -70,57 +67,6 @@ def test_rows_of_earlier_cases_are_kept_when_a_case_fails(tmp_path, monkeypatch,
     rows = json.loads((tmp_path / "cpu_recurrent.json").read_text())["rows"]
     assert [row.get("failed") for row in rows] == [None, "RuntimeError: no such thing in two lines"]
     assert "failed: scan B1: RuntimeError" in capsys.readouterr().err
-
-
-def test_cases_of_several_processes_come_in_their_order_and_one_that_dies_is_named(tmp_path, monkeypatch, capsys):
-    process = tmp_path / "process"
-    process.write_text(
-        """#!/bin/sh
-for word; do case $word in --out=*) out=${word#--out=};; --case=*) case=${word#--case=};; esac; done
-echo started
-test $case = 1 && kill -SEGV $$
-mkdir -p $out
-test $case = 0 && sleep 0.3
-echo '{"rows": [{"part": "ssd", "op": "ssd", "batch": '$case'}]}' > $out/found.json
-"""
-    )
-    process.chmod(0o755)
-    monkeypatch.setattr(turns.sys, "executable", str(process))
-    assert bench.main(["run", "--suite=recurrent", "--only=ssd", "--jobs=3", f"--out={tmp_path / 'out'}"]) == 1
-    rows = json.loads((tmp_path / "out/cpu_recurrent.json").read_text())["rows"]
-    assert [row.get("batch") for row in rows] == [0, None, 2]
-    assert rows[1]["case"] == "ssd B8 T4096" and "ended with -11: started" in rows[1]["failed"]
-    assert "failed: ssd B8 T4096" in capsys.readouterr().err
-
-
-def test_a_command_that_is_stopped_ends_its_processes_and_keeps_its_rows(tmp_path, monkeypatch):
-    process = tmp_path / "process"
-    process.write_text(
-        f"""#!/bin/sh
-for word; do case $word in --out=*) out=${{word#--out=}};; --case=*) case=${{word#--case=}};; esac; done
-mkdir -p $out
-test $case = 0 && echo '{{"rows": [{{"op": "ssd"}}]}}' > $out/found.json && exit
-test $case = 2 && echo $$ > {tmp_path}/lasting
-test $case = 1 && sleep 0.5 && kill -TERM {os.getpid()}
-exec sleep 60
-"""
-    )
-    process.chmod(0o755)
-    monkeypatch.setattr(turns.sys, "executable", str(process))
-    with pytest.raises(SystemExit, match="143"):
-        bench.main(["run", "--suite=recurrent", "--only=ssd", "--jobs=3", f"--out={tmp_path / 'out'}"])
-    assert json.loads((tmp_path / "out/cpu_recurrent.json").read_text())["rows"] == [{"op": "ssd"}]
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "lasting").read_text()), 0)
-
-
-def test_who_measures_keeps_others_waiting(tmp_path, monkeypatch):
-    path = tmp_path / "turn"
-    monkeypatch.setenv(turns.TURN, str(path))
-    with turns.turn(), turns.turn(), open(path) as other, pytest.raises(BlockingIOError):
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with open(path) as other:
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_the_recurrent_suite_times_and_compares(tmp_path, monkeypatch):

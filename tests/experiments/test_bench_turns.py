@@ -1,0 +1,66 @@
+"""experiments.bench --jobs: cases in processes of their own, of which one at a time measures."""
+
+import fcntl
+import json
+import os
+
+import pytest
+
+from experiments.bench import __main__ as bench
+from experiments.bench import turns
+
+
+@pytest.fixture
+def ends_with(tmp_path, monkeypatch):
+    """Runs the three cases of SSD, each a shell script that knows its number and folder; gives the exit code."""
+
+    def run(script):
+        process = tmp_path / "process"
+        words = "case $word in --out=*) out=${word#--out=};; --case=*) case=${word#--case=};; esac"
+        process.write_text(f"#!/bin/sh\nfor word; do {words}; done\nmkdir -p $out\n{script}")
+        process.chmod(0o755)
+        monkeypatch.setattr(turns.sys, "executable", str(process))
+        return bench.main(["run", "--suite=recurrent", "--only=ssd", "--jobs=3", f"--out={tmp_path / 'out'}"])
+
+    return run
+
+
+def kept(tmp_path):
+    return json.loads((tmp_path / "out/cpu_recurrent.json").read_text())["rows"]
+
+
+def test_cases_come_in_their_order_and_one_whose_process_dies_is_named(tmp_path, ends_with, capsys):
+    script = """
+echo started
+test $case = 1 && kill -SEGV $$
+test $case = 0 && sleep 0.3
+echo '{"rows": [{"part": "ssd", "op": "ssd", "batch": '$case'}]}' > $out/found.json
+"""
+    assert ends_with(script) == 1
+    rows = kept(tmp_path)
+    assert [row.get("batch") for row in rows] == [0, None, 2]
+    assert rows[1]["case"] == "ssd B8 T4096" and "ended with -11: started" in rows[1]["failed"]
+    assert "failed: ssd B8 T4096" in capsys.readouterr().err
+
+
+def test_a_command_that_is_stopped_ends_its_processes_and_keeps_its_rows(tmp_path, ends_with):
+    script = f"""
+test $case = 0 && echo '{{"rows": [{{"op": "ssd"}}]}}' > $out/found.json && exit
+test $case = 2 && echo $$ > {tmp_path}/lasting
+test $case = 1 && sleep 0.5 && kill -TERM {os.getpid()}
+exec sleep 60
+"""
+    with pytest.raises(SystemExit, match="143"):
+        ends_with(script)
+    assert kept(tmp_path) == [{"op": "ssd"}]
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "lasting").read_text()), 0)
+
+
+def test_who_measures_keeps_others_waiting(tmp_path, monkeypatch):
+    path = tmp_path / "turn"
+    monkeypatch.setenv(turns.TURN, str(path))
+    with turns.turn(), turns.turn(), open(path) as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(path) as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
