@@ -1,8 +1,9 @@
 """Several cases at once, each in a process of its own, of which one at a time measures: `--jobs`.
 
 Most of a suite's time goes into compiling, which several cores share. Who measures holds the turn, a lock on a file
-that the environment names (already set, it joins several commands); the first call of a program, which compiles it,
-runs without it. A case whose process dies, as after an illegal address, is a failed row like any other.
+that the environment names (already set, it joins several commands), and stops the others meanwhile (SIGSTOP), for what
+they run on the device or the cores would be in the times; the first call of a program, which compiles it, runs without
+the turn. A case whose process dies, as after an illegal address, is a failed row like any other.
 """
 
 import concurrent.futures
@@ -26,7 +27,7 @@ _held = False
 
 @contextlib.contextmanager
 def turn():
-    """Waits until no other process measures, and keeps them waiting; nothing without --jobs."""
+    """Waits until no other process measures, and keeps the others of the turn stopped; nothing without --jobs."""
     global _held
     path = os.environ.get(TURN)
     if path is None or _held:
@@ -34,11 +35,28 @@ def turn():
         return
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        _held = True
+        _held, stopped = True, [pid for pid in _members(path) if pid != os.getpid() and _sent(pid, signal.SIGSTOP)]
         try:
             yield
         finally:
             _held = False
+            for pid in stopped:
+                _sent(pid, signal.SIGCONT)
+
+
+def _members(path):
+    """The numbers of the processes of a turn's cases: each has a file beside the turn's."""
+    return [
+        int(file.suffix[1:]) for file in Path(path).parent.glob(f"{Path(path).name}.*") if file.suffix[1:].isdigit()
+    ]
+
+
+def _sent(pid, number):
+    """Whether the process was there to get the signal."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+        return True
+    return False
 
 
 def run(suite, cases, args, kept):
@@ -73,6 +91,7 @@ def _together(jobs, running):
         pool.shutdown(wait=False, cancel_futures=True)
         for process in list(running):
             process.terminate()
+            process.send_signal(signal.SIGCONT)  # else one that is stopped would not end
         raise
     finally:
         pool.shutdown()
@@ -84,12 +103,18 @@ def _case(index, folder, log, args, running):
     out, begin = folder / str(index), time.monotonic()
     words = [sys.executable, "-m", "experiments.bench", "run", f"--suite={args.suite}", f"--out={out}"]
     words += [f"--only={','.join(args.only)}"] * bool(args.only) + ["--peers"] * args.peers + [f"--case={index}"]
-    own = {TURN: os.environ.get(TURN, str(folder / "turn")), "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
+    path = os.environ.get(TURN, str(folder / "turn"))
+    own = {TURN: path, "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
     with open(log, "w") as file:
         process = subprocess.Popen(words, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT)
         running.add(process)
+        member = Path(f"{path}.{process.pid}")
+        member.touch()
         process.wait()
+        member.unlink(missing_ok=True)
         running.discard(process)
+        for pid in _members(path) if process.returncode else ():  # it may have died in its turn
+            _sent(pid, signal.SIGCONT)
     found = [row for path in out.glob("*.json") for row in json.loads(path.read_text())["rows"]]
     if process.returncode and not any("failed" in row for row in found):
         found.append({"failed": f"its process ended with {process.returncode}: {_last(log)}"})

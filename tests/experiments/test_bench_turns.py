@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +66,36 @@ def test_who_measures_keeps_others_waiting(tmp_path, monkeypatch):
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with open(path) as other:
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+
+
+def test_who_measures_stops_the_other_cases_until_it_is_done(tmp_path, monkeypatch):
+    path = tmp_path / "turn"
+    monkeypatch.setenv(turns.TURN, str(path))
+    process = subprocess.Popen(["sleep", "60"])
+    for pid in (process.pid, os.getpid(), 2**22 + 1):  # the last is no process
+        (tmp_path / f"turn.{pid}").touch()
+    try:
+        with pytest.raises(KeyError), turns.turn():
+            os.waitpid(process.pid, os.WUNTRACED)
+            assert state(process.pid) == "T"
+            raise KeyError
+        os.waitpid(process.pid, os.WCONTINUED)
+        assert state(process.pid) == "S"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_case_that_dies_in_its_turn_leaves_no_other_stopped(tmp_path, ends_with):
+    script = f"""
+test $case = 0 && echo $$ > {tmp_path}/first && sleep 0.5
+test $case = 1 && while ! test -s {tmp_path}/first; do sleep 0.05; done \\
+  && kill -STOP $(cat {tmp_path}/first) && kill -SEGV $$
+echo '{{"rows": [{{"op": "ssd"}}]}}' > $out/found.json
+"""
+    assert ends_with(script) == 1
+    assert len(kept(tmp_path)) == 3
