@@ -61,7 +61,7 @@ def block_sparse_attention(
         mask leaves few exchanges, else the gather. It changes neither result nor layout.
       implementation: None (the best for the call), "gpu" (Hopper kernels, for bfloat16, K and V of 64 or 128, and
         sizes of 64 or 128, or lists with bq = 1 and bk a multiple of 64; with 8 query heads or more to a list of
-        blocks of 64 by kernels of their own if named), "tpu" (TPU kernels, for bfloat16 or float32, K and V of 64,
+        blocks of 64 by kernels of their own), "tpu" (TPU kernels, for bfloat16 or float32, K and V of 64,
         128 or 256 and listed blocks of multiples of 128; interpreted and compiled, never run on a chip, hence only if
         named), "chunked" (memory linear in T and S; all differentiable once) or "reference" (dense).
 
@@ -105,7 +105,7 @@ def attend(op, q, k, v, mask, data, *, blocks, sizes, scale, soft_cap, slopes, c
     if each:
         options = {"mask": mask, "scale": scale, "slopes": slopes}
         walks = token_block_kernels.takes(given, blocks) and None is token_block_kernels.reason(
-            implementation, lay, q, k, v, soft_cap=soft_cap, **options
+            lay, q, k, v, soft_cap=soft_cap, **options
         )
         options |= {"data": data, "size": given[1]}
         reasons["gpu"] = None if walks else block_groups.reason(lay, q, k, v, **options)

@@ -17,8 +17,8 @@ def block_weights(q, k, lse, seen, *, scale, by_keys=False, implementation=None)
     lse [B, H, T]: of the attention whose weights these are. seen [B, T, S] bool. No gradient passes. by_keys: the
     weights as [B, Hk, S, T], where what is not seen may be anything.
 
-    implementation: None (the best for the call), "gpu" (Hopper kernel, bfloat16, K of 64 or 128; its values were not
-    checked on a GPU, hence only if named) or "chunked", which makes all scores at once.
+    implementation: None (the best for the call), "gpu" (Hopper kernel, bfloat16, K of 64 or 128) or "chunked",
+    which makes all scores at once.
     Raises ValueError for shapes that do not fit and an implementation that does not take the call.
     """
     for name, x in {"q": q, "k": k, "lse": lse, "seen": seen}.items():
@@ -31,10 +31,7 @@ def block_weights(q, k, lse, seen, *, scale, by_keys=False, implementation=None)
     if d.H % d.Hk:
         raise ValueError(f"k: expected a number of heads that divides H={d.H}, got Hk={d.Hk}")
     q, k, lse = (jax.lax.stop_gradient(x) for x in (q, k, lse))
-    reason = unsupported(q, k, scale)
-    if reason is None and implementation is None:
-        reason = "has not been checked on a GPU, only if named"
-    if pick("block_weights", implementation, {"gpu": reason, "chunked": None}) == "gpu":
+    if pick("block_weights", implementation, {"gpu": unsupported(q, k, scale), "chunked": None}) == "gpu":
         found = _by_kernel(q, k, lse, seen, scale)
         return found if by_keys else jnp.where(seen[:, None], jnp.swapaxes(found, 2, 3), 0)
     score = scale * jnp.einsum(

@@ -42,10 +42,8 @@ def takes(sizes, blocks) -> bool:
     return blocks is not None and tuple(sizes) == SIZES
 
 
-def reason(implementation, lay, q, k, v, *, mask, soft_cap, slopes, scale) -> str | None:
-    """Why the kernels cannot run this call here, or are not taken without being named; None if they can."""
-    if implementation is None:
-        return "has not been run on a GPU with lists of single tokens since it was changed, only if named"
+def reason(lay, q, k, v, *, mask, soft_cap, slopes, scale) -> str | None:
+    """Why the kernels cannot run this call here; None if they can."""
     causal = mask == Causal() and q.shape[1] == k.shape[1]
     other = None if causal else mask
     for name, given in (("this mask or segments", other), ("a soft cap", soft_cap), ("slopes", slopes)):

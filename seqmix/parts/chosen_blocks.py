@@ -218,15 +218,13 @@ def attend(q, tokens: Tokens, blocks: Blocks, index, size: int, cache=None, **op
 
 
 def _joins(q, tokens, index, size, implementation):
-    """Whether one kernel takes own and listed blocks; it has not been run on a GPU, so only if named."""
-    if implementation != "gpu" or not token_block_kernels.takes((1, size), index):
+    """Whether one kernel takes own and listed blocks."""
+    if implementation not in (None, "gpu") or not token_block_kernels.takes((1, size), index):
         return False
     k, v = tokens.k, tokens.v
     lay, scale = layout(q.shape[0], q.shape[1], q.shape[2], k.shape[2]), q.shape[-1] ** -0.5
     given = {"mask": Causal(), "soft_cap": None, "slopes": None, "scale": scale}
-    return index.shape[1] == k.shape[2] == v.shape[2] and None is token_block_kernels.reason(
-        implementation, lay, q, k, v, **given
-    )
+    return index.shape[1] == k.shape[2] == v.shape[2] and None is token_block_kernels.reason(lay, q, k, v, **given)
 
 
 def _listed(q, k, v, index, size, **options):

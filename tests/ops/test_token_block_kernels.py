@@ -99,18 +99,18 @@ def test_kernels_match_float64(name, monkeypatch):
 def test_calls_that_no_kernel_takes_are_refused_with_the_reason():
     """Other kernels may take these, which know of no union."""
 
-    def reason(heads=16, keys=128, dtype=jnp.bfloat16, named="gpu", **given):
+    def reason(heads=16, keys=128, dtype=jnp.bfloat16, **given):
         q = jax.ShapeDtypeStruct((1, 64, heads, 64), dtype)
         k = jax.ShapeDtypeStruct((1, keys, 1, 64), dtype)
         given = {"mask": None, "soft_cap": None, "slopes": None, "scale": 1.0} | given
         with compat.interpret():
-            return token_block_kernels.reason(named, None, q, k, k, **given)
+            return token_block_kernels.reason(None, q, k, k, **given)
 
     assert "no form for this mask" in reason(mask=masks.Window(3))
     assert "no form for this mask" in reason(mask=masks.Causal())  # of more keys than queries
     assert "no form for a soft cap" in reason(soft_cap=5.0)
     if compat.unavailable() is None:
-        assert reason() is None and "only if named" in reason(named=None)
+        assert reason() is None
         assert "needs bfloat16" in reason(dtype=jnp.float32)
         assert "query heads to a key head, got H=4, Hk=1" in reason(heads=4)
         assert "whole blocks of 64 keys, got S=100" in reason(keys=100)

@@ -153,7 +153,7 @@ class NativeSparseAttention(Mixer):
         caches, ids = caches or dict.fromkeys(BRANCHES), segment_ids
         pools, kept = self._pools(params, *keys["compressed"], runs, place, caches["compressed"], ids)
         ended = dict(segment_ids=runs, kv_segment_ids=pools.runs, q_positions=place, kv_positions=self._end(pools))
-        if self.implementation == "gpu" and caches["compressed"] is ids is None:  # then its kernels' lists are known
+        if caches["compressed"] is ids is None and (self.implementation == "gpu" or self._by_kernel(q, pools.k)):
             ended = {"mask": chosen_blocks.Ended(self.compress, self.stride)}
         compressed, lse = attention(q, pools.k, pools.v, return_lse=True, **ended, **self._options)
         cache = caches["selected"]
@@ -164,6 +164,9 @@ class NativeSparseAttention(Mixer):
         at = {"segment_ids": ids, "runs": runs, "place": place, "cache": caches["window"]}
         window = cached_attention.attend(q, *keys["window"], window=self.window, **at, **self._options)
         return (compressed, selected, window), kept
+
+    def _by_kernel(self, q, key) -> bool:  # whether the weights of the compressed blocks come from a kernel
+        return self.implementation in (None, "gpu") and unsupported(q, key, self._head_dim**-0.5) is None
 
     @property
     def _options(self) -> dict:
@@ -232,7 +235,7 @@ class NativeSparseAttention(Mixer):
             return chosen(jnp.swapaxes(weight, 1, 2), runs, place)
 
         scale, rows = self._head_dim**-0.5, SCORES // key.shape[1]
-        if self.implementation != "gpu" or unsupported(q, key, scale) is not None:
+        if not self._by_kernel(q, key):
             lse, most = jnp.swapaxes(lse, 1, 2), max(1, rows // q.shape[2])
             return chosen_blocks.by_stretches(whole, most, q, lse, runs, place)
         same = cache is None and self.compress == self.stride == self.size  # the weights are the scores
