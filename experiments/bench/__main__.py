@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import difflib
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -30,6 +31,9 @@ def main(argv=None):
         cases = suite.cases(args)
         check_parts(args.only, dict.fromkeys(case.part for case in cases), suite.NAME)
         wanted = [case for case in cases if not args.only or case.part in args.only]
+        wanted = [case for case in wanted if re.search(args.match, case.label)]
+        if not wanted:
+            raise ValueError(f"--match: expected a pattern that a case of --list has, got {args.match!r}")
         if args.case is not None and not 0 <= args.case < len(wanted):
             raise ValueError(f"--case: expected 0 to {len(wanted) - 1}, got {args.case}")
         if args.list:
@@ -71,6 +75,7 @@ def parse(argv):
     add("--suite", choices=tuple(suites.SUITES), help=commands)
     add("--out", default="runs/bench", help="folder of the results")
     add("--only", type=_words, default=(), help="parts (of --list, before the colon), joined by commas; () is all")
+    add("--match", type=_pattern, default="", help="cases with this regular expression in their names (of --list)")
     add("--peers", action="store_true", help="time the PyTorch peers that can be imported, in the same run")
     add(
         "--jobs",
@@ -85,7 +90,12 @@ def parse(argv):
     if args.command == "run" and args.suite is None:
         raise ValueError(f"--suite: expected one of {', '.join(suites.SUITES)}, got none")
     if args.command == "tune":
-        for flag, given in (("--suite", args.suite), ("--peers", args.peers), ("--list", args.list)):
+        for flag, given in (
+            ("--suite", args.suite),
+            ("--match", args.match),
+            ("--peers", args.peers),
+            ("--list", args.list),
+        ):
             if given:
                 raise ValueError(f"{flag}: belongs to run, tune takes --only alone")
     if args.jobs < 1:
@@ -114,6 +124,14 @@ def _words(text):
     if not words:
         raise argparse.ArgumentTypeError(f"expected words joined by commas, got {text!r}")
     return words
+
+
+def _pattern(text):
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r} ({error})") from None
+    return text
 
 
 def compiled(cases, args):

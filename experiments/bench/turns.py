@@ -102,7 +102,8 @@ def _case(index, folder, log, args, running):
     """(rows, seconds) of the case of that number, run by a process, which is in `running` meanwhile."""
     out, begin = folder / str(index), time.monotonic()
     words = [sys.executable, "-m", "experiments.bench", "run", f"--suite={args.suite}", f"--out={out}"]
-    words += [f"--only={','.join(args.only)}"] * bool(args.only) + ["--peers"] * args.peers + [f"--case={index}"]
+    words += [f"--only={','.join(args.only)}"] * bool(args.only) + ["--peers"] * args.peers
+    words += [f"--match={args.match}"] * bool(args.match) + [f"--case={index}"]
     path = os.environ.get(TURN, str(folder / "turn"))
     own = {TURN: path, "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
     with open(log, "w") as file:

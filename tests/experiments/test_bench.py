@@ -36,6 +36,8 @@ def test_a_mistake_is_one_line_with_exit_code_2(capsys, tmp_path):
         ),
         (["run"], "--suite"),
         (["run", "--suite=train", "--suite=recurrent"], "--suite: given twice"),
+        (["run", "--suite=train", "--match=1c"], "--match: expected a pattern that a case of --list has, got '1c'"),
+        (["run", "--suite=train", "--match=(b"], "--match: expected a regular expression, got '(b' ("),
         (["run", "--suite=train", "--only="], "--only: expected words joined by commas, got ''"),
         (["run", "--suite=recurrent", f"--out={__file__}"], "--out: expected a folder that can be written"),
         (["run", "--suite=recurrent", "--compile-only"], "--compile-only: expected --suite=scaling, got recurrent"),
