@@ -1,7 +1,7 @@
 """Native sparse attention (arXiv 2502.11089) at the shape of its paper, beside fla's parallel_nsa: part `nsa`.
 
 HQ64 HK4 D128, B1, bfloat16, blocks of 64, 16 of them a token with its own, compressed blocks their means, as fla has
-them. The selected branch alone takes lists made beforehand: the first block, the last two with the own, others at
+them; beside two branches stands dense causal attention. The selected branch alone takes lists made beforehand: the first block, the last two with the own, others at
 random, of the past. All by the mixer's own functions, from q, k and v on, with gates of 1.
 """
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench import attention_peers, errors, timing
-from experiments.bench.attention_moba import pairs_left
+from experiments.bench.attention_moba import DENSE, dense, pairs_left
 from experiments.bench.suites import Case, attempted, taking
 from seqmix.mixers.dynamic_sparse.native_sparse_attention import BRANCHES, NativeSparseAttention
 from seqmix.parts import chosen_blocks
@@ -89,10 +89,11 @@ def _case(name, length, args):
     best = [min((times[key] for times in rivals.values()), default=None) for key in TIMES]
     base = {"pattern": name, "batch": 1, "tokens": length, "density": pairs / length**2}
     rate = lambda times: 4 * WIDTH * HEADS * pairs / times["fwd_ms"] / 1e9 if name == SELECTED else None
-    for label in taking(run, [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in shape], NAMES):
+    found = taking(run, [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in shape], NAMES)
+    for label in [DENSE] * (name == TWO) + [*found]:
         if label == "chunked" and length > CHUNKED:
             continue
-        one = functools.partial(run, implementation=label)
+        one = dense if label == DENSE else functools.partial(run, implementation=label)
         times = {"fwd_ms": timing.median_ms(jax.jit(one), [each[1:] for each in sets])}
         times["fwd_bwd_ms"] = timing.median_ms(jax.jit(timing.with_gradients(one)), sets)
         row = base | {"implementation": label, **times, "tflops": rate(times), **wrong.get(label, {})}
