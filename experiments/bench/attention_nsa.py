@@ -1,8 +1,9 @@
 """Native sparse attention (arXiv 2502.11089) at the shape of its paper, beside fla's parallel_nsa: part `nsa`.
 
 HQ64 HK4 D128, B1, bfloat16, blocks of 64, 16 of them a token with its own, compressed blocks their means, as fla has
-them; beside two branches stands dense causal attention. The selected branch alone takes lists made beforehand: the first block, the last two with the own, others at
-random, of the past. All by the mixer's own functions, from q, k and v on, with gates of 1.
+them; beside two branches stands dense causal attention. The selected branch alone takes lists made beforehand: the
+first block, the last two with the own, others at random, of the past. All by the mixer's own functions, from q, k and
+v on, with gates of 1.
 """
 
 import functools
