@@ -10,8 +10,9 @@ memory: every result is the same in every run.
 
 A warpgroup owns 64 rows of its block and keeps their gradients in registers as float32; p and ds go from registers
 straight into the next product. One more warpgroup reads the list and fetches tiles by TMA. Where a list says so, the
-warpgroup of one half of a block passes over a tile of which the other half sees some. Blocks of keys that are too few
-to fill the chip are shared out: each takes some of the heads, or a part of the list, to sums that XLA adds up.
+warpgroup of one half of a block passes over a tile of which the other half sees some. Where lists are short, a thread
+block goes from one to the next, and has the next one's tiles fetched meanwhile. Blocks of keys that are too few to fill
+the chip are shared out: each takes some of the heads, or a part of the list, to sums that XLA adds up.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention import plan
+from pallas_kernels.block_sparse_attention.deal import Deal, dealt
 from pallas_kernels.block_sparse_attention.plan import BLOCKS, LOG2_E, Visibility, pieces
 
 ROWS = 64  # of a warpgroup
@@ -55,6 +57,7 @@ class Call:
     ratio: int  # query heads to a key head
     skips: bool = False  # lists say that halves see nothing of some tiles
     pieces: tuple = (1, 1)  # parts into which the query heads of a key head, and each list, are cut
+    deal: Deal | None = None  # how thread blocks go through several items; None: each has one
 
     @property
     def units(self) -> int:
@@ -191,6 +194,10 @@ def _gradients(call: Call, walk, own, others, rows, facts):
     names = ["a", "b", "other_a", "other_b", "rows", "order", "begin", "count", "entries"]
     entries = (other << MARKS) + marks  # number of the block, and what is known of it
     order = _heavy_first(count, call.owners)
+    grid = {"owner": order.size // call.owners, "head": own[0].shape[2] * call.shares, "row": own[0].shape[0]}
+    call = dataclasses.replace(call, deal=dealt(call, count, other.shape[2], others, *grid.values()))
+    if call.deal is not None:
+        grid, order = {"worker": plan.SMS}, np.int32([0])  # not read: owners follow each other
     arrays = [*own, *others, rows, order, begin, count, entries.astype(np.int32)]
     if call.seen is not None:
         names += ["own_facts", "other_facts"]
@@ -206,13 +213,14 @@ def _gradients(call: Call, walk, own, others, rows, facts):
 
     a, b = (x.shape[-1] for x in own)
     hides, slots = call.seen is not None, call.owners * call.stages
+    alone = WARPGROUPS if call.deal is not None else 1  # barriers of what is fetched for a warpgroup alone
     scratch = [
         compat.tile(WARPGROUPS, ROWS, a),
         compat.tile(WARPGROUPS, ROWS, b),
         compat.tile(slots, call.step, a),
         compat.tile(slots, call.step, b),
         compat.vector(slots, 2, call.step) if call.keys_own else compat.vector(WARPGROUPS, 2, ROWS),
-        compat.barrier(WARPGROUPS * (2 + (not call.keys_own) + hides)),
+        compat.barriers(alone, WARPGROUPS // alone * (2 + (not call.keys_own) + hides)),
         compat.barriers(slots, 2 + call.keys_own + 2 * hides),
         compat.barriers(slots, call.units),
     ]
@@ -224,10 +232,12 @@ def _gradients(call: Call, walk, own, others, rows, facts):
         ]
     if compat.interpreting():
         scratch += [compat.tile(WARPGROUPS, ROWS, call.step)] * 2
+    if call.deal is not None:
+        scratch.append(compat.barriers(WARPGROUPS))
     found = compat.kernel(
         body,
-        grid=(order.size // call.owners, own[0].shape[2] * call.shares, own[0].shape[0]),
-        names=("owner", "head", "row"),
+        grid=tuple(grid.values()),
+        names=tuple(grid),
         out=tuple(outs),
         scratch=scratch,
         warpgroups=WARPGROUPS,
@@ -249,6 +259,7 @@ class _Block:
         self.call, self.given, self.results = call, given, results
         self.a, self.b, self.other_a, self.other_b, self.rows = a, b, other_a, other_b, rows
         self.loaded, self.ready, self.free = loaded, ready, free
+        *more, self.used = more if call.deal is not None else (*more, None)
         self.warpgroup = compat.warpgroup(WARPGROUPS)
         self.own_facts, self.other_facts, self.marks = more[:3] if call.seen is not None else (None,) * 3
         spares = more[3 * (call.seen is not None) :]
@@ -267,48 +278,72 @@ class _Block:
             compat.registers(COMPUTING, more=True)
             self.compute()
 
-    # Read wherever they are needed, as lists are: what is known before the warpgroups' ways part would be spilled.
-    row = property(lambda self: lax.axis_index("row"))
-    # With several shares of a walk, they are the faster part of the index.
-    head = property(lambda self: lax.div(lax.axis_index("head"), jnp.int32(self.call.shares)))
-    share = property(lambda self: lax.rem(lax.axis_index("head"), jnp.int32(self.call.shares)))
+    def turns(self, body, start):
+        """Runs body(turn, carry) -> carry for each item of the thread block."""
+        deal = self.call.deal
+        if deal is None:
+            return body(0, start)
+        step = lambda carry: (carry[0] + plan.SMS, body(*carry))
+        return lax.while_loop(lambda carry: carry[0] < deal.items, step, (lax.axis_index("worker"), start))[1]
 
-    def row_of(self, ref):
-        return self.row if ref.shape[0] > 1 else 0
+    def row_of(self, ref, mine):
+        return mine.row if ref.shape[0] > 1 else 0
 
     def fetch(self):
-        call, given, row, head = self.call, self.given, self.row, self.head
-        lists = [_List(self, place) for place in range(call.owners)]
-        for unit in range(WARPGROUPS):
-            mine = lists[unit // call.units]
-            tokens = pl.ds(mine.start + unit % call.units * ROWS, ROWS)
-            copies = [(given["a"].at[row, tokens, head], self.a), (given["b"].at[row, tokens, head], self.b)]
-            if not call.keys_own:
-                copies.append((given["rows"].at[row, head, :, tokens], self.rows))
-            if call.seen is not None:
-                facts = given["own_facts"]
-                copies.append((facts.at[self.row_of(facts), :, tokens], self.own_facts))
-            for source, target in copies:
-                compat.fetch(source, target.at[unit], self.loaded)
+        call = self.call
 
-        def step(n, _):
-            for mine in lists:
-                if call.owners == 1:
-                    self.fetch_step(mine, n)
-                else:
-                    pl.when(n < mine.steps)(lambda mine=mine: self.fetch_step(mine, n))
+        def turn(item, before):
+            lists = [_List(self, place, item, before[place]) for place in range(call.owners)]
+            units = [(unit, lists[unit // call.units]) for unit in range(WARPGROUPS)]
+            if call.deal is None:
+                for unit, mine in units:
+                    self.fetch_own(mine, unit)
 
-        steps = lists[0].steps
-        for mine in lists[1:]:
-            steps = jnp.maximum(steps, mine.steps)
-        lax.fori_loop(0, steps, step, None)
+            def step(n, _):
+                if call.deal is not None:
+                    # Tiles of the list first, as many as find room: the item before may still need its own.
+                    for unit, mine in units:
+                        at = jnp.where(item < plan.SMS, 0, jnp.minimum(mine.steps, call.stages))
+                        pl.when(n == at)(functools.partial(self.fetch_own, mine, unit))
+                for mine in lists:
+                    if call.owners == 1 and call.deal is None:
+                        self.fetch_step(mine, n)
+                    else:
+                        pl.when(n < mine.steps)(functools.partial(self.fetch_step, mine, n))
+
+            steps = lists[0].steps
+            for mine in lists[1:]:
+                steps = jnp.maximum(steps, mine.steps)
+            lax.fori_loop(0, steps + (call.deal is not None), step, None)
+            return tuple(mine.before + mine.steps for mine in lists)
+
+        self.turns(turn, (0 if call.deal is None else jnp.int32(0),) * call.owners)
         for slot in range(call.owners * call.stages):  # no arrival is left behind
             compat.wait(self.free.at[slot])
+        if call.deal is not None:
+            for unit in range(WARPGROUPS):
+                compat.wait(self.used.at[unit])
+
+    def fetch_own(self, mine, unit):
+        """The 64 rows of a warpgroup."""
+        call, given = self.call, self.given
+        tokens = pl.ds(mine.start + unit % call.units * ROWS, ROWS)
+        at = mine.row, tokens, mine.own_head
+        copies = [(given["a"].at[at], self.a), (given["b"].at[at], self.b)]
+        if not call.keys_own:
+            copies.append((given["rows"].at[mine.row, mine.own_head, :, tokens], self.rows))
+        if call.seen is not None:
+            facts = given["own_facts"]
+            copies.append((facts.at[self.row_of(facts, mine), :, tokens], self.own_facts))
+        if call.deal is not None:
+            compat.wait(self.used.at[unit])
+        for source, target in copies:
+            compat.fetch(source, target.at[unit], self.loaded.at[unit if call.deal is not None else 0])
 
     def fetch_step(self, mine, n):
-        call, given, row = self.call, self.given, self.row
-        slot = mine.slot(n)
-        head = mine.head + n % mine.heads if call.keys_own else self.head // call.ratio
+        call, given, row = self.call, self.given, mine.row
+        slot = mine.slot(mine.before + n)
+        head = mine.head + n % mine.heads if call.keys_own else mine.own_head // call.ratio
         entry = mine.entry(n)
         tokens = pl.ds(mine.other_start(entry, n), call.step)
         copies = [(given["other_a"].at[row, tokens, head], self.other_a)]
@@ -317,7 +352,7 @@ class _Block:
             copies.append((given["rows"].at[row, head, :, tokens], self.rows))
         if call.seen is not None:
             facts = given["other_facts"]
-            copies.append((facts.at[self.row_of(facts), :, tokens], self.other_facts))
+            copies.append((facts.at[self.row_of(facts, mine), :, tokens], self.other_facts))
         compat.wait(self.free.at[slot])
         for source, target in copies:
             compat.fetch(source, target.at[slot], self.ready.at[slot])
@@ -328,10 +363,40 @@ class _Block:
     def compute(self):
         call = self.call
         place = self.warpgroup if call.owners > 1 else 0
-        mine = _List(self, place)
         for slot in range(call.stages):
             compat.arrive(self.free.at[place * call.stages + slot])
-        compat.wait(self.loaded)
+        if call.deal is not None:
+            compat.arrive(self.used.at[self.warpgroup])
+
+        # 0, which the compiler does not know: what is found with it is not found before the loop over items and kept.
+        hidden_zero = lambda count: 0 if call.deal is None else jnp.minimum(count, 0)
+
+        def turn(item, before):
+            steps = _List(self, place, item).steps
+            last = before + steps
+            self.unit = self.warpgroup + hidden_zero(steps)
+            compat.wait(self.loaded.at[self.unit if call.deal is not None else 0])
+            sums = self.walk(place, before, last)
+            # Again, so that nothing has to be kept through the loop.
+            mine = _List(self, place, item + hidden_zero(last))
+            unit = self.warpgroup + hidden_zero(last)
+            sums = [total * scale for total, scale in zip(sums, (call.scale, 1.0))]
+            for level in range(call.levels):
+                if level:
+                    compat.stores_read()
+                lead = () if call.shares == 1 else (mine.share, level)
+                sums = self.store(mine, unit, sums, lead)
+            if call.deal is not None:
+                compat.stores_read()  # and what was read by loads was so before the stores were published
+                compat.arrive(self.used.at[unit])
+            return last
+
+        self.turns(turn, 0 if call.deal is None else jnp.int32(0))
+        compat.stores_done()
+
+    def walk(self, place, first, last):
+        """The sums after the list's tiles, whose numbers in the thread block are from first to last."""
+        call = self.call
         widths = [x.shape[-1] for x in ((self.a, self.b) if call.keys_own else (self.a,))]
         sums = [compat.zeros((ROWS, width)) for width in widths]
         step = self.keys_step if call.keys_own else self.queries_step()
@@ -347,39 +412,32 @@ class _Block:
                     return looks(sums, slot)
                 return lax.cond((marks >> WARPGROUPS) & 1 == 1, lambda sums, slot: sums, looks, sums, slot)
 
-        def walk(n, sums):
-            slot = mine.slot(n)
+        def visit(n, sums):
+            slot = place * call.stages + lax.rem(n, call.stages)
             compat.wait(self.ready.at[slot])
             sums = turn(slot, sums)
             compat.arrive(self.free.at[slot])
             return sums
 
-        sums = lax.fori_loop(0, mine.steps, walk, sums)
-        mine = _List(self, place)  # again, so that nothing of it has to be kept through the loop
-        sums = [total * scale for total, scale in zip(sums, (call.scale, 1.0))]
-        for level in range(call.levels):
-            if level:
-                compat.stores_read()
-            sums = self.store(mine, sums, () if call.shares == 1 else (self.share, level))
-        compat.stores_done()
+        return lax.fori_loop(first, last, visit, sums)
 
-    def store(self, mine, sums, lead):
+    def store(self, mine, unit, sums, lead):
         """Writes the sums, rounded to bfloat16, to a part of the results; what that leaves of them."""
         call, left = self.call, []
-        tokens = pl.ds(mine.start + (self.warpgroup if call.owners == 1 else 0) * ROWS, ROWS)
+        tokens = pl.ds(mine.start + (unit if call.owners == 1 else 0) * ROWS, ROWS)
         for total, staged, out in zip(sums, (self.a, self.b), self.results):
             rounded = total.astype(jnp.bfloat16)
             left.append(total - rounded.astype(jnp.float32))
-            staged[self.warpgroup] = rounded
+            staged[unit] = rounded
             compat.publish()
-            source, target = staged.at[self.warpgroup], out.at[(*lead, self.row, tokens, self.head)]
+            source, target = staged.at[unit], out.at[(*lead, mine.row, tokens, mine.own_head)]
             compat.store(source, target, None if call.owners == 1 else mine.exists)
         return left
 
     def keys_step(self, slot, hides, sums):
         """dk and dv of 64 keys after one more tile of queries; tiles here are [keys, queries]."""
         call = self.call
-        k, v = self.a.at[self.warpgroup], self.b.at[self.warpgroup]
+        k, v = self.a.at[self.unit], self.b.at[self.unit]
         q, dy, rows = self.other_a.at[slot], self.other_b.at[slot], self.rows.at[slot]
         shape = (ROWS, call.step)
 
@@ -402,7 +460,7 @@ class _Block:
     def queries_step(self):
         """dq of 64 queries after one more tile of keys: the step, with what stays the same loaded."""
         call = self.call
-        q, dy, rows = (x.at[self.warpgroup] for x in (self.a, self.b, self.rows))
+        q, dy, rows = (x.at[self.unit] for x in (self.a, self.b, self.rows))
         shape = (ROWS, call.step)
         lse, delta = compat.load_rows(rows.at[0]), compat.load_rows(rows.at[1])
 
@@ -447,26 +505,37 @@ class _Block:
 
 
 class _List:
-    """An owner of a thread block and its list, as one warpgroup reads it."""
+    """An owner of a thread block and its list, as one warpgroup reads it, at a turn, after `before` steps of others.
 
-    def __init__(self, block, place):
-        call, given = block.call, block.given
-        self.call, self.place = call, place
-        owner = given["order"][lax.axis_index("owner") * call.owners + place]
+    Read wherever it is needed: what is known before the warpgroups' ways part would be spilled.
+    """
+
+    def __init__(self, block, place, item, before=0):
+        call, given, deal = block.call, block.given, block.call.deal
+        self.call, self.place, self.before = call, place, before
+        if deal is None:
+            owner, head, self.row = (lax.axis_index(name) for name in ("owner", "head", "row"))
+            owner = given["order"][owner * call.owners + place]
+        else:
+            owner, head, self.row = deal.place(item, lax.div, lax.rem)
+            owner = owner * call.owners + place
+        # With several shares of a walk, they are the faster part of the index.
+        self.own_head, self.share = (f(head, jnp.int32(call.shares)) for f in (lax.div, lax.rem))
         if call.owners > 1:
-            self.exists = owner >= 0
-            owner = jnp.maximum(owner, 0)
-        head = block.head if call.keys_own else block.head // call.ratio
+            last = given["count"].shape[2] - 1
+            self.exists = owner >= 0 if deal is None else owner <= last
+            owner = jnp.clip(owner, 0, last)
+        head = self.own_head if call.keys_own else self.own_head // call.ratio
         b, h = given["begin"].shape[:2]
-        lead = (block.row if b > 1 else 0), (head if h > 1 else 0)
+        lead = (self.row if b > 1 else 0), (head if h > 1 else 0)
         self.start = owner * call.own
         self.heads = call.ratio // call.pieces[0] if call.keys_own else 1  # query heads that are walked, from `head` on
-        self.head = block.head * call.ratio
+        self.head = self.own_head * call.ratio
         self.begin, count = given["begin"][*lead, owner], given["count"][*lead, owner]
         if call.pieces[0] > 1:
-            self.head += lax.rem(block.share, jnp.int32(call.pieces[0])) * self.heads
+            self.head += lax.rem(self.share, jnp.int32(call.pieces[0])) * self.heads
         if call.pieces[1] > 1:
-            part = lax.div(block.share, jnp.int32(call.pieces[0]))
+            part = lax.div(self.share, jnp.int32(call.pieces[0]))
             first, last = (lax.div(count * n, jnp.int32(call.pieces[1])) for n in (part, part + 1))
             self.begin, count = self.begin + first, last - first
         self.steps = count * (self.heads * call.parts)
@@ -485,5 +554,5 @@ class _List:
         return (entry >> MARKS) * self.call.other + part * self.call.step
 
     def slot(self, step):
-        """Where in shared memory a step's tiles lie."""
+        """Where in shared memory the tiles of a step lie, of those of the whole thread block."""
         return self.place * self.call.stages + lax.rem(step, self.call.stages)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.block_sparse_attention import gpu_backward, plan
+from pallas_kernels.block_sparse_attention import deal, gpu_backward, plan
 
 BOUND = 5e-3
 needs_mosaic = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
@@ -101,6 +101,31 @@ def test_sums_of_shares_of_heads_and_of_lists_match_float64(monkeypatch):
     monkeypatch.setattr(plan, "LEAST_STEPS", 1)
     assert plan.pieces(1, 2, 2) == (2, 2)  # blocks of 64 keys, two in a thread block
     check((1, 128, 128, 2, 1, 64, 64), (64, 64), causal, with_lse=True)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("blocks", [128, 64])
+def test_thread_blocks_that_go_through_several_lists_make_the_same_gradients(monkeypatch, blocks):
+    monkeypatch.setattr(plan, "SMS", 2)
+    monkeypatch.setattr(deal, "ON", True)
+    monkeypatch.setattr(deal, "UNEVEN", 10)
+    made = []
+    monkeypatch.setattr(gpu_backward, "dealt", lambda *a: made.append(deal.dealt(*a)) or made[-1])
+    if blocks == 128:  # lists of which one is empty, and halves of a ring
+        check((1, 384, 384, 2, 1, 64, 64), (128, 128), causal, drop=[(1, 0), (1, 1)])
+    else:  # pairs of blocks, of which one is missing
+        segments = np.repeat(np.array([[1, 2, 0]], np.int32), (80, 90, 22), axis=1)
+        check((1, 192, 192, 2, 2, 64, 64), (64, 64), packed, (segments, segments))
+    assert [x.items for x in made] == ([6, 3] if blocks == 128 else [4, 4])
+
+
+def test_items_are_dealt_once_each_and_long_lists_evenly():
+    items = deal.Deal(owners=33, heads=16, rows=8, together=4)
+    owner, head, row = items.place(np.arange(items.items))
+    assert len({*zip(owner.tolist(), head.tolist(), row.tolist())}) == items.items == 33 * 16 * 8
+    assert owner.max() == 32 and head.max() == 15 and row.max() == 7
+    loads = np.bincount(np.arange(items.items) % plan.SMS, owner + 1)
+    assert loads.max() < 1.1 * loads.mean()
 
 
 def test_walks_are_cut_where_their_thread_blocks_are_few_and_long():

@@ -1,0 +1,72 @@
+"""How the gradient kernels of block-sparse attention deal their work to thread blocks that take several lists each.
+
+To start a thread block and to fill its shared memory took some 6 microseconds on an H100, as much as two tiles of 128 x
+128. One that goes from list to list has the next one's tiles fetched while it ends the last.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from pallas_kernels.block_sparse_attention import plan
+
+ON = False  # whether work is dealt at all; interpreted and compiled, not run on a chip
+LONG = 64  # blocks of 128 tokens of a list, beyond which a thread block takes one
+UNSURE = 32  # the same of lists whose lengths are not known while tracing
+STARTING = 128  # tokens of a list that take as long as beginning and ending it
+UNEVEN = 1.1  # most that a thread block's work may be of the mean
+TOGETHER = 16 << 20  # bytes of what is listed that are walked at a time, so that L2 keeps them
+
+
+@dataclasses.dataclass(frozen=True)
+class Deal:
+    """Work dealt out to as many thread blocks as the chip has multiprocessors: owners, or two, of a head and row."""
+
+    owners: int
+    heads: int
+    rows: int
+    together: int  # heads that are walked at a time
+
+    @property
+    def items(self) -> int:
+        return self.owners * self.heads * self.rows
+
+    def place(self, index, div=np.floor_divide, rem=np.mod):
+        """(owner, head, row) of an item, for arrays and, with lax.div and lax.rem, in kernels.
+
+        The owners of `together` heads follow each other, every next heads beginning 0.6 of the way further: so each
+        thread block meets all sorts of owners, wherever the long lists are.
+        """
+        n = lambda value: np.int32(value)
+        lap, within = div(index, n(self.owners * self.together)), rem(index, n(self.owners * self.together))
+        owner = rem(div(within, n(self.together)) + lap * n(round(0.618 * self.owners)), n(self.owners))
+        laps = n(self.heads // self.together)
+        return owner, rem(lap, laps) * n(self.together) + rem(within, n(self.together)), div(lap, laps)
+
+
+def dealt(call, count, entries, others, owners, heads, rows):
+    """The `Deal` of a gradient kernel's call; None where items are few, or lists long or uneven: one thread block each.
+
+    count: of lists, [b, h, n], entries: of all of a row's, others: the arrays that are listed, [B, T, H, K]. The rest
+    is the grid: thread blocks' owners, heads that own, rows.
+    """
+    if not ON:
+        return None
+    row = others[0].shape[1] * sum(x.shape[-1] * x.dtype.itemsize for x in others)  # bytes of a head
+    row *= others[0].shape[2] // heads if call.keys_own else 1
+    fit = [n for n in range(1, heads + 1) if heads % n == 0 and n * row <= TOGETHER]
+    deal = Deal(owners, heads, rows, max(fit, default=1))
+    if call.shares > 1 or call.keys_own and call.deep:  # registers are too few
+        return None
+    if deal.items <= plan.SMS or entries * call.other > LONG * 128 * count.shape[2]:
+        return None
+    if not isinstance(count, np.ndarray):
+        return deal if count.shape[1] == 1 and others[0].shape[1] <= UNSURE * 128 else None
+    index = np.arange(deal.items)
+    owner, head, row = deal.place(index)
+    owner = owner[:, None] * call.owners + np.arange(call.owners)
+    lengths = np.pad(count, ((0, 0), (0, 0), (0, -count.shape[2] % call.owners)))
+    which = (row * (count.shape[0] > 1))[:, None], (head * count.shape[1] // heads)[:, None], owner
+    tokens = lengths[which].max(1) * call.other * (call.ratio if call.keys_own else 1)
+    loads = np.bincount(index % plan.SMS, tokens + STARTING)
+    return deal if loads.max() <= UNEVEN * loads.mean() else None
