@@ -122,3 +122,14 @@ def transposed(lists: Lists, owners: int) -> Walk:
         ends = jax.vmap(partial(jnp.searchsorted, v=bounds, method=method))(rows).astype(np.int32)
     ends = ends.reshape(b, h, -1)
     return Walk(ends[..., :-1], ends[..., 1:] - ends[..., :-1], (order // n).astype(np.int32), full)
+
+
+def turned(lists: Lists, owners: int) -> Walk:
+    """As `transposed`; where lists are traced and short, with gaps between those of key blocks, and without a sort."""
+    index, full = lists
+    b, h, rows, n = index.shape
+    if library(index) is np or rows > _RANKED or b * h * owners * rows * n > _COMPARED:
+        return transposed(lists, owners)
+    listed = index[:, :, None] == np.arange(owners, dtype=np.int32)[:, None, None]
+    found = jnp.max(jnp.where(listed, full[:, :, None] + np.int32(1), 0), axis=-1)  # [b, h, owners, rows]
+    return forward(_compact(jnp.where(found > 0, np.arange(rows, dtype=np.int32), -1), found > 1))

@@ -177,7 +177,8 @@ def _prepared(config, lists, sizes, target="gpu", steps=None):
         seen = Sinks(config.keys) if seen is None else seen & Sinks(config.keys)
     lengths = config.time, config.keys
     call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, lengths, full, target, steps)
-    walks = block_lists.forward(lists), block_lists.transposed(lists, -(-config.keys // sizes[1]))
+    transposed = block_lists.turned if target == "gpu" else block_lists.transposed
+    walks = block_lists.forward(lists), transposed(lists, -(-config.keys // sizes[1]))
     own = static and seen is not None and target == "gpu"
     return call, (*walks, block_halves.halves(config.mask, lists, walks[0], sizes, *lengths) if own else None)
 
@@ -201,7 +202,7 @@ def visit_back(scale, soft_cap, mask, data, q, k, v, lse, dy, delta):
     dy: [B, H, T, V] is that of the sum over all keys; delta: [B, H, T], the sums over channels of dy y, less lse's.
     """
     call, lists = _visited(scale, soft_cap, mask, data, q, k)
-    walks = block_lists.forward(lists), block_lists.transposed(lists, -(-k.shape[2] // call.sizes[1]))
+    walks = block_lists.forward(lists), block_lists.turned(lists, -(-k.shape[2] // call.sizes[1]))
     q, k, v, dy = (jnp.moveaxis(x, 1, 2) for x in (q, k, v, dy))
     gradients = _by_kernel(call, q, k, v, data, walks, _rows(call, lse, delta), dy)
     return tuple(jnp.moveaxis(x, 2, 1) for x in gradients)

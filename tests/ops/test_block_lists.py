@@ -44,6 +44,7 @@ def test_both_walks_visit_the_tiles_of_a_mask_once(name, shape):
     for got, expected in zip(traced[:2], back[:2], strict=True):
         assert np.array_equal(got, expected)
     assert pairs_of(traced, False) == want
+    assert pairs_of(block_lists.turned(block_lists.Lists(*map(jnp.asarray, found)), table.shape[1]), False) == want
 
 
 def test_data_shortens_the_lists():
