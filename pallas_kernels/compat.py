@@ -385,6 +385,22 @@ def publish():
     gpu().commit_smem()
 
 
+def reads_done():
+    """Puts this thread's reads of shared memory before what TMA writes there once the thread has arrived at a barrier.
+
+    The fence of `publish` without its barrier, for which registers may be too few.
+    """
+    if interpreting():
+        return
+    from jaxlib.mlir.dialects import nvvm
+
+    @gpu().inline_mgpu()
+    def fence(_):
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    fence()
+
+
 def fetching_warpgroup(count):
     """Whether this warpgroup is the one beside the `count` computing ones."""
     return lax.axis_index("warpgroup") == count

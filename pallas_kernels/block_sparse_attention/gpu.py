@@ -366,6 +366,7 @@ class Rows:
             later = self.slot(following)
             scores = self.seen(self.logits(scores, n), n, slot)
             if held:
+                compat.reads_done()
                 self.free("k", slot)
             factor = 1.0 if self.bent else call.scale * LOG2_E
             now = jnp.maximum(top, jnp.max(scores, axis=1) * factor)

@@ -453,6 +453,7 @@ class _Block:
                 add(3, v, compat.transposed(dy))
             gradient = read(3, int(early))
             delta = compat.spread_columns(compat.load_columns(rows.at[1]), shape)
+            compat.reads_done()  # of the rows' facts, before the slot is free
             add(0, compat.as_operand(graded * (gradient - delta), self.spares[1]), q)
 
         return compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:2]
@@ -471,6 +472,8 @@ class _Block:
                 add(1, q, compat.transposed(k))
                 add(2, dy, compat.transposed(v))
                 _, graded = self.weights(read(1, 1), compat.spread_rows(lse, shape), slot, hides)
+                if hides:
+                    compat.reads_done()
                 ds = graded * (read(2, 0) - compat.spread_rows(delta, shape))
                 add(0, compat.as_operand(ds, self.spares[0]), k)
 
