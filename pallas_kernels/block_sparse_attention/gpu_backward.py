@@ -38,6 +38,7 @@ MARKS = 2 * WARPGROUPS
 DEEP = 12  # operations of a mask, above which a tile of 128 keys needs too many registers
 VECTOR = 6  # as many operations as that a vector of keys, beyond one, takes in registers
 SHARED_BYTES = 225 * 1024
+SHORT = 8192  # tokens whose indices may be a constant of the program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,10 @@ def _asked(seen, side, index):
 
 
 def _facts(names, values, length):
-    """What a mask asks of one side's tokens, [B or 1, names, length] int32; "i" and "j" are their indices."""
+    """What a mask asks of one side's tokens, [B or 1, names or more, length] int32; "i" and "j" are their indices."""
+    if names in (("i",), ("j",)) and length <= SHORT:
+        # Of indices alone XLA makes an iota, and a launch to write it in each call; a row of zeros keeps it a constant.
+        return np.stack([np.arange(length, dtype=np.int32), np.zeros(length, np.int32)])[None]
     indices = dict.fromkeys("ij", jnp.arange(length, dtype=jnp.int32)[None])
     rows = [jnp.asarray((indices | values)[name], jnp.int32) for name in names]
     batch = max(x.shape[0] for x in rows)
@@ -334,7 +338,8 @@ class _Block:
             copies.append((given["rows"].at[mine.row, mine.own_head, :, tokens], self.rows))
         if call.seen is not None:
             facts = given["own_facts"]
-            copies.append((facts.at[self.row_of(facts, mine), :, tokens], self.own_facts))
+            names = pl.ds(0, self.own_facts.shape[1])
+            copies.append((facts.at[self.row_of(facts, mine), names, tokens], self.own_facts))
         if call.deal is not None:
             compat.wait(self.used.at[unit])
         for source, target in copies:
@@ -352,7 +357,8 @@ class _Block:
             copies.append((given["rows"].at[row, head, :, tokens], self.rows))
         if call.seen is not None:
             facts = given["other_facts"]
-            copies.append((facts.at[self.row_of(facts, mine), :, tokens], self.other_facts))
+            names = pl.ds(0, self.other_facts.shape[1])
+            copies.append((facts.at[self.row_of(facts, mine), names, tokens], self.other_facts))
         compat.wait(self.free.at[slot])
         for source, target in copies:
             compat.fetch(source, target.at[slot], self.ready.at[slot])
