@@ -103,14 +103,20 @@ def test_sums_of_shares_of_heads_and_of_lists_match_float64(monkeypatch):
     check((1, 128, 128, 2, 1, 64, 64), (64, 64), causal, with_lse=True)
 
 
+def deals(monkeypatch, processors):
+    """A list of what is dealt out from here on, to so many multiprocessors."""
+    made = []
+    monkeypatch.setattr(plan, "SMS", processors)
+    monkeypatch.setattr(deal, "ON", True)
+    monkeypatch.setattr(deal, "UNEVEN", 10)
+    monkeypatch.setattr(gpu_backward, "dealt", lambda *a: made.append(deal.dealt(*a)) or made[-1])
+    return made
+
+
 @needs_mosaic
 @pytest.mark.parametrize("blocks", [128, 64])
 def test_thread_blocks_that_go_through_several_lists_make_the_same_gradients(monkeypatch, blocks):
-    monkeypatch.setattr(plan, "SMS", 2)
-    monkeypatch.setattr(deal, "ON", True)
-    monkeypatch.setattr(deal, "UNEVEN", 10)
-    made = []
-    monkeypatch.setattr(gpu_backward, "dealt", lambda *a: made.append(deal.dealt(*a)) or made[-1])
+    made = deals(monkeypatch, 2)
     if blocks == 128:  # lists of which one is empty, and halves of a ring
         check((1, 384, 384, 2, 1, 64, 64), (128, 128), causal, drop=[(1, 0), (1, 1)])
     else:  # pairs of blocks, of which one is missing
@@ -194,6 +200,14 @@ def compiled(spilled, visible, data=(), soft_cap=None, sizes=(128, 128), marks=F
 def test_kernels_with_a_data_mask_compile_for_an_h100_without_spills(spilled):
     found = compiled(spilled, packed, ("segment", "kv_segment"))
     assert found == {"block_sparse_attention_dkv": 0, "block_sparse_attention_dq": 0}
+
+
+def test_kernels_that_go_through_several_lists_compile_for_an_h100_and_spill_next_to_nothing(spilled, monkeypatch):
+    made = deals(monkeypatch, 16)
+    found = compiled(spilled, causal)
+    assert [x.items for x in made] == [64, 32]
+    # Registers of the loop over lists, none of them in the loop over tiles, when written.
+    assert found["block_sparse_attention_dkv"] <= 16 and found["block_sparse_attention_dq"] <= 32
 
 
 def test_kernels_whose_halves_pass_over_tiles_compile_for_an_h100_without_spills(spilled):
