@@ -147,6 +147,21 @@ def iota(shape, axis):
     return gpu().broadcasted_iota(jnp.int32, shape, axis, layout=tile_layout())
 
 
+def triangle(size, step, upper=False, diagonal=True):
+    """Where rows >= columns (upper: <=; without the diagonal > and <) in a tile, found anew in a loop over step >= 0.
+
+    Without `step` the compiler would find it before the loop and keep it in registers. In the layout of tiles bits 1
+    and 2 of a column's number tell threads apart and the others the columns of a thread, so that each comparison is one
+    of a thread's own number with a constant.
+    """
+    shape, column = (size, size), column_places(size)
+    left = spread_rows(row_places(size) + jnp.minimum(step, 0), shape) - spread_columns(column & 6, shape)
+    right = spread_columns(column & ~6, shape)
+    if upper:
+        return left <= right if diagonal else left < right
+    return left >= right if diagonal else left > right
+
+
 def row_places(count):
     """0, 1, ... for the rows of a tile."""
     return gpu().broadcasted_iota(jnp.int32, (count,), 0, layout=rows_layout())

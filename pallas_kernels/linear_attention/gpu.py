@@ -196,9 +196,13 @@ class Tokens:
             self.runs = segments.at[pl.ds(0, CHUNK)]
             self.before, self.after = segments[CHUNK], segments[CHUNK + 1]
 
+    @staticmethod
+    def _shifted(rows, shift):
+        return rows + shift if shift else rows  # adding 0.0 would be an instruction
+
     def carry_in(self):
         """What a token's output reads of the incoming state, scale included: [64]."""
-        exponent = compat.load_rows(self.decays) + self.shift
+        exponent = self._shifted(compat.load_rows(self.decays), self.shift)
         if self.segments is not None:
             exponent = jnp.where(compat.load_rows(self.runs) == self.before, exponent, -jnp.inf)
         return jnp.exp2(exponent)
@@ -219,12 +223,11 @@ class Tokens:
         """What token i's output reads of token j's write, scale included: [i, j], or [j, i] transposed."""
         shape = (CHUNK, CHUNK)
         rows, columns = (self.sources, self.decays) if transposed else (self.decays, self.sources)
-        down = compat.spread_rows(compat.load_rows(rows), shape)
+        down = self._shifted(compat.load_rows(rows), -self.shift if transposed else self.shift)
+        down = compat.spread_rows(down, shape)
         across = compat.spread_columns(compat.load_columns(columns), shape)
-        # Without `start` the mask is computed before the loop over chunks, and held in registers.
-        row, column = (compat.iota(shape, axis) + self.start for axis in (0, 1))
-        visible = row <= column if transposed else row >= column
-        exponent = (across - down if transposed else down - across) + self.shift
+        visible = compat.triangle(CHUNK, self.start, upper=transposed)
+        exponent = across - down if transposed else down - across
         if self.segments is not None:
             row_runs = compat.spread_rows(compat.load_rows(self.runs), shape)
             column_runs = compat.spread_columns(compat.load_columns(self.runs), shape)

@@ -254,13 +254,13 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
             if need_decay:
                 jobs.append(([(q_tile, compat.transposed(k_tile))], None))
             after, crossed, *score = compat.matmuls(*jobs)
-            crossed = (crossed * own.pairs()).astype(jnp.bfloat16)
+            crossed = crossed * own.pairs()
             weights = compat.as_operand(crossed, spare.at[unit] if spare is not None else None)
             if need_decay:
-                weighted[unit] = (score[0] * crossed.astype(jnp.float32)).astype(jnp.bfloat16)
+                weighted[unit] = (score[0] * crossed).astype(jnp.bfloat16)
                 compat.publish()
                 over = compat.matmul((triangle, weighted.at[unit]))
-                earlier = compat.iota((CHUNK, CHUNK), 1) < compat.iota((CHUNK, CHUNK), 0)
+                earlier = compat.triangle(CHUNK, now, diagonal=False)
                 sums[unit, 0] = jnp.sum(jnp.where(earlier, over, 0.0), axis=1)
             else:
                 await_turn()
