@@ -461,11 +461,12 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
                 compat.store(sums.at[kind, index], out.at[slot, row, first_head + index, tokens])
 
         def keys(now, here, q_tile, v_tile, dy_tile, state_of, weighted, dk_staged):
-            pairs = []
-            for index, factors, part in here:
-                crossed = compat.matmul((v_tile.at[:, part], compat.transposed(dy_tile.at[:, part])))
-                crossed = crossed * factors.pairs(transposed=True)
-                pairs.append(compat.as_operand(crossed, spares[1].at[index] if spares else None))
+            crossed = None  # of all heads: they share their keys, so one product with the queries does for them
+            for _, factors, part in here:
+                found = compat.matmul((v_tile.at[:, part], compat.transposed(dy_tile.at[:, part])))
+                found = found * factors.pairs(transposed=True)
+                crossed = found if crossed is None else crossed + found
+            crossed = compat.as_operand(crossed, spares[1].at[0] if spares else None)
             compat.wait(full)
             # Both have updated their states by now: what they added them from is free to hold the weighted values.
             written = weighted.at[:, pl.ds(0, width)]
@@ -479,7 +480,7 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
                     (written.at[:, part], compat.transposed(state_of(unit).at[half]))
                     for unit, _, _, part in units_in(here)
                 ]
-                products += [(crossed, q_tile.at[:, half]) for crossed in pairs]
+                products.append((crossed, q_tile.at[:, half]))
                 dk_staged[:, half] = compat.matmul(*products).astype(jnp.bfloat16)
             compat.arrive(free)
             compat.publish()
