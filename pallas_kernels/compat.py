@@ -18,6 +18,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -147,19 +148,47 @@ def iota(shape, axis):
     return gpu().broadcasted_iota(jnp.int32, shape, axis, layout=tile_layout())
 
 
-def triangle(size, step, upper=False, diagonal=True):
-    """Where rows >= columns (upper: <=; without the diagonal > and <) in a tile, found anew in a loop over step >= 0.
+def below(tile, step, otherwise, upper=False, diagonal=True):
+    """A square tile where rows >= columns (upper: <=; without the diagonal > and <), elsewhere a number.
 
-    Without `step` the compiler would find it before the loop and keep it in registers. In the layout of tiles bits 1
-    and 2 of a column's number tell threads apart and the others the columns of a thread, so that each comparison is one
-    of a thread's own number with a constant.
+    Each comparison is one of a thread's own number with a constant. step: a scalar >= 0 of the loop around; without it
+    the compiler would compare before the loop and keep what it finds in registers.
     """
-    shape, column = (size, size), column_places(size)
-    left = spread_rows(row_places(size) + jnp.minimum(step, 0), shape) - spread_columns(column & 6, shape)
-    right = spread_columns(column & ~6, shape)
-    if upper:
-        return left <= right if diagonal else left < right
-    return left >= right if diagonal else left > right
+    size, compares = tile.shape[0], ("sle" if diagonal else "slt") if upper else ("sge" if diagonal else "sgt")
+    rows = row_places(size) + jnp.minimum(step, 0)
+    if interpreting():
+        difference = spread_rows(rows, tile.shape) - iota(tile.shape, 1)
+        kept = {"sle": difference <= 0, "slt": difference < 0, "sge": difference >= 0, "sgt": difference > 0}
+        return jnp.where(kept[compares], tile, otherwise)
+    mgpu = gpu()
+    from jax.experimental.mosaic.gpu import FragmentedArray, c, utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, vector
+
+    @mgpu.inline_mgpu(
+        arg_types=(tile_layout(), rows_layout()),
+        return_type=mgpu.ShapeDtypeStruct(tile.shape, tile.dtype, layout=tile_layout()),
+    )
+    def select(_, values, rows):
+        # A thread holds two columns in a row of every eight, in rows 0 and 8 of every sixteen.
+        i32 = ir.IntegerType.get_signless(32)
+        first = arith.muli(arith.andi(utils.thread_idx(), c(3, i32)), c(2, i32))
+        element = lambda register, n: vector.extract(register, dynamic_position=[], static_position=[n])
+        starts = [arith.subi(element(register, 0), first) for register in rows.registers.flat]
+        kept = values.registers.reshape(size // 8, len(starts))
+        found = np.empty_like(kept)
+        compare = getattr(arith.CmpIPredicate, compares)
+        number = c(float(otherwise), values.mlir_dtype)
+        for (eight, row), pair in np.ndenumerate(kept):
+            for n in range(2):
+                visible = arith.cmpi(compare, starts[row], c(8 * eight + n, i32))
+                value = arith.select(visible, element(pair, n), number)
+                pair = vector.insert(value, pair, dynamic_position=[], static_position=[n])
+            found[eight, row] = pair
+        registers = found.reshape(values.registers.shape)
+        return FragmentedArray(_registers=registers, _layout=values.layout, _is_signed=None)
+
+    return select(tile, rows)
 
 
 def row_places(count):

@@ -226,13 +226,12 @@ class Tokens:
         down = self._shifted(compat.load_rows(rows), -self.shift if transposed else self.shift)
         down = compat.spread_rows(down, shape)
         across = compat.spread_columns(compat.load_columns(columns), shape)
-        visible = compat.triangle(CHUNK, self.start, upper=transposed)
         exponent = across - down if transposed else down - across
         if self.segments is not None:
             row_runs = compat.spread_rows(compat.load_rows(self.runs), shape)
             column_runs = compat.spread_columns(compat.load_columns(self.runs), shape)
-            visible = visible & (row_runs == column_runs) & (row_runs != 0)
-        return jnp.exp2(jnp.where(visible, exponent, -jnp.inf))
+            exponent = jnp.where((row_runs == column_runs) & (row_runs != 0), exponent, -jnp.inf)
+        return jnp.exp2(compat.below(exponent, self.start, -jnp.inf, upper=transposed))
 
 
 def scaled_rows(tile, factors):

@@ -259,22 +259,18 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
             if need_decay:
                 weighted[unit] = (score[0] * crossed).astype(jnp.bfloat16)
                 compat.publish()
-                over = compat.matmul((triangle, weighted.at[unit]))
-                earlier = compat.triangle(CHUNK, now, diagonal=False)
-                sums[unit, 0] = jnp.sum(jnp.where(earlier, over, 0.0), axis=1)
             else:
                 await_turn()
-            reads = None
-            for start in range(0, plan.key, COLUMNS):  # a half of dq at a time: registers are what is short
-                half = pl.ds(start, COLUMNS)
-                inter = compat.matmul((dy_mine, compat.transposed(states.at[unit, half])))
-                inter = scaled_rows(inter, own.carry_in())
-                if need_decay:
-                    read = _row_sums(_read(q_tile.at[:, half]), inter)
-                    reads = read if reads is None else reads + read
-                queries[unit, :, half] = compat.matmul((weights, k_tile.at[:, half]), start=inter).astype(jnp.bfloat16)
+            jobs = [([(dy_mine, compat.transposed(states.at[unit]))], None)]
             if need_decay:
-                sums[unit, 1] = reads
+                jobs.append(([(triangle, weighted.at[unit])], None))
+            inter, *over = compat.matmuls(*jobs)
+            if need_decay:
+                sums[unit, 0] = jnp.sum(compat.below(over[0], now + 1, 0.0, diagonal=False), axis=1)
+            inter = scaled_rows(inter, own.carry_in())
+            if need_decay:
+                sums[unit, 1] = _row_sums(_read(q_tile), inter)
+            queries[unit] = compat.matmul((weights, k_tile), start=inter).astype(jnp.bfloat16)
             compat.arrive(handed)
             pl.when(unit == 0)(lambda: add_queries(tokens, queries))
             if need_decay:
@@ -394,24 +390,24 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
         def chunk(indices, decay_tile, *tiles):
             *seg, q_tile, k_tile, v_tile, dy_tile, carry = tiles
             now = at(indices[0])
-            states, weighted, sums, totals, staged, *apart = (compat.unhoisted(buffer, now) for buffer in buffers)
-            dv_staged, dk_staged = apart or (staged.at[0], staged.at[1])
+            states, weighted, written, dk_staged, sums, totals, *apart = (compat.unhoisted(x, now) for x in buffers)
+            dv_staged = apart[0] if apart else weighted  # which is free when both have updated their states
             state_of = lambda unit: states.at[unit if shared else warpgroup]
             here = list(_heads_of(lanes, block, decay_tile, *(seg or [None]), now * CHUNK, math.log2(scale)))
             own = Tokens(
                 decay_tile.at[:, unit if count > 1 else 0], *(seg or [None]), now * CHUNK, shift=math.log2(scale)
             )
             compat.stores_read()
+            pl.when(warpgroup == 0)(lambda: compat.arrive(free))
             compat.wait(free)
             states[warpgroup] = carry.astype(jnp.bfloat16)
             slot = pl.ds(warpgroup * COLUMNS, COLUMNS)
             weighted[:, slot] = scaled_rows(_read(dy_tile.at[:, mine]), own.carry_in()).astype(jnp.bfloat16)
-            if need_decay:  # where the tile is dv's or dk's, it is free until that is written
-                first = staged.at[warpgroup, :, pl.ds(0, COLUMNS)]
-                first[...] = scaled_rows(_read(v_tile.at[:, mine]), own.carry_out()).astype(jnp.bfloat16)
+            written[:, slot] = scaled_rows(_read(v_tile.at[:, mine]), own.carry_out()).astype(jnp.bfloat16)
             compat.publish()
             if need_decay:  # before the gradient is updated: both at once would need too many registers
-                write_total(now, totals, _row_sums(carry, compat.matmul((compat.transposed(k_tile), first))))
+                change = compat.matmul((compat.transposed(k_tile), written.at[:, slot]))
+                write_total(now, totals, _row_sums(carry, change))
             write = (compat.transposed(q_tile), weighted.at[:, slot])
             after = compat.matmul(write, start=carry * own.kept())
             compat.arrive(full)
@@ -422,7 +418,7 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
 
             @pl.when(warpgroup == 1)
             def _():
-                keys(now, here, q_tile, v_tile, dy_tile, state_of, weighted, dk_staged)
+                keys(now, here, q_tile, v_tile, dy_tile, state_of, written, dk_staged)
 
             return after
 
@@ -444,13 +440,13 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
             for unit, index, factors, part in units_in(here):  # a unit at a time: registers are what is short
                 acc = compat.matmul((k_tile, state_of(unit)))
                 acc = scaled_rows(acc, factors.carry_out())
+                mine_v = _read(v_tile.at[:, part])
                 if need_decay:
-                    _add(found, (0, index), _row_sums(_read(v_tile.at[:, part]), acc))
+                    _add(found, (0, index), _row_sums(mine_v, acc))
                 acc = compat.matmul((weights[index], dy_tile.at[:, part]), start=acc)
                 if weighs:
-                    _add(found, (1, index), _row_sums(_read(v_tile.at[:, part]), acc))
+                    _add(found, (1, index), _row_sums(mine_v, acc))
                 dv_staged[:, part] = acc.astype(jnp.bfloat16)
-            compat.arrive(free)
             for place, total in found.items():
                 sums[place] = total
             compat.publish()
@@ -460,7 +456,7 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
                 out = outs[-1 if kind else 0]
                 compat.store(sums.at[kind, index], out.at[slot, row, first_head + index, tokens])
 
-        def keys(now, here, q_tile, v_tile, dy_tile, state_of, weighted, dk_staged):
+        def keys(now, here, q_tile, v_tile, dy_tile, state_of, written, dk_staged):
             crossed = None  # of all heads: they share their keys, so one product with the queries does for them
             for _, factors, part in here:
                 found = compat.matmul((v_tile.at[:, part], compat.transposed(dy_tile.at[:, part])))
@@ -468,20 +464,11 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
                 crossed = found if crossed is None else crossed + found
             crossed = compat.as_operand(crossed, spares[1].at[0] if spares else None)
             compat.wait(full)
-            # Both have updated their states by now: what they added them from is free to hold the weighted values.
-            written = weighted.at[:, pl.ds(0, width)]
-            for _, _, factors, part in units_in(here):
-                values = scaled_rows(_read(v_tile.at[:, part]), factors.carry_out())
-                written[:, part] = values.astype(jnp.bfloat16)
-            compat.publish()
-            for start in range(0, plan.key, COLUMNS):
-                half = pl.ds(start, COLUMNS)
-                products = [
-                    (written.at[:, part], compat.transposed(state_of(unit).at[half]))
-                    for unit, _, _, part in units_in(here)
-                ]
-                products.append((crossed, q_tile.at[:, half]))
-                dk_staged[:, half] = compat.matmul(*products).astype(jnp.bfloat16)
+            products = [(crossed, q_tile)]
+            for unit, *_ in units_in(here):
+                slot = pl.ds((unit if shared else warpgroup) * COLUMNS, COLUMNS)
+                products.append((written.at[:, slot], compat.transposed(state_of(unit))))
+            dk_staged[...] = compat.matmul(*products).astype(jnp.bfloat16)
             compat.arrive(free)
             compat.publish()
             place = pl.ds(lanes.key_head(block) * plan.key, plan.key)
@@ -493,7 +480,7 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
             return [(unit, *head[:2], pl.ds(unit * COLUMNS, COLUMNS)) for unit, head in enumerate(heads)]
 
         def around(run):
-            compat.arrive(free)
+            pl.when(warpgroup == 1)(lambda: compat.arrive(free))
             where = (pl.ds(0, plan.key), columns)
             start = [refs[name] for name in ("state", "ends", "left")]
             last = plan.splits - 1
@@ -503,8 +490,9 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
             def _():
                 first_ref[row, head, :, columns] = carry
 
-            compat.wait(free)
             compat.stores_done()
+            pl.when(warpgroup == 0)(lambda: compat.arrive(free))
+            compat.wait(free)
 
         _run(lanes, refs, block, row, at, chunk, around, 2)
 
@@ -519,13 +507,13 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
         compat.barrier(2),
         compat.tile(1, 2, plan.key, COLUMNS),
         compat.tile(1, CHUNK, 2 * COLUMNS),
+        compat.tile(1, CHUNK, 2 * COLUMNS),
+        compat.tile(1, CHUNK, plan.key),
         compat.vector(1, 2, count, CHUNK),
         compat.vector(1, 2, plan.key),
     ]
-    if width == plan.key:  # one for dv, one for dk
-        scratch.append(compat.tile(1, 2, CHUNK, width))
-    else:  # of tiles as wide as the other TMA could not store the parts
-        scratch += [compat.tile(1, 2, CHUNK, COLUMNS), compat.tile(1, CHUNK, width), compat.tile(1, CHUNK, plan.key)]
+    if not shared:
+        scratch.append(compat.tile(1, CHUNK, width))
     sums = jax.ShapeDtypeStruct((max(1, plan.value // width), plan.batch, plan.heads, padded), jnp.float32)
     if need_decay:
         totals = (plan.value // COLUMNS, plan.batch, plan.heads, plan.chunks * plan.key)
