@@ -44,6 +44,7 @@ from pallas_kernels.linear_attention.plan import CHUNK, COLUMNS
 
 KEPT_LOG2 = -24.0  # less than 2^-24 left of the state is nothing to the decays' gradient: float32 rounds to 2^-24
 BLOCK = 64  # chunks whose sums are found by one triangle
+SHARES = 8  # columns of the narrowest product
 
 
 def backward(
@@ -136,10 +137,10 @@ def _add_parts(parts, shape):
 
 def _decay_gradient(plan, decays, segments, start, walk, back):
     """Gradient of the log decays, float32 [B, H, ...] with time last, from the sums that the kernels wrote."""
-    pairs, reads, lost = walk
+    reads, lost = walk
     writes, gained = back
     shape = (plan.batch, plan.heads, plan.chunks, CHUNK)
-    pairs, reads, writes = (jnp.sum(x, axis=0).reshape(shape) for x in (pairs, reads, writes))
+    reads, writes = (jnp.sum(x, axis=0).reshape(shape) for x in (reads, writes))
     lost, gained = (jnp.sum(x.reshape(x.shape[0], *shape[:3], plan.key), axis=(0, 4)) for x in (lost, gained))
     left = jnp.moveaxis(gates.ends_of_chunks(decays, segments, plan), 3, 1)
     start = jnp.zeros(shape[:2]) if start is None else start
@@ -147,7 +148,7 @@ def _decay_gradient(plan, decays, segments, start, walk, back):
     # What tokens from t on read, and what those before t wrote: one product with a triangle for both.
     later = jnp.sum(reads, axis=-1, keepdims=True)
     earlier = planning.cumulate("bhcs,st->bhct", writes - reads, lambda source, target: source < target)
-    return pairs + later + earlier + kept[..., None]
+    return later + earlier + kept[..., None]
 
 
 def kept_through(start, lost, gained, stays):
@@ -216,10 +217,10 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
 
     def body(*args):
         refs, (dq_ref, *rest) = dict.fromkeys(given) | dict(zip(names, args)), args[len(names) :]
-        outs = rest[: 3 if need_decay else 0]
+        outs = rest[: 2 if need_decay else 0]
         *buffers, free, handed = rest[len(outs) : len(outs) + 5]
         rest = rest[len(outs) + 5 :]
-        triangle, ready, sums, totals = rest[:4] if need_decay else [None] * 4
+        ones, ready, sums, totals = rest[:4] if need_decay else [None] * 4
         spare = rest[-1] if compat.interpreting() else None
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
         unit = compat.warpgroup(units)
@@ -257,19 +258,20 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
             crossed = crossed * own.pairs()
             weights = compat.as_operand(crossed, spare.at[unit] if spare is not None else None)
             if need_decay:
-                weighted[unit] = (score[0] * crossed).astype(jnp.bfloat16)
+                crossed = compat.below(score[0] * crossed, now, 0.0, diagonal=False)
+                weighted[unit] = crossed.astype(jnp.bfloat16)
                 compat.publish()
             else:
                 await_turn()
             jobs = [([(dy_mine, compat.transposed(states.at[unit]))], None)]
             if need_decay:
-                jobs.append(([(triangle, weighted.at[unit])], None))
-            inter, *over = compat.matmuls(*jobs)
-            if need_decay:
-                sums[unit, 0] = jnp.sum(compat.below(over[0], now + 1, 0.0, diagonal=False), axis=1)
+                signs = [compat.transposed(ones.at[pl.ds(n * SHARES, SHARES)]) for n in range(2)]
+                pairs = weighted.at[unit]
+                jobs.append(([(compat.transposed(pairs), signs[0]), (pairs, signs[1])], None))
+            inter, *net = compat.matmuls(*jobs)
             inter = scaled_rows(inter, own.carry_in())
             if need_decay:
-                sums[unit, 1] = _row_sums(_read(q_tile), inter)
+                sums[unit] = _row_sums(_read(q_tile), inter) - jnp.sum(net[0], axis=1)
             queries[unit] = compat.matmul((weights, k_tile), start=inter).astype(jnp.bfloat16)
             compat.arrive(handed)
             pl.when(unit == 0)(lambda: add_queries(tokens, queries))
@@ -297,17 +299,16 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
         def write_sums(now, tokens):
             slot = lax.div(columns.start, COLUMNS)
             compat.publish()
-            for index in range(2):
-                compat.store(sums.at[unit, index], outs[index].at[slot, row, head, tokens])
-            compat.store(totals.at[unit], outs[2].at[slot, row, head, pl.ds(now * plan.key, plan.key)])
+            compat.store(sums.at[unit], outs[0].at[slot, row, head, tokens])
+            compat.store(totals.at[unit], outs[1].at[slot, row, head, pl.ds(now * plan.key, plan.key)])
 
         def around(run):
             if need_decay:
 
                 @pl.when(unit == 0)
                 def _():
-                    ones = compat.iota((CHUNK, CHUNK), 1) >= compat.iota((CHUNK, CHUNK), 0)
-                    triangle[...] = jnp.where(ones, 1.0, 0.0).astype(jnp.bfloat16)
+                    added = compat.iota((CHUNK, CHUNK), 0) < SHARES
+                    ones[...] = jnp.where(added, 1.0 / SHARES, -1.0 / SHARES).astype(jnp.bfloat16)
                     compat.publish()
 
                 compat.arrive(ready)
@@ -332,10 +333,10 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
     ]
     scratch += [compat.barrier(1), compat.barrier(units)]
     if need_decay:
-        lengths = padded, padded, plan.chunks * plan.key
+        lengths = padded, plan.chunks * plan.key
         out += [jax.ShapeDtypeStruct((slots, plan.batch, plan.heads, length), jnp.float32) for length in lengths]
         scratch += [compat.tile(CHUNK, CHUNK), compat.barrier(units)]
-        scratch += [compat.vector(units, 2, CHUNK), compat.vector(units, plan.key)]
+        scratch += [compat.vector(units, CHUNK), compat.vector(units, plan.key)]
     results = compat.kernel(
         body,
         grid=(lanes.blocks, plan.splits, plan.batch),
