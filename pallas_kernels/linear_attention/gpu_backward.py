@@ -355,9 +355,11 @@ def _run(lanes, refs, block, row, at, chunk, around, warpgroups):
     tiles = [(plan.key, lanes.key_head(block))] * 2 + [(COLUMNS * lanes.units, block)] * 2
     specs = specs_of(lanes, block, row, refs["decays"], refs["segments"], at, *tiles)
     names = ("decays", "segments", "q", "k", "v", "dy")
-    compat.pipeline(chunk, steps=plan.steps, specs=specs, stages=lanes.stages, warpgroups=warpgroups, around=around)(
-        *[refs[name] for name in names if refs[name] is not None]
-    )
+    # Addresses of wide values or of single heads need more than 24 registers, elsewhere the products need them more.
+    fetching = 24 if plan.key > COLUMNS and lanes.block_heads > 1 else 40
+    options = dict(stages=lanes.stages, warpgroups=warpgroups, around=around, fetching=fetching)
+    run = compat.pipeline(chunk, steps=plan.steps, specs=specs, **options)
+    run(*[refs[name] for name in names if refs[name] is not None])
 
 
 def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
