@@ -17,6 +17,7 @@ The algorithm is the chunked form of Mamba-2 (arXiv 2405.21060) and of GLA (arXi
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -268,6 +269,12 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
     split is left out. Chunks of which nothing is left at that end are not visited. The walk goes away from it: the
     kernel that needs the states begins where this one stops, with what is still in the cache.
     """
+    lanes = dataclasses.replace(lanes, stages=min(4, lanes.plan.steps))
+    return _split_states(lanes, keys, values, decays, segments, reverse, scale, every, compat.interpreting())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8))  # so that XLA finds forward's and backward's to be the same
+def _split_states(lanes, keys, values, decays, segments, reverse, scale, every, interpreting):
     plan, units = lanes.plan, lanes.units
     inputs = [x for x in (decays, segments, flat(keys), flat(values)) if x is not None]
     counts = gates.reaching(decays, segments, plan, lanes.block_heads, reverse)
@@ -301,8 +308,7 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
         at = lambda i: split * plan.steps + (i if reverse else plan.steps - 1 - i)
         tiles = ((plan.key, lanes.key_head(block)), (COLUMNS * units, block))
         specs = specs_of(lanes, block, row, decays, segments, at, *tiles)
-        stages = min(4, plan.steps)
-        compat.pipeline(chunk, steps=steps, specs=specs, stages=stages, warpgroups=units, around=around)(*refs)
+        compat.pipeline(chunk, steps=steps, specs=specs, stages=lanes.stages, warpgroups=units, around=around)(*refs)
 
     shape = (plan.batch, plan.splits, plan.heads, plan.key, plan.value)
     return compat.kernel(
