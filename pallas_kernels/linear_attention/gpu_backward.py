@@ -8,7 +8,7 @@ scale 2^(g_i - c_j) for j <= i and a_i, w_j the factors of carry in and out:
     backward walk:  dk = (w v) D^T + (P * dy v^T)^T q ;      D <- 2^(g_last) D + q^T (a dy)
                     dv = w (k D) + (P * q k^T)^T dy
 
-In the forward walk each warpgroup owns 64 value columns and one adds up the dq of both; in the backward walk one
+In the forward walk each warpgroup owns 64 value columns and adds up half of the dq of both; in the backward walk one
 computes dv and the other dk. Heads that share keys, and slices of a wide value, add to the same dq and dk: each block
 writes its part in bf16 and XLA adds the parts, always in one order.
 
@@ -273,28 +273,34 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
             if need_decay:
                 sums[unit] = _row_sums(_read(q_tile), inter) - jnp.sum(net[0], axis=1)
             queries[unit] = compat.matmul((weights, k_tile), start=inter).astype(jnp.bfloat16)
-            compat.arrive(handed)
-            pl.when(unit == 0)(lambda: add_queries(tokens, queries))
+            add_queries(tokens, queries, weighted.at[unit])
             if need_decay:
                 write_sums(now, tokens)
             return after
 
         def await_turn():
             if units == 2:
-                pl.when(unit == 1)(lambda: compat.wait(free))
+                compat.wait(free)
 
-        def add_queries(tokens, queries):
-            """Adds up the halves of dq that each warpgroup kept in a tile of its own."""
+        def add_queries(tokens, queries, total):
+            """Adds up the dq that each warpgroup kept in a tile of its own: each does 64 columns, in `total`."""
+            first = lanes.key_head(block) * plan.key
+            if units == 1:
+                compat.publish()
+                compat.store(queries.at[0], dq_ref.at[block % parts, row, tokens, pl.ds(first, plan.key)])
+                return
+            compat.arrive(handed)
             compat.wait(handed)
-            if units == 2:
-                for start in range(0, plan.key, COLUMNS):
-                    half = pl.ds(start, COLUMNS)
-                    total = _read(queries.at[0, :, half]) + _read(queries.at[1, :, half])
-                    queries[0, :, half] = total.astype(jnp.bfloat16)
-                compat.arrive(free)
-            compat.publish()
-            place = pl.ds(lanes.key_head(block) * plan.key, plan.key)
-            compat.store(queries.at[0], dq_ref.at[block % parts, row, tokens, place])
+
+            @pl.when(unit * COLUMNS < plan.key)
+            def _():
+                both = _read(queries.at[0, :, mine]) + _read(queries.at[1, :, mine])
+                total[...] = both.astype(jnp.bfloat16)
+                compat.publish()
+                place = pl.ds(first + unit * COLUMNS, COLUMNS)
+                compat.store(total, dq_ref.at[block % parts, row, tokens, place])
+
+            compat.arrive(free)
 
         def write_sums(now, tokens):
             slot = lax.div(columns.start, COLUMNS)
@@ -318,7 +324,7 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
             start = [refs[name] for name in ("state", "ends", "left")]
             carry = carried_state(*start, where, row, head, (0, split, 1))
             if units == 2:
-                pl.when(unit == 0)(lambda: compat.arrive(free))
+                compat.arrive(free)
             run(carry)
             await_turn()
             compat.stores_done()
@@ -331,7 +337,7 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
     scratch = [
         compat.tile(1, units, rows, width) for rows, width in ((plan.key, COLUMNS), (CHUNK, COLUMNS), (CHUNK, plan.key))
     ]
-    scratch += [compat.barrier(1), compat.barrier(units)]
+    scratch += [compat.barrier(units), compat.barrier(units)]
     if need_decay:
         lengths = padded, plan.chunks * plan.key
         out += [jax.ShapeDtypeStruct((slots, plan.batch, plan.heads, length), jnp.float32) for length in lengths]
