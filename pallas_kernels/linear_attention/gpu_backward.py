@@ -13,9 +13,11 @@ computes dv and the other dk. Heads that share keys, and slices of a wide value,
 writes its part in bf16 and XLA adds the parts, always in one order.
 
 The gradient of log_decay_t is the sum of everything that crosses t: pairs i >= t > j within the chunk, reads of S by
-tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through it. The last is found from what changes
-<S, D>: a chunk reads <S, q^T (a dy)> and writes <k^T (w v), D>. An error of these would be that of all 64 tokens, and
-add up over chunks, so both are summed from the float32 states and the very products that update D and S.
+tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through it. The sum of pairs is, over all s < t,
+what later tokens read of s less what s reads of others: sums of the same rounded numbers, so that nothing is left of
+their errors. <S, D> is found from what changes it: a chunk reads <S, q^T (a dy)> and writes <k^T (w v), D>. An error of
+these would be that of all 64 tokens, and add up over chunks, so both are summed from the float32 states and the very
+products that update D and S.
 """
 
 import dataclasses
@@ -209,7 +211,8 @@ def _row_sums(left, right):
 def _walk_forward(lanes: Lanes, given, scale, need_decay):
     """Parts of dq [parts, B, T, Hk * K]; with need_decay also sums for it, [V / 64, B, H, ...].
 
-    Those are pairs and reads, by token, and what each chunk reads of the state, the sum of K numbers.
+    Those are, by token, what it reads of the state and in the chunk less what the chunk's later tokens read of it, and,
+    by chunk, what is read of the state, the sum of K numbers.
     """
     plan, units = lanes.plan, lanes.units
     names = [name for name, x in given.items() if x is not None]
@@ -231,7 +234,6 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
         def chunk(indices, decay_tile, *tiles):
             *seg, q_tile, k_tile, v_tile, dy_tile, carry = tiles
             now = at(indices[0])
-            tokens = pl.ds(now * CHUNK, CHUNK)
             states, weighted, queries = (compat.unhoisted(buffer, now) for buffer in buffers)
             v_mine, dy_mine = v_tile.at[:, mine], dy_tile.at[:, mine]
             own = Tokens(
@@ -273,22 +275,18 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
             if need_decay:
                 sums[unit] = _row_sums(_read(q_tile), inter) - jnp.sum(net[0], axis=1)
             queries[unit] = compat.matmul((weights, k_tile), start=inter).astype(jnp.bfloat16)
-            add_queries(tokens, queries, weighted.at[unit])
-            if need_decay:
-                write_sums(now, tokens)
+            if units == 2:
+                add_queries(queries, weighted.at[unit])
+            compat.publish()
+            write(now, queries, weighted.at[unit])
             return after
 
         def await_turn():
             if units == 2:
                 compat.wait(free)
 
-        def add_queries(tokens, queries, total):
+        def add_queries(queries, total):
             """Adds up the dq that each warpgroup kept in a tile of its own: each does 64 columns, in `total`."""
-            first = lanes.key_head(block) * plan.key
-            if units == 1:
-                compat.publish()
-                compat.store(queries.at[0], dq_ref.at[block % parts, row, tokens, pl.ds(first, plan.key)])
-                return
             compat.arrive(handed)
             compat.wait(handed)
 
@@ -296,17 +294,20 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
             def _():
                 both = _read(queries.at[0, :, mine]) + _read(queries.at[1, :, mine])
                 total[...] = both.astype(jnp.bfloat16)
-                compat.publish()
-                place = pl.ds(first + unit * COLUMNS, COLUMNS)
-                compat.store(total, dq_ref.at[block % parts, row, tokens, place])
 
             compat.arrive(free)
 
-        def write_sums(now, tokens):
-            slot = lax.div(columns.start, COLUMNS)
-            compat.publish()
-            compat.store(sums.at[unit], outs[0].at[slot, row, head, tokens])
-            compat.store(totals.at[unit], outs[1].at[slot, row, head, pl.ds(now * plan.key, plan.key)])
+        def write(now, queries, total):
+            tokens, first = pl.ds(now * CHUNK, CHUNK), lanes.key_head(block) * plan.key
+            place = lambda start, size: dq_ref.at[block % parts, row, tokens, pl.ds(first + start, size)]
+            if units == 1:
+                compat.store(queries.at[0], place(0, plan.key))
+            else:
+                compat.store(total, place(unit * COLUMNS, COLUMNS), unit * COLUMNS < plan.key)
+            if need_decay:
+                slot = lax.div(columns.start, COLUMNS)
+                compat.store(sums.at[unit], outs[0].at[slot, row, head, tokens])
+                compat.store(totals.at[unit], outs[1].at[slot, row, head, pl.ds(now * plan.key, plan.key)])
 
         def around(run):
             if need_decay:
@@ -416,7 +417,7 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
             compat.publish()
             if need_decay:  # before the gradient is updated: both at once would need too many registers
                 change = compat.matmul((compat.transposed(k_tile), written.at[:, slot]))
-                write_total(now, totals, _row_sums(carry, change))
+                totals[warpgroup] = _row_sums(carry, change)
             write = (compat.transposed(q_tile), weighted.at[:, slot])
             after = compat.matmul(write, start=carry * own.kept())
             compat.arrive(full)
@@ -424,18 +425,19 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
             @pl.when(warpgroup == 0)
             def _():
                 values(now, here, q_tile, k_tile, v_tile, dy_tile, state_of, dv_staged, sums)
+                write_total(now, totals)
 
             @pl.when(warpgroup == 1)
             def _():
                 keys(now, here, q_tile, v_tile, dy_tile, state_of, written, dk_staged)
+                write_total(now, totals)
 
             return after
 
-        def write_total(now, totals, total):
-            totals[warpgroup] = total
-            compat.publish()
-            place = lax.div(columns.start, COLUMNS), row, head, pl.ds(now * plan.key, plan.key)
-            compat.store(totals.at[warpgroup], outs[1].at[place], shared | (warpgroup == 0))
+        def write_total(now, totals):
+            if need_decay:
+                place = lax.div(columns.start, COLUMNS), row, head, pl.ds(now * plan.key, plan.key)
+                compat.store(totals.at[warpgroup], outs[1].at[place], shared | (warpgroup == 0))
 
         def values(now, here, q_tile, k_tile, v_tile, dy_tile, state_of, dv_staged, sums):
             tokens = pl.ds(now * CHUNK, CHUNK)
