@@ -148,6 +148,32 @@ def iota(shape, axis):
     return gpu().broadcasted_iota(jnp.int32, shape, axis, layout=tile_layout())
 
 
+def load_float32(ref):
+    """`load_tile` of bf16 as float32, in one instruction a number: a shift or a mask."""
+    tile = load_tile(ref)
+    if interpreting():
+        return tile.astype(jnp.float32)
+    mgpu = gpu()
+    from jax.experimental.mosaic.gpu import FragmentedArray, c, utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, vector
+
+    layout = tile_layout()
+
+    @mgpu.inline_mgpu(arg_types=(layout,), return_type=mgpu.ShapeDtypeStruct(tile.shape, jnp.float32, layout=layout))
+    def widened(_, values):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        found = np.empty_like(values.registers)
+        for index, pair in np.ndenumerate(values.registers):
+            pair = utils.bitcast(pair, i32)
+            halves = arith.shli(pair, c(16, i32)), arith.andi(pair, c(0xFFFF0000 - 2**32, i32))
+            halves = [arith.bitcast(f32, half) for half in halves]
+            found[index] = vector.from_elements(ir.VectorType.get((2,), f32), halves)
+        return FragmentedArray(_registers=found, _layout=values.layout, _is_signed=None)
+
+    return widened(tile)
+
+
 def below(tile, step, otherwise, upper=False, diagonal=True):
     """A square tile where rows >= columns (upper: <=; without the diagonal > and <), elsewhere a number.
 

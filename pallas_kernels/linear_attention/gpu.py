@@ -295,7 +295,7 @@ def _split_states(lanes, keys, values, decays, segments, reverse, scale, every, 
                 at(indices[0]) * CHUNK,
                 shift=math.log2(scale),
             )
-            mine = compat.load_tile(value_tile.at[:, pl.ds(unit * COLUMNS, COLUMNS)]).astype(jnp.float32)
+            mine = compat.load_float32(value_tile.at[:, pl.ds(unit * COLUMNS, COLUMNS)])
             weights = tokens.carry_in() if reverse else tokens.carry_out()
             weighted[unit] = scaled_rows(mine, weights).astype(jnp.bfloat16)
             compat.publish()
@@ -349,7 +349,7 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
             )
             v_mine = v_tile.at[:, mine]
             states[unit] = carry.astype(jnp.bfloat16)
-            values = compat.load_tile(v_mine).astype(jnp.float32)
+            values = compat.load_float32(v_mine)
             weighted[unit] = scaled_rows(values, tokens.carry_out()).astype(jnp.bfloat16)
             compat.publish()
             scores = compat.matmul((q_tile, compat.transposed(k_tile))) * tokens.pairs()

@@ -196,10 +196,6 @@ def _heads_of(lanes, block, decay_tile, segment, start, shift):
         yield index, Tokens(decay_tile.at[:, index], segment, start, shift=shift), pl.ds(index * width, width)
 
 
-def _read(ref):
-    return compat.load_tile(ref).astype(jnp.float32)
-
-
 def _add(sums, place, value):
     sums[place] = sums[place] + value if place in sums else value
 
@@ -244,11 +240,11 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
             )
             compat.stores_read()
             states[unit] = carry.astype(jnp.bfloat16)
-            weighted[unit] = scaled_rows(_read(v_mine), own.carry_out()).astype(jnp.bfloat16)
+            weighted[unit] = scaled_rows(compat.load_float32(v_mine), own.carry_out()).astype(jnp.bfloat16)
             if need_decay:  # the tile of dq is free until that is written
                 await_turn()
                 read = queries.at[unit, :, pl.ds(0, COLUMNS)]
-                read[...] = scaled_rows(_read(dy_mine), own.carry_in()).astype(jnp.bfloat16)
+                read[...] = scaled_rows(compat.load_float32(dy_mine), own.carry_in()).astype(jnp.bfloat16)
             compat.publish()
             if need_decay:  # before the state is updated: both at once would need too many registers
                 totals[unit] = _row_sums(carry, compat.matmul((compat.transposed(q_tile), read)))
@@ -273,7 +269,7 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
             inter, *net = compat.matmuls(*jobs)
             inter = scaled_rows(inter, own.carry_in())
             if need_decay:
-                sums[unit] = _row_sums(_read(q_tile), inter) - jnp.sum(net[0], axis=1)
+                sums[unit] = _row_sums(compat.load_float32(q_tile), inter) - jnp.sum(net[0], axis=1)
             queries[unit] = compat.matmul((weights, k_tile), start=inter).astype(jnp.bfloat16)
             if units == 2:
                 add_queries(queries, weighted.at[unit])
@@ -292,8 +288,7 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
 
             @pl.when(unit * COLUMNS < plan.key)
             def _():
-                both = _read(queries.at[0, :, mine]) + _read(queries.at[1, :, mine])
-                total[...] = both.astype(jnp.bfloat16)
+                total[...] = compat.load_tile(queries.at[0, :, mine]) + compat.load_tile(queries.at[1, :, mine])
 
             compat.arrive(free)
 
@@ -412,8 +407,9 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
             compat.wait(free)
             states[warpgroup] = carry.astype(jnp.bfloat16)
             slot = pl.ds(warpgroup * COLUMNS, COLUMNS)
-            weighted[:, slot] = scaled_rows(_read(dy_tile.at[:, mine]), own.carry_in()).astype(jnp.bfloat16)
-            written[:, slot] = scaled_rows(_read(v_tile.at[:, mine]), own.carry_out()).astype(jnp.bfloat16)
+            read, write = (compat.load_float32(tile.at[:, mine]) for tile in (dy_tile, v_tile))
+            weighted[:, slot] = scaled_rows(read, own.carry_in()).astype(jnp.bfloat16)
+            written[:, slot] = scaled_rows(write, own.carry_out()).astype(jnp.bfloat16)
             compat.publish()
             if need_decay:  # before the gradient is updated: both at once would need too many registers
                 change = compat.matmul((compat.transposed(k_tile), written.at[:, slot]))
@@ -451,7 +447,7 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
             for unit, index, factors, part in units_in(here):  # a unit at a time: registers are what is short
                 acc = compat.matmul((k_tile, state_of(unit)))
                 acc = scaled_rows(acc, factors.carry_out())
-                mine_v = _read(v_tile.at[:, part])
+                mine_v = compat.load_float32(v_tile.at[:, part])
                 if need_decay:
                     _add(found, (0, index), _row_sums(mine_v, acc))
                 acc = compat.matmul((weights[index], dy_tile.at[:, part]), start=acc)
