@@ -65,11 +65,18 @@ def rank_one():
     ), args
 
 
-def scan(reverse):
+def scan(reverse, chunk=2):
     args = (normal(B, T, H) + 1j * normal(B, T, H), -uniform(H) + 1j * normal(H), normal(B, H) + 0j)
     if not reverse:
         args = (normal(B, T, H, V), -5 * uniform(B, T, H, 1), normal(B, H, V))
-    return lambda x, a, s, ids: ops.linear_scan(x, a, state=s, segment_ids=ids, reverse=reverse, chunk=2), args
+    return lambda x, a, s, ids: ops.linear_scan(x, a, state=s, segment_ids=ids, reverse=reverse, chunk=chunk), args
+
+
+def scan_of_all_decays():
+    """Of channels that keep all, lose 1e-9 a token, half and all, by chunks that do not divide a stretch."""
+    logs = np.stack([np.zeros((B, T)), np.full((B, T), -1e-9), -uniform(B, T), np.full((B, T), -50.0)], -1)
+    function, (x, _, s) = scan(False, chunk=3)
+    return function, (x[..., 0], logs, s[..., 0])
 
 
 def selective():
@@ -140,7 +147,9 @@ CASES = {
     "log-linear attention, a decay per channel": log_linear("channel", length=True),
     "log-linear delta rule": log_linear_delta(),
     "linear scan": scan(False),
+    "linear scan, all decays": scan_of_all_decays(),
     "complex linear scan in reverse": scan(True),
+    "complex linear scan in reverse, a chunk a stretch": scan(True, chunk=4),
     "selective scan": selective(),
     "short convolution": conv(3, True),
     "short convolution, of two arrays": convs(3),
