@@ -127,7 +127,11 @@ def _masks(run_ids, blocks, chunks, size):
 
 
 def _block(state, c):
-    """The state after N chunks, and S_t^T q_t [B, H, N, C, V] in them."""
+    """The state after N chunks, and S_t^T q_t [B, H, N, C, V] in them.
+
+    A state may have more columns than there are values: nothing is written to the last of them.
+    """
+    written = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, state.shape[-1] - x.shape[-1])])
     inverse, target, right, right_rows = chunk_system(c)
     to_end = decay_sums(c.decay, reverse=True)
     left, left_rows = decayed(c.left, to_end, c.leaves)
@@ -137,11 +141,11 @@ def _block(state, c):
 
     def advance(s, chunk):
         inverse, target, right, right_rows, left, left_rows, key, value, decay = chunk
-        target = target + times(product("bhck,bhkv->bhcv", right, s), right_rows)
+        target = written(target) + times(product("bhck,bhkv->bhcv", right, s), right_rows)
         u = jnp.matmul(inverse, target, precision=precision)
         new = times(s, decay) + product("bhck,bhcv->bhkv", left, times(u, left_rows))
         if key is not None:
-            new = new + product("bhck,bhcv->bhkv", key, times(value, left_rows))
+            new = new + written(product("bhck,bhcv->bhkv", key, times(value, left_rows)))
         return new, (s.astype(right.dtype), u.astype(right.dtype))
 
     xs = inverse, target, right, right_rows, left, left_rows, key, value, decay
@@ -149,7 +153,7 @@ def _block(state, c):
     entering, u = (jnp.moveaxis(x, 0, 2) for x in ys)
     q, rows = decayed(c.q, decay_sums(c.decay), c.entered)
     y = times(product("bhnck,bhnkv->bhncv", q, entering), rows) + _mix(chunk_scores(c, c.q, c.left), u)
-    return state, y if c.key is None else y + _mix(chunk_scores(c, c.q, c.key), c.value)
+    return state, y if c.key is None else y + written(_mix(chunk_scores(c, c.q, c.key), c.value))
 
 
 def passing(c):

@@ -9,19 +9,17 @@ from seqmix.core import packing
 from seqmix.ops.context import enter
 from seqmix.ops.mesh import on_shares
 
-VALUE = 2  # place of v among the arguments of every form
-
 
 def run(lay, form, d, args, head_axes, *, state, run_ids, **options):
     """The result of form(*args, state=, run_ids=, **options), with the form on each device's stretch of time.
 
     Args:
       lay, d: the layout, and the op's sizes by letter.
-      form: one of the references and chunked forms.
-      args: its arrays [B, T, ...] or None, v in place VALUE.
+      form: one of the references and chunked forms, which write nothing to columns of a state that v does not have.
+      args: its arrays [B, T, ...] or None.
       head_axes: of each array, the axis of its Hk or H heads.
 
-    Columns of a state do not see each other. So K more of them, 0 in v and the identity at first, end as the product
+    Columns of a state do not see each other. So K more than v has, the identity at first, end as the product
     of the stretch's transitions, and on the way read what each query sees of an entering state: a stretch is gone
     through once, and what it sees of the state that enters it is a matrix product added to its outputs. Backward that
     product gives the entering state's gradient; with the end's, it is the backward pass of V columns alone.
@@ -47,12 +45,10 @@ def _stretch(axis, form, width, state, runs, *args):
 
 def _forward(axis, form, width, state, runs, *args):
     local = None if runs is None else packing.runs(runs)
-    v, key = args[VALUE], state.shape[2]
+    key = state.shape[2]
     eye = jnp.broadcast_to(jnp.eye(key, dtype=state.dtype), (*state.shape[:2], key, key))
-    wide = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, key)])
     start = jnp.concatenate([jnp.zeros_like(state), eye], -1)
-    moved = [wide if place == VALUE else x for place, x in enumerate(args)]
-    y, ends = form(*moved, state=start, run_ids=local)
+    y, ends = form(*args, state=start, run_ids=local)
     y, reads, end, factor = y[..., :width], y[..., width:], ends[..., :width], ends[..., width:]
     entering, last = enter(axis, end, factor, _moved, state, runs)
     return (_seen(y, reads, entering), last), (reads, factor, entering, runs, args)

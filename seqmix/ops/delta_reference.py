@@ -13,7 +13,8 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 def delta_rule_reference(q, k, v, beta, log_decay, erase, *, scale, state, run_ids):
     """Arguments as `delta_rule` hands them on: k, v, beta, erase [B, T, n, ...] with their steps, log_decay
-    [B, T, H, 1 or K] or None, state [B, H, K, V], run_ids [B, T] or None.
+    [B, T, H, 1 or K] or None, state [B, H, K, V], run_ids [B, T] or None. A state may have more columns than v: nothing
+    is written to the last of them.
     """
     heads, acc = v.shape[-2], state.dtype
 
@@ -27,7 +28,7 @@ def delta_rule_reference(q, k, v, beta, log_decay, erase, *, scale, state, run_i
 
     decay = jnp.ones((1, 1, 1, 1), acc) if log_decay is None else jnp.exp(log_decay)
     q, k, erase = (_per_head(x, heads, acc) for x in (q, k, erase))
-    tokens = q, k, v.astype(acc), beta.astype(acc), decay, erase
+    tokens = q, k, _written(v, state), beta.astype(acc), decay, erase
     return _loop(step, tokens, state, run_ids, v.dtype)
 
 
@@ -44,7 +45,12 @@ def rank_one_reference(q, k, v, left, right, log_decay, *, scale, state, run_ids
 
     decay = jnp.ones((1, 1, 1, 1), acc) if log_decay is None else jnp.exp(log_decay)
     q, k, left, right = (_per_head(x, heads, acc) for x in (q, k, left, right))
-    return _loop(step, (q, k, v.astype(acc), left, right, decay), state, run_ids, v.dtype)
+    return _loop(step, (q, k, _written(v, state), left, right, decay), state, run_ids, v.dtype)
+
+
+def _written(v, state):
+    """v in the dtype and with as many columns as the state."""
+    return jnp.pad(v.astype(state.dtype), [(0, 0)] * (v.ndim - 1) + [(0, state.shape[-1] - v.shape[-1])])
 
 
 def _loop(step, tokens, state, run_ids, dtype):

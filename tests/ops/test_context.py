@@ -57,6 +57,12 @@ def delta(steps, keys=HK):
     ), args
 
 
+def delta_of_all_decays():
+    """Heads that keep all, lose 1e-9 a token, half and all."""
+    function, (q, k, v, b, *_, s) = delta(1)
+    return function, (q, k, v, b, np.broadcast_to([0, -1e-9, -0.7, -50.0], (B, T, H)).copy(), None, s)
+
+
 def rank_one():
     args = (normal(B, T, HK, K), normal(B, T, HK, K), normal(B, T, H, V), -unit(B, T, H, K) / 2, unit(B, T, HK, K))
     args += (-uniform(B, T, H, K), normal(B, H, K, V))
@@ -141,6 +147,7 @@ CASES = {
     "normalised linear attention": normalised(),
     "delta rule": delta(1),
     "delta rule, one key head, two steps": delta(2, keys=1),
+    "delta rule, all decays": delta_of_all_decays(),
     "diagonal plus rank one": rank_one(),
     "log-linear attention": log_linear("none"),
     "log-linear attention, a decay per head": log_linear("head", length=True),
