@@ -9,6 +9,8 @@ from seqmix.core import packing
 from seqmix.ops.context import enter
 from seqmix.ops.mesh import on_shares
 
+VALUE = 2  # place of v among the arguments of every form
+
 
 def run(lay, form, d, args, head_axes, *, state, run_ids, **options):
     """The result of form(*args, state=, run_ids=, **options), with the form on each device's stretch of time.
@@ -48,17 +50,17 @@ def _forward(axis, form, width, state, runs, *args):
     key = state.shape[2]
     eye = jnp.broadcast_to(jnp.eye(key, dtype=state.dtype), (*state.shape[:2], key, key))
     start = jnp.concatenate([jnp.zeros_like(state), eye], -1)
-    y, ends = form(*args, state=start, run_ids=local)
-    y, reads, end, factor = y[..., :width], y[..., width:], ends[..., :width], ends[..., width:]
-    entering, last = enter(axis, end, factor, _moved, state, runs)
-    return (_seen(y, reads, entering), last), (reads, factor, entering, runs, args)
+    y, ends, finish = form(*args, state=start, run_ids=local, halves=True)
+    y, reads = y[..., :width], y[..., width:].astype(args[VALUE].dtype)
+    entering, last = enter(axis, ends[..., :width], ends[..., width:], _moved, state, runs)
+    y, pull = jax.vjp(lambda entering: finish(_seen(y, reads, entering)), entering)
+    return (y, last), (pull, ends[..., width:], entering, runs, args)
 
 
 def _backward(axis, form, width, saved, cotangents):
-    reads, factor, entering, runs, args = saved
+    pull_entering, factor, entering, runs, args = saved
     dy, dlast = cotangents
-    precision = jax.lax.Precision.HIGHEST if dy.dtype == entering.dtype else None
-    first = jnp.einsum("bthk,bthv->bhkv", reads, dy, precision=precision, preferred_element_type=entering.dtype)
+    (first,) = pull_entering(dy)
     # The chain is linear in ends and state. What it gives by its factors is within the gradients of the stretch,
     # whose final state, of the entering one, has the gradient of its end.
     chain = lambda end, state: enter(axis, end, factor, _moved, state, runs)
@@ -72,11 +74,14 @@ _stretch.defvjp(_forward, _backward)
 
 
 def _seen(y, reads, entering):
-    """y [B, T, H, V] with what reads [B, T, H, K] see of an entering state [B, H, K, V]."""
-    precision = jax.lax.Precision.HIGHEST if y.dtype == entering.dtype else None
-    operands = reads, entering.astype(reads.dtype)
-    more = jnp.einsum("bthk,bhkv->bthv", *operands, precision=precision, preferred_element_type=entering.dtype)
-    return (y.astype(entering.dtype) + more).astype(y.dtype)
+    """y with what reads [..., K] see of an entering state [B, H, K, V]: both [B, T, H, ...], or in blocks of chunks."""
+    precision = jax.lax.Precision.HIGHEST if reads.dtype == entering.dtype else None
+    options = dict(precision=precision, preferred_element_type=entering.dtype)
+    state = entering.astype(reads.dtype)
+    if y.ndim == 4:
+        return y + jnp.einsum("bthk,bhkv->bthv", reads, state, **options)
+    tokens = reads.reshape(*reads.shape[:3], -1, reads.shape[-1])  # a product whose result lies as y does
+    return y + jnp.matmul(tokens, state, **options).reshape(y.shape)
 
 
 def _names(x, axis, d):

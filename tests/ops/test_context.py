@@ -9,6 +9,7 @@ import pytest
 
 from seqmix import ops
 from seqmix.core import sharding
+from seqmix.ops import linear_chunked
 from seqmix.ops.mesh import layout
 from tests.quick import QUICK
 
@@ -195,6 +196,19 @@ def test_four_stretches_of_time_give_what_one_gives(name, packed):
             got = pull(function, args, ids)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         # Sums in another order, in float64.
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_a_stretch_of_several_blocks_of_chunks_is_one(monkeypatch):
+    function, args = CASES["delta rule"]
+    with jax.enable_x64(True):
+        want = pull(function, args, PACKED)
+        monkeypatch.setattr(linear_chunked, "_TILES", 8)
+        monkeypatch.setattr(linear_chunked, "_FEWEST", 1)
+        assert linear_chunked.plan(T // 4, 2, B * H)[0] == 2
+        with sharding.use_mesh(sharding.make_mesh(context=4, devices=jax.devices()[:4])):
+            got = pull(function, args, PACKED)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
