@@ -88,9 +88,9 @@ def equal(name, how, args):
         where = [NamedSharding(mesh, sharding.spec(s[2], s[0], mesh)) for s in (shapes[0], *shapes)]
         structs = [jax.ShapeDtypeStruct(*s[:2], sharding=w) for s, w in zip((shapes[0], *shapes), where, strict=True)]
         program = jax.jit(timing.with_gradients(run)).lower(*structs).compile()
+    cotangent, *inputs = (jax.random.normal(jax.random.key(n), s.shape, s.dtype) for n, s in enumerate(structs))
+    exact = errors.exact(plain, cotangent, inputs)
     with turns.devices():
-        cotangent, *inputs = (jax.random.normal(jax.random.key(n), s.shape, s.dtype) for n, s in enumerate(structs))
-        exact = errors.exact(plain, cotangent, inputs)
         found = jax.block_until_ready(program(*jax.tree.map(jax.device_put, [cotangent, *inputs], where)))
     names = ("x", "log_a") if name == "linear_scan" else ("q", "k", "v", "gate")[: len(inputs)]
     yield {"what": name, "how": how, "devices": devices, "tokens": length, **errors.compared(found, exact, names)}
