@@ -81,13 +81,13 @@ def equal(name, how, args):
     else:
         run = plain = OPS[name]
     shapes = _shapes(name, length, heads)
-    if args.compile_only:
-        return
     mesh = sharding.make_mesh(context=devices, devices=jax.devices()[:devices])
     with sharding.use_mesh(mesh):
         where = [NamedSharding(mesh, sharding.spec(s[2], s[0], mesh)) for s in (shapes[0], *shapes)]
         structs = [jax.ShapeDtypeStruct(*s[:2], sharding=w) for s, w in zip((shapes[0], *shapes), where, strict=True)]
         program = jax.jit(timing.with_gradients(run)).lower(*structs).compile()
+    if args.compile_only:
+        return
     cotangent, *inputs = (jax.random.normal(jax.random.key(n), s.shape, s.dtype) for n, s in enumerate(structs))
     exact = errors.exact(plain, cotangent, inputs)
     with turns.devices():
