@@ -31,8 +31,10 @@ class File:
         }
 
     def add(self, row):
-        """Keeps a row, and shows it in a line."""
+        """Keeps a row, with what the suite says of it beside others, and shows it in a line."""
         self.rows.append(row)
+        if hasattr(self.suite, "relate"):
+            self.suite.relate([row for row in self.rows if "failed" not in row])
         shown = ((key, row.get(key)) for key, _, _ in self.suite.COLUMNS)
         line = "  ".join(f"{key} {_cell(value, '.4g')}" for key, value in shown if value is not None)
         progress.say(line if "failed" not in row else f"{row.get('case', line)}: failed: {row['failed']}")

@@ -7,7 +7,8 @@ attention    causal attention of one long sequence with time cut over 2, 4, ... 
 recurrences  the same number of tokens a device, time cut: linear attention, the delta rule, the linear scan
 equal        short calls of these with time cut over all devices, beside float64 on one
 
-Bytes that a device sends are read from the compiled program, beside those of the formula where there is one.
+Bytes that a device sends are read from the compiled program, beside those of the formula where there is one. All but
+train runs with --jobs too: the cases of most use come first, for a machine whose time may end before the last.
 """
 
 from experiments.bench import scaling_ops, scaling_train
@@ -37,6 +38,13 @@ COLUMNS = (
 def cases(args):
     """All cases that this machine's devices allow."""
     return [*scaling_train.cases(args), *scaling_ops.cases(args)]
+
+
+def relate(rows):
+    """Puts the shares of one device's rate into the rows of several."""
+    scaling_train.relate([row for row in rows if row["part"] == "train"])
+    for part in ("attention", "recurrences"):
+        scaling_ops.relate([row for row in rows if row["part"] == part])
 
 
 def draw(rows, figure):

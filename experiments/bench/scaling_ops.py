@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from experiments.bench import errors, timing
+from experiments.bench import errors, timing, turns
 from experiments.bench.scaling_train import counts
 from experiments.bench.suites import Case
 from experiments.compile import hlo
@@ -16,7 +16,7 @@ from seqmix.core import sharding
 from seqmix.ops.softmax_context import attention_bytes
 
 HEADS, WIDTH, CHANNELS = 16, 128, 4096
-FORMS = ("ring", "zigzag", "heads")
+FORMS = ("zigzag", "heads", "ring")
 LENGTHS = (2**15, 2**17, 2**18, 2**20)  # of attention's sequence, on all devices
 COMPARED = 2**18  # at which fewer devices, and one, are timed too
 TOKENS = {"linear_attention": 2**17, "delta_rule": 2**13, "linear_scan": 2**17}  # a device
@@ -25,28 +25,50 @@ TOKEN_AXES = ("batch", "time", "heads", None)
 
 
 def cases(args):
-    """Attention on one device and cut, then the recurrences."""
-    every = counts()
-    found, rates = [], {}
-    for length in (2**15, COMPARED):
-        found.append((attention, "one", 1, length))
-    for form in FORMS if len(every) > 1 else ():
-        found += [(attention, form, n, COMPARED) for n in every[1:-1]]
-        found += [(attention, form, every[-1], length) for length in LENGTHS]
-    made = [
-        Case("attention", f"attention {how} on {n}, T={t}", functools.partial(run, how, n, t, rates))
-        for run, how, n, t in found
-    ]
-    for name, tokens in TOKENS.items():
-        rates = {}
-        for n in every:
-            call = functools.partial(recurrence, name, n, tokens * n, rates)
-            made.append(Case("recurrences", f"{name} on {n}, T={tokens * n}", call))
-    if len(every) > 1:
-        checks = [("attention", form) for form in FORMS] + [(name, "context") for name in TOKENS]
-        label = lambda name, how: f"{name} {how} on {every[-1]}, values"
-        made = [Case("equal", label(*check), functools.partial(equal, *check)) for check in checks] + made
-    return made
+    """What stands for all first: one device, then all of them at COMPARED and by the recurrences, then values."""
+    every, found = counts(), []
+    most, several = every[-1], len(every) > 1
+
+    def add(part, label, call, *arguments):
+        if label not in [case.label for case in found]:
+            found.append(Case(part, label, functools.partial(call, *arguments)))
+
+    over = lambda how, n, t: add("attention", f"attention {how} on {n}, T={t}", attention, how, n, t)
+    passed = lambda name, n: add("recurrences", f"{name} on {n}, T={TOKENS[name] * n}", recurrence, name, n)
+    over("one", 1, COMPARED)
+    for name in TOKENS:
+        passed(name, 1)
+    for form in FORMS[:2] if several else ():
+        over(form, most, COMPARED)
+    for n in every[:0:-1]:
+        for name in TOKENS:
+            passed(name, n)
+    for name, how in [*(("attention", form) for form in FORMS), *((name, "context") for name in TOKENS)] * several:
+        add("equal", f"{name} {how} on {most}, values", equal, name, how)
+    for n in every[:0:-1]:
+        for form in FORMS:
+            over(form, n, COMPARED)
+    over("one", 1, LENGTHS[0])
+    for length in LENGTHS:
+        for form in FORMS if several else ():
+            over(form, most, length)
+    return found
+
+
+def relate(rows):
+    """Shares of one device's rate: of useful FLOPs a device of attention, of tokens a device of a recurrence.
+
+    Where one device has not run attention's length, its longest stands for it.
+    """
+    one = {(row["what"], row["tokens"]): row for row in rows if row["devices"] == 1}
+    for row in rows:
+        bases = {tokens: base for (what, tokens), base in one.items() if what == row["what"]}
+        if row["devices"] == 1 or not bases:
+            continue
+        base = bases.get(row["tokens"]) or bases[max(bases)]
+        power = 2 if row["what"] == "attention" else 1
+        work = row["tokens"] ** power / base["tokens"] ** power / row["devices"]
+        row["share"], row["share_both"] = (work * base[key] / row[key] for key in ("fwd_ms", "fwd_bwd_ms"))
 
 
 def equal(name, how, args):
@@ -59,35 +81,30 @@ def equal(name, how, args):
     else:
         run = plain = OPS[name]
     shapes = _shapes(name, length, heads)
-    if args.compile_only:
-        return
-    cotangent, *inputs = (jax.random.normal(jax.random.key(n), *s[:2]) for n, s in enumerate((shapes[0], *shapes)))
-    exact = errors.exact(plain, cotangent, inputs)
     mesh = sharding.make_mesh(context=devices, devices=jax.devices()[:devices])
     with sharding.use_mesh(mesh):
         where = [NamedSharding(mesh, sharding.spec(s[2], s[0], mesh)) for s in (shapes[0], *shapes)]
-        given = jax.tree.map(jax.device_put, [cotangent, *inputs], where)
-        found = jax.jit(timing.with_gradients(run))(*given)
+        structs = [jax.ShapeDtypeStruct(*s[:2], sharding=w) for s, w in zip((shapes[0], *shapes), where, strict=True)]
+        program = jax.jit(timing.with_gradients(run)).lower(*structs).compile()
+    if args.compile_only:
+        return
+    cotangent, *inputs = (jax.random.normal(jax.random.key(n), s.shape, s.dtype) for n, s in enumerate(structs))
+    exact = errors.exact(plain, cotangent, inputs)
+    with turns.devices():
+        found = jax.block_until_ready(program(*jax.tree.map(jax.device_put, [cotangent, *inputs], where)))
     names = ("x", "log_a") if name == "linear_scan" else ("q", "k", "v", "gate")[: len(inputs)]
     yield {"what": name, "how": how, "devices": devices, "tokens": length, **errors.compared(found, exact, names)}
 
 
-def attention(how, devices, length, rates, args):
+def attention(how, devices, length, args):
     """A row of causal attention, bfloat16, B1 H16 D128."""
 
     def call(q, k, v):
         return ops.attention(q, k, v, context=None if devices == 1 else how)
 
     for times in _timed(call, _shapes("attention", length, HEADS), devices, args):
-        flops = 2 * HEADS * WIDTH * length**2 / devices
-        rate = {key: flops / times[key] for key in ("fwd_ms", "fwd_bwd_ms")}
         row = {"what": "attention", "how": how, "devices": devices, "tokens": length, **times}
-        row["tflops"] = rate["fwd_ms"] / 1e9
-        if devices == 1:
-            rates[length] = rate
-        elif rates:
-            whole = rates.get(length) or rates[max(rates)]
-            row |= {"share": rate["fwd_ms"] / whole["fwd_ms"], "share_both": rate["fwd_bwd_ms"] / whole["fwd_bwd_ms"]}
+        row["tflops"] = 2 * HEADS * WIDTH * length**2 / devices / times["fwd_ms"] / 1e9
         if devices > 1:
             row["sent_formula"] = attention_bytes(how, devices, 1, length, HEADS, HEADS, WIDTH, WIDTH)[0]
         yield row
@@ -118,15 +135,11 @@ def _shapes(name, length, heads):
     return {"linear_scan": [channels] * 2, "attention": [token] * 3}.get(name, [token, token, token, gate])
 
 
-def recurrence(name, devices, length, rates, args):
-    """A row of a recurrence, the same tokens a device: its rate of tokens over that of one device."""
+def recurrence(name, devices, args):
+    """A row of a recurrence, the same tokens a device whatever their number."""
+    length = TOKENS[name] * devices
     for times in _timed(OPS[name], _shapes(name, length, HEADS), devices, args):
-        row = {"what": name, "how": "context", "devices": devices, "tokens": length, **times}
-        if devices == 1:
-            rates.update(times)
-        elif rates:
-            row |= {"share": rates["fwd_ms"] / times["fwd_ms"], "share_both": rates["fwd_bwd_ms"] / times["fwd_bwd_ms"]}
-        yield row
+        yield {"what": name, "how": "context", "devices": devices, "tokens": length, **times}
 
 
 def _timed(call, shapes, devices, args):
@@ -141,19 +154,19 @@ def _timed(call, shapes, devices, args):
         both = jax.jit(timing.with_gradients(call)).lower(like, *given).compile()
     if args.compile_only:
         return
-    cost = hlo.cost(forward.as_text())
+    structs = like, *given
 
     def draw(seed):
-        made = []
-        for index, struct in enumerate((like, *given)):
-            key = jax.random.fold_in(jax.random.key(seed), index)
-            random = functools.partial(jax.random.normal, shape=struct.shape, dtype=struct.dtype)
-            made.append(jax.jit(random, out_shardings=struct.sharding)(key))
-        return made
+        keys = jax.random.split(jax.random.key(seed), len(structs))
+        return [jax.random.normal(key, one.shape, one.dtype) for key, one in zip(keys, structs, strict=True)]
 
-    sets = [draw(seed) for seed in range(2 if np.prod(shapes[0][0]) < 2**30 else 1)]
-    times = {"fwd_ms": timing.median_ms(forward, [inputs[1:] for inputs in sets])}
-    times["fwd_bwd_ms"] = timing.median_ms(both, sets)
+    drawn = jax.jit(draw, out_shardings=[one.sharding for one in structs]).lower(0).compile()
+    # Fake devices of a CPU share its threads: with exchanges of several calls under way they wait for each other.
+    most = 1 if jax.devices()[0].platform == "cpu" and devices > 1 else 100
+    with turns.devices():
+        sets = [drawn(seed) for seed in range(2 if np.prod(shapes[0][0]) < 2**30 else 1)]
+        times = {"fwd_ms": timing.median_ms(forward, [inputs[1:] for inputs in sets], most=most)}
+        times["fwd_bwd_ms"] = timing.median_ms(both, sets, most=most)
     if devices > 1:
-        times["sent"] = int(sum(one.sent for one in cost.collectives.values()))
+        times["sent"] = int(sum(one.sent for one in hlo.cost(forward.as_text()).collectives.values()))
     yield times

@@ -30,10 +30,9 @@ def cases(args):
         runs = [("one", 1, ROWS)]
         runs += [("fsdp", n, ROWS * n) for n in every[1:]] + [("data", n, ROWS * n) for n in every[-1:] if n > 1]
         runs += [("fsdp, one device's batch", every[-1], ROWS)] if len(every) > 1 and ROWS % every[-1] == 0 else []
-        rates = {}
         for how, n, rows in runs:
             label = f"{name} {how} on {n}"
-            found.append(Case("train", label, functools.partial(_run, name, how, n, rows, rates)))
+            found.append(Case("train", label, functools.partial(_run, name, how, n, rows)))
     return found
 
 
@@ -48,8 +47,8 @@ def program(name, how, devices, rows):
     return trainer, trainer.compile_step({"params": trainer.params, **trainer.rest}, trainer.abstract_batch())
 
 
-def _run(name, how, devices, rows, rates, args):
-    """One row; `rates` keeps what the config's case on one device gave."""
+def _run(name, how, devices, rows, args):
+    """One row."""
     trainer, step = program(name, how, devices, rows)
     if args.compile_only:
         return
@@ -66,16 +65,22 @@ def _run(name, how, devices, rows, rates, args):
     del state, batch
     gc.collect()
     took = float(np.median(seconds[WARM:]))
-    rate = rows * seq / took
     row = {"what": name, "how": how, "devices": devices, "tokens": rows * seq, "step_ms": 1e3 * took}
-    row |= {"tokens_per_second": rate, "losses": losses}
-    if devices == 1:
-        rates.update(rate=rate, losses=losses)
-    elif rows == ROWS and rates:
-        row["loss_error"] = max(abs(a / b - 1) for a, b in zip(losses, rates["losses"], strict=True))
-    elif rates:
-        row["share"] = rate / devices / rates["rate"]
+    row |= {"tokens_per_second": rows * seq / took, "losses": losses}
     yield row
+
+
+def relate(rows):
+    """Shares of one device's rate, or errors of the losses where its tokens are spread over several."""
+    one = {row["what"]: row for row in rows if row["devices"] == 1}
+    for row in rows:
+        if row["devices"] == 1 or row["what"] not in one:
+            continue
+        base = one[row["what"]]
+        if row["tokens"] == base["tokens"]:
+            row["loss_error"] = max(abs(a / b - 1) for a, b in zip(row["losses"], base["losses"], strict=True))
+        else:
+            row["share"] = row["tokens_per_second"] / row["devices"] / base["tokens_per_second"]
 
 
 def _batch(seed, rows, seq, vocab):

@@ -1,7 +1,8 @@
 """The suites by name, and what one is made of.
 
 A suite is a module with NAME, COLUMNS ((key of a row, heading, format), ...), cases(args) -> [Case], and, where a
-picture helps, draw(rows, figure). SMALL is true where its cases suit a CPU as well.
+picture helps, draw(rows, figure). Where rows say something of others, relate(rows) puts it into them, after each new
+one. SMALL is true where its cases suit a CPU as well.
 """
 
 import dataclasses

@@ -21,7 +21,7 @@ from pathlib import Path
 from experiments import progress
 
 TURN = "SEQMIX_BENCH_TURN"  # the path of the file
-ALONE = ("train", "scaling")  # suites whose cases fill a device, or build on each other
+ALONE = {"train": (), "scaling": ("train",)}  # suites, or those of their parts, whose cases fill a device
 _held = False
 
 
@@ -42,6 +42,21 @@ def turn():
             _held = False
             for pid in stopped:
                 _sent(pid, signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def devices():
+    """Keeps the other processes that ask for it off the devices, and does not stop them; nothing without --jobs.
+
+    For cases of several devices: what such a case waits for on one would hold the others up.
+    """
+    path = os.environ.get(TURN)
+    if path is None:
+        yield
+        return
+    with open(f"{path}.devices", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _members(path):

@@ -117,11 +117,61 @@ def forward(x, log_a, state=None, real=None, opened=None, *, splits=None):
     is the state carried past it), one that opens a segment forgets what came before. splits: into how many stretches
     to cut time, None to choose. The call must be one that `supports` accepts.
     """
-    plan = make_plan(x, log_a, splits)
-    marks = token_marks(real, opened, plan)
-    given = {"log_a": log_a, "x": x, "marks": marks, "state": state}
-    given["ends"], given["left"] = _ends(plan, given) if plan.splits > 1 else (None, None)
+    return begun(x, log_a, real, opened, splits=splits).finish(state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A call of `forward` or `backward` of which all is known but the carry that comes into its walk, and h."""
+
+    plan: Plan
+    given: dict
+    end: jax.Array | None  # what the walk makes of a zero carry, [B, D], where it was asked for
+    left: jax.Array | None  # what it leaves of a carry, a factor
+
+    def finish(self, *more):
+        """The results of `forward` from its state; of `backward` from h, state and dstate."""
+        return (_forward if len(more) == 1 else _backward)(self.plan, self.given, *more)
+
+
+def begun(x, log_a, real=None, opened=None, *, splits=None, need_end=False) -> Begun:
+    """What `forward` does before it needs the state; need_end: also `Begun.end` and `left`."""
+    return _begun(make_plan(x, log_a, splits), log_a, x, real, opened, need_end)
+
+
+def backward_begun(log_a, real, opened, dh, *, splits=None, need_start=False) -> Begun:
+    """What `backward` does before it needs h and states; `Begun.end` is then the initial state's gradient of dh."""
+    return _begun(make_plan(dh, log_a, splits), log_a, dh, real, opened, need_start, reverse=True)
+
+
+def _begun(plan, log_a, x, real, opened, need_end, reverse=False):
+    given = {"log_a": log_a, "x": x, "marks": token_marks(real, opened, plan), "ends": None, "left": None}
+    end = whole = None
+    if plan.splits > 1 or need_end:
+        ends, left = _ends(plan, given, reverse, every=need_end)
+        if need_end:
+            end, whole = _joined(ends, left, reverse)
+        if plan.splits > 1:
+            given |= {"ends": ends, "left": left}
+    return Begun(plan, given, end, whole)
+
+
+def _joined(ends, left, reverse):
+    """The ends and factors of all splits [B, splits, D] as those of one, [B, D]: neighbours join, pair by pair."""
+    if reverse:
+        ends, left = jnp.flip(ends, 1), jnp.flip(left, 1)
+    while ends.shape[1] > 1:
+        odd = ((0, 0), (0, ends.shape[1] % 2), (0, 0))
+        ends, left = jnp.pad(ends, odd), jnp.pad(left, odd, constant_values=1)
+        ends = left[:, 1::2] * ends[:, ::2] + ends[:, 1::2]
+        left = left[:, ::2] * left[:, 1::2]
+    return ends[:, 0], left[:, 0]
+
+
+def _forward(plan, given, state):
+    given = given | {"state": state}
     names = [name for name, array in given.items() if array is not None]
+    x = given["x"]
 
     def body(*args):
         refs = dict.fromkeys(given) | dict(zip(names, args))
@@ -171,11 +221,13 @@ def backward(log_a, h, state, real, opened, dh, dstate=None, *, splits=None):
     is None. dstate: the final state's cotangent, float32, or None for zeros. At tokens that are not real dx and dlog_a
     are 0, and dh is not read. Every result is the same in every run.
     """
-    plan = make_plan(dh, log_a, splits)
-    marks = token_marks(real, opened, plan)
-    given = {"log_a": log_a, "x": dh, "h": h, "marks": marks, "state": dstate, "first": state}
-    given["ends"], given["left"] = _ends(plan, given, reverse=True) if plan.splits > 1 else (None, None)
+    return backward_begun(log_a, real, opened, dh, splits=splits).finish(h, state, dstate)
+
+
+def _backward(plan, given, h, state, dstate):
+    given = given | {"h": h, "state": dstate, "first": state}
     names = [name for name, array in given.items() if array is not None]
+    dh, log_a = given["x"], given["log_a"]
 
     def body(*args):
         refs = dict.fromkeys(given) | dict(zip(names, args))
@@ -308,17 +360,17 @@ def _unless(mark, bit, values, instead=0.0):
     return jnp.where(compat.lanes(width, mark & bit) != 0, compat.lanes(width, instead), values)
 
 
-def _ends(plan: Plan, given, reverse=False):
+def _ends(plan: Plan, given, reverse=False, every=False):
     """What each stretch makes of a zero carry, and what it leaves of one: two float32 [B, splits, D].
 
-    The last stretch in the direction of the walk is left out, since nothing follows it; its slots are not written.
+    The last stretch in the direction of the walk is left out, unless `every`: its slots are not written.
     """
     names = [name for name in ("log_a", "x", "marks") if given[name] is not None]
 
     def body(*args):
         refs = {"marks": None} | dict(zip(names, args))
         end_ref, left_ref = args[len(names) :]
-        place = _Place(plan, reverse, skip=int(reverse))
+        place = _Place(plan, reverse, skip=int(reverse and not every))
 
         def tile(_, *tiles):
             decays, inputs, *marks, carry = tiles
@@ -339,7 +391,7 @@ def _ends(plan: Plan, given, reverse=False):
     shape = jax.ShapeDtypeStruct((plan.batch, plan.splits, plan.width), jnp.float32)
     return compat.kernel(
         body,
-        grid=(plan.width // plan.channels, plan.splits - 1, plan.batch),
+        grid=(plan.width // plan.channels, plan.splits - (not every), plan.batch),
         names=("block", "split", "row"),
         out=(shape, shape),
         scratch=[],

@@ -47,8 +47,11 @@ class Chunks(NamedTuple):
     kept: jax.Array | None  # [B, 1, N, 1, 1]: whether those two segments are one
 
 
-def delta_rule_chunked(q, k, v, beta, log_decay, erase, *, scale, state, run_ids, chunk):
-    """Arguments as for `delta_rule_reference`, and the chunk."""
+def delta_rule_chunked(q, k, v, beta, log_decay, erase, *, scale, state, run_ids, chunk, halves=False):
+    """Arguments as for `delta_rule_reference`, and the chunk.
+
+    halves: gives instead the outputs [blocks, B, H, N, C, V] without scale, the state, and what makes y of these.
+    """
     steps = k.shape[2]
     k, v, beta, erase = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v, beta, erase))
     if steps > 1:  # one step after the other, the decay before the first, the query after the last
@@ -56,13 +59,15 @@ def delta_rule_chunked(q, k, v, beta, log_decay, erase, *, scale, state, run_ids
         log_decay = None if log_decay is None else _place(log_decay, 0, steps)
         run_ids = None if run_ids is None else jnp.repeat(run_ids, steps, axis=1)
     y, state = _run(q, k, erase, v, None, beta[..., None], log_decay, state, run_ids, chunk)
-    return (scale * y[:, steps - 1 :: steps]).astype(v.dtype), state
+    finish = lambda y: (scale * joined(y, v.shape[1], run_ids)[:, steps - 1 :: steps]).astype(v.dtype)
+    return (y, state, finish) if halves else (finish(y), state)
 
 
-def rank_one_chunked(q, k, v, left, right, log_decay, *, scale, state, run_ids, chunk):
-    """Arguments as for `rank_one_reference`, and the chunk."""
+def rank_one_chunked(q, k, v, left, right, log_decay, *, scale, state, run_ids, chunk, halves=False):
+    """Arguments as for `rank_one_reference`, and the chunk; halves: as for `delta_rule_chunked`."""
     y, state = _run(q, left, right, v, k, None, log_decay, state, run_ids, chunk)
-    return (scale * y).astype(v.dtype), state
+    finish = lambda y: (scale * joined(y, v.shape[1], run_ids)).astype(v.dtype)
+    return (y, state, finish) if halves else (finish(y), state)
 
 
 def _place(x, at, steps):
@@ -72,12 +77,12 @@ def _place(x, at, steps):
 
 
 def _run(q, left, right, value, key, beta, log_decay, state, run_ids, chunk):
-    """y [B, T, H, V] in the dtype of the state and without scale, and the state."""
+    """y [blocks, B, H, N, C, V] in the dtype of the state and without scale, and the state."""
     batch, time, heads, _ = value.shape
     shape = plan(time, chunk, batch * heads)
     c = in_chunks(q, left, right, value, key, beta, log_decay, state.dtype, run_ids, shape)
     state, y = scan_blocks(_block, state, c)
-    return joined(y, time, run_ids), state
+    return y, state
 
 
 def in_chunks(q, left, right, value, key, beta, log_decay, acc, run_ids, shape):
@@ -127,7 +132,11 @@ def _masks(run_ids, blocks, chunks, size):
 
 
 def _block(state, c):
-    """The state after N chunks, and S_t^T q_t [B, H, N, C, V] in them."""
+    """The state after N chunks, and S_t^T q_t [B, H, N, C, V] in them.
+
+    A state may have more columns than there are values: nothing is written to the last of them.
+    """
+    written = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, state.shape[-1] - x.shape[-1])])
     inverse, target, right, right_rows = chunk_system(c)
     to_end = decay_sums(c.decay, reverse=True)
     left, left_rows = decayed(c.left, to_end, c.leaves)
@@ -137,11 +146,11 @@ def _block(state, c):
 
     def advance(s, chunk):
         inverse, target, right, right_rows, left, left_rows, key, value, decay = chunk
-        target = target + times(product("bhck,bhkv->bhcv", right, s), right_rows)
+        target = written(target) + times(product("bhck,bhkv->bhcv", right, s), right_rows)
         u = jnp.matmul(inverse, target, precision=precision)
         new = times(s, decay) + product("bhck,bhcv->bhkv", left, times(u, left_rows))
         if key is not None:
-            new = new + product("bhck,bhcv->bhkv", key, times(value, left_rows))
+            new = new + written(product("bhck,bhcv->bhkv", key, times(value, left_rows)))
         return new, (s.astype(right.dtype), u.astype(right.dtype))
 
     xs = inverse, target, right, right_rows, left, left_rows, key, value, decay
@@ -149,7 +158,7 @@ def _block(state, c):
     entering, u = (jnp.moveaxis(x, 0, 2) for x in ys)
     q, rows = decayed(c.q, decay_sums(c.decay), c.entered)
     y = times(product("bhnck,bhnkv->bhncv", q, entering), rows) + _mix(chunk_scores(c, c.q, c.left), u)
-    return state, y if c.key is None else y + _mix(chunk_scores(c, c.q, c.key), c.value)
+    return state, y if c.key is None else y + written(_mix(chunk_scores(c, c.q, c.key), c.value))
 
 
 def passing(c):

@@ -1,5 +1,7 @@
 """The delta rule and its relatives with time cut over a mesh: what a stretch does to a state is a matrix [K, K]."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -15,13 +17,14 @@ def run(lay, form, d, args, head_axes, *, state, run_ids, **options):
 
     Args:
       lay, d: the layout, and the op's sizes by letter.
-      form: one of the references and chunked forms.
-      args: its arrays [B, T, ...] or None, v in place VALUE.
+      form: one of the references and chunked forms, which write nothing to columns of a state that v does not have.
+      args: its arrays [B, T, ...] or None.
       head_axes: of each array, the axis of its Hk or H heads.
 
-    Columns of a state do not see each other. So K more of them, 0 in v and the identity at first, end as the product
+    Columns of a state do not see each other. So K more than v has, the identity at first, end as the product
     of the stretch's transitions, and on the way read what each query sees of an entering state: a stretch is gone
-    through once, and what it sees of the state that enters it is a matrix product added to its outputs.
+    through once, and what it sees of the state that enters it is a matrix product added to its outputs. Backward that
+    product gives the entering state's gradient; with the end's, it is the backward pass of V columns alone.
     """
     names = [None if x is None else _names(x, axis, d) for x, axis in zip(args, head_axes, strict=True)]
 
@@ -30,27 +33,55 @@ def run(lay, form, d, args, head_axes, *, state, run_ids, **options):
         args = [
             lay.local_key_heads(x, d.Hk, at) if x is not None and "key_heads" in name else x for x, name, at in given
         ]
-        renumbered = None if runs is None else packing.runs(runs)
-
-        v = args[VALUE]
-        eye = jnp.broadcast_to(jnp.eye(d.K, dtype=state.dtype), (*state.shape[:2], d.K, d.K))
-        wide = jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, d.K)])
-        start = jnp.concatenate([jnp.zeros_like(state), eye], -1)
-        moved = [wide if place == VALUE else x for place, x in enumerate(args)]
-        y, ends = form(*moved, state=start, run_ids=renumbered, **options)
-        entering, state = enter(lay.time, ends[..., : d.V], ends[..., d.V :], _moved, state, runs)
-        return _seen(y[..., : d.V], y[..., d.V :], entering), state
+        return _stretch(lay.time, partial(form, **options), d.V, state, runs, *args)
 
     tokens, states = ("batch", "time", "heads", None), ("batch", "heads", None, None)
     return on_shares(lay, local, (state, run_ids, *args), (states, ("batch", "time"), *names), (tokens, states))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _stretch(axis, form, width, state, runs, *args):
+    """(y, state after all stretches) of this device's stretch; width: V."""
+    return _forward(axis, form, width, state, runs, *args)[0]
+
+
+def _forward(axis, form, width, state, runs, *args):
+    local = None if runs is None else packing.runs(runs)
+    key = state.shape[2]
+    eye = jnp.broadcast_to(jnp.eye(key, dtype=state.dtype), (*state.shape[:2], key, key))
+    start = jnp.concatenate([jnp.zeros_like(state), eye], -1)
+    y, ends, finish = form(*args, state=start, run_ids=local, halves=True)
+    y, reads = y[..., :width], y[..., width:].astype(args[VALUE].dtype)
+    entering, last = enter(axis, ends[..., :width], ends[..., width:], _moved, state, runs)
+    y, pull = jax.vjp(lambda entering: finish(_seen(y, reads, entering)), entering)
+    return (y, last), (pull, ends[..., width:], entering, runs, args)
+
+
+def _backward(axis, form, width, saved, cotangents):
+    pull_entering, factor, entering, runs, args = saved
+    dy, dlast = cotangents
+    (first,) = pull_entering(dy)
+    # The chain is linear in ends and state. What it gives by its factors is within the gradients of the stretch,
+    # whose final state, of the entering one, has the gradient of its end.
+    chain = lambda end, state: enter(axis, end, factor, _moved, state, runs)
+    dend, dstate = jax.vjp(chain, entering, entering)[1]((first, dlast))
+    local = None if runs is None else packing.runs(runs)
+    pull = jax.vjp(lambda *args: form(*args, state=entering, run_ids=local), *args)[1]
+    return dstate, None, *pull((dy, dend))
+
+
+_stretch.defvjp(_forward, _backward)
+
+
 def _seen(y, reads, entering):
-    """y [B, T, H, V] with what reads [B, T, H, K] see of an entering state [B, H, K, V]."""
-    precision = jax.lax.Precision.HIGHEST if y.dtype == entering.dtype else None
-    operands = reads, entering.astype(reads.dtype)
-    more = jnp.einsum("bthk,bhkv->bthv", *operands, precision=precision, preferred_element_type=entering.dtype)
-    return (y.astype(entering.dtype) + more).astype(y.dtype)
+    """y with what reads [..., K] see of an entering state [B, H, K, V]: both [B, T, H, ...], or in blocks of chunks."""
+    precision = jax.lax.Precision.HIGHEST if reads.dtype == entering.dtype else None
+    options = dict(precision=precision, preferred_element_type=entering.dtype)
+    state = entering.astype(reads.dtype)
+    if y.ndim == 4:
+        return y + jnp.einsum("bthk,bhkv->bthv", reads, state, **options)
+    tokens = reads.reshape(*reads.shape[:3], -1, reads.shape[-1])  # a product whose result lies as y does
+    return y + jnp.matmul(tokens, state, **options).reshape(y.shape)
 
 
 def _names(x, axis, d):

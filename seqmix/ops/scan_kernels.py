@@ -5,6 +5,7 @@ The residuals are the decays and h: x is not kept.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +58,11 @@ def _padded(target, width):
     return max(256 if target == "gpu" else 128, width + -width % 128)
 
 
-def scan(target, x, log_a, real, opened, state):
-    """(h, state) of `linear_scan` for a call that the target has no reason against; state in float32."""
+def scan(target, x, log_a, real, opened, state, run=None):
+    """(h, state) of `linear_scan` for a call that the target has no reason against; state in float32.
+
+    run: (x, log_a, state, real, opened), these [B, T, D], -> (h, state), in place of the target's kernels.
+    """
     shape, width = x.shape, math.prod(x.shape[2:])
 
     def flat(array, *leading):
@@ -67,7 +71,9 @@ def scan(target, x, log_a, real, opened, state):
 
     log_a = flat(jnp.broadcast_to(log_a, shape), *shape[:2])
     x, state = flat(x, *shape[:2]), flat(state, shape[0])
-    if target == "tpu":
+    if run is not None:
+        h, state = run(x, log_a, state, real, opened)
+    elif target == "tpu":
         h, state = _run_tpu(*_masked(x, log_a, real, opened), state)
     else:
         h, state = _run_gpu(target, x, log_a, state, real, opened)
@@ -119,3 +125,23 @@ def _backward_gpu(target, residuals, cotangents):
 
 
 _run_gpu.defvjp(_forward_gpu, _backward_gpu)
+
+
+class Halves(NamedTuple):
+    """The Hopper kernels before and after the entering state is known, as `scan_chunked.Halves`."""
+
+    reverse: bool = False
+
+    def begin(self, x, log_a, real, opened):
+        begun = _module("gpu").begun(x, log_a, real, opened, need_end=True)
+
+        def finish(state):
+            h, _ = begun.finish(state)
+            return h, (log_a, h, state, real, opened)
+
+        return begun.end, begun.left, finish
+
+    def back(self, kept, dh):
+        log_a, h, state, real, opened = kept
+        begun = _module("gpu").backward_begun(log_a, real, opened, dh, need_start=True)
+        return begun.end, lambda dend: begun.finish(h, state, dend)[:2]

@@ -16,7 +16,8 @@ from seqmix.core import packing
 from seqmix.core.shapes import dims
 from seqmix.ops import dispatch, scan_context
 from seqmix.ops.mesh import layout
-from seqmix.ops.scan import check_chunk, incoming_states
+from seqmix.ops.scan import check_chunk
+from seqmix.ops.scan_chunked import incoming_states
 
 _SPAN = 128  # tokens of a row whose states the backward pass holds at once, if chunks are not longer
 

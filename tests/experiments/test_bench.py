@@ -20,6 +20,7 @@ from experiments.bench import (
     profile,
     recurrent,
     results,
+    scaling,
     scaling_ops,
     suites,
     timing,
@@ -43,6 +44,7 @@ def test_a_mistake_is_one_line_with_exit_code_2(capsys, tmp_path):
         (["run", "--suite=recurrent", "--compile-only"], "--compile-only: expected --suite=scaling, got recurrent"),
         (["tune", "--list"], "--list: belongs to run"),
         (["run", "--suite=train", "--jobs=2"], "--jobs: train runs one case after the other, got 2"),
+        (["run", "--suite=scaling", "--jobs=2"], "--jobs: train of scaling runs alone, name other parts by --only"),
         (["run", "--suite=recurrent", "--case=99"], "--case: expected 0 to 14, got 99"),
         (["run", "--suite=recurrent", "--jobs=0"], "--jobs: expected at least 1, got 0"),
         (["run", "--suite=recurrent", "--peer"], "--peer: unknown flag, did you mean --peers?"),
@@ -124,9 +126,46 @@ def test_ops_over_devices_are_timed_with_the_bytes_they_send(monkeypatch):
     monkeypatch.setattr(scaling_ops, "HEADS", 2)
     monkeypatch.setattr(scaling_ops, "WIDTH", 8)
     args = bench.parse(["run", "--suite=scaling"])
-    (row,) = scaling_ops.attention("heads", 2, 64, {64: {"fwd_ms": 1e3, "fwd_bwd_ms": 1e3}}, args)
-    assert row["fwd_ms"] > 0 and row["sent"] >= row["sent_formula"] > 0
-    assert row["share"] == pytest.approx(2 * 2 * 8 * 64**2 / 2 / row["fwd_ms"] / 1e3)
+    (row,) = scaling_ops.attention("heads", 2, 64, args)
+    assert row["fwd_ms"] > 0 and row["fwd_bwd_ms"] > 0 and row["sent"] >= row["sent_formula"] > 0
+    assert row["tflops"] == pytest.approx(2 * 2 * 8 * 64**2 / 2 / row["fwd_ms"] / 1e9)
+
+
+def test_values_over_devices_are_those_of_one(monkeypatch):
+    monkeypatch.setattr(scaling_ops, "CHECKED", 8)
+    monkeypatch.setattr(scaling_ops, "CHANNELS", 8)
+    (row,) = scaling_ops.equal("linear_scan", "context", bench.parse(["run", "--suite=scaling"]))
+    assert row["devices"] == 8 and 0 < row["error"] < 5e-3 and 0 < row["gradient_error"] < 2e-2
+
+
+def test_cases_that_stand_for_all_come_first(capsys):
+    assert bench.main(["run", "--suite=scaling", "--only=attention,recurrences,equal", "--list"]) == 0
+    labels = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()]
+    assert len(set(labels)) == len(labels) == 2 + 6 + 12 + 3 * 6
+    assert labels[0] == "attention one on 1, T=262144" and labels[4] == "attention zigzag on 8, T=262144"
+    assert labels[6] == "linear_attention on 8, T=1048576" and labels[-1] == "attention ring on 8, T=1048576"
+
+
+def test_shares_come_of_rows_in_any_order():
+    rows = [
+        {"part": "attention", "devices": 4, "tokens": 128, "fwd_ms": 5.0, "fwd_bwd_ms": 20.0},
+        {"part": "attention", "devices": 4, "tokens": 64, "fwd_ms": 1.25, "fwd_bwd_ms": 2.5},
+        {"part": "attention", "devices": 1, "tokens": 64, "fwd_ms": 4.0, "fwd_bwd_ms": 9.0},
+        {"part": "recurrences", "devices": 2, "tokens": 64, "fwd_ms": 5.0, "fwd_bwd_ms": 10.0},
+        {"part": "recurrences", "devices": 1, "tokens": 32, "fwd_ms": 4.0, "fwd_bwd_ms": 9.0},
+        {"part": "train", "devices": 4, "tokens": 128, "tokens_per_second": 30.0, "losses": [4.0]},
+        {"part": "train", "devices": 4, "tokens": 32, "tokens_per_second": 20.0, "losses": [4.0]},
+        {"part": "train", "devices": 1, "tokens": 32, "tokens_per_second": 10.0, "losses": [5.0]},
+    ]
+    rows = [{"what": row["part"], **row} for row in rows]
+    scaling.relate(rows[:2])
+    assert not any("share" in row for row in rows)
+    for _ in range(2):
+        scaling.relate(rows)
+    found = [(row.get("share"), row.get("share_both")) for row in rows]
+    assert found[:3] == [(0.8, 9 / 20), (0.8, 0.9), (None, None)]
+    assert found[3:6] == [(0.8, 0.9), (None, None), (0.75, None)]
+    assert [row.get("loss_error") for row in rows[5:]] == [None, pytest.approx(0.2), None]
 
 
 def test_a_check_fails_beyond_its_bound():

@@ -16,13 +16,14 @@ from experiments.bench import turns
 def ends_with(tmp_path, monkeypatch):
     """Runs the three cases of SSD, each a shell script that knows its number and folder; gives the exit code."""
 
-    def run(script):
+    def run(script, *flags):
         process = tmp_path / "process"
         words = "case $word in --out=*) out=${word#--out=};; --case=*) case=${word#--case=};; esac"
         process.write_text(f"#!/bin/sh\nfor word; do {words}; done\nmkdir -p $out\n{script}")
         process.chmod(0o755)
         monkeypatch.setattr(turns.sys, "executable", str(process))
-        return bench.main(["run", "--suite=recurrent", "--only=ssd", "--jobs=3", f"--out={tmp_path / 'out'}"])
+        flags = flags or ("--suite=recurrent", "--only=ssd")
+        return bench.main(["run", *flags, "--jobs=3", f"--out={tmp_path / 'out'}"])
 
     return run
 
@@ -99,3 +100,27 @@ echo '{{"rows": [{{"op": "ssd"}}]}}' > $out/found.json
 """
     assert ends_with(script) == 1
     assert len(kept(tmp_path)) == 3
+
+
+def test_shares_are_of_rows_that_other_processes_gave(tmp_path, ends_with):
+    script = """
+test $case = 0 && sleep 0.3
+times='"fwd_ms": '$((case + 4))', "fwd_bwd_ms": 8'
+count='"devices": '$((case + 1))', "tokens": '$((case + 1))
+echo '{"rows": [{"part": "recurrences", "what": "scan", "how": "context", '$count', '$times'}]}' > $out/found.json
+"""
+    assert ends_with(script, "--suite=scaling", "--match= on [14]") == 2  # some of train are among them
+    assert ends_with(script, "--suite=scaling", "--match=linear_scan on [14]") == 0
+    rows = json.loads((tmp_path / "out/cpu_scaling.json").read_text())["rows"]
+    assert [row.get("share") for row in rows] == [None, 0.8] and "| 80.0% |" in (
+        tmp_path / "out/cpu_scaling.md"
+    ).read_text()
+
+
+def test_devices_are_for_one_process_which_may_measure(tmp_path, monkeypatch):
+    monkeypatch.setenv(turns.TURN, str(tmp_path / "turn"))
+    with turns.devices(), turns.turn(), open(tmp_path / "turn.devices") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    monkeypatch.delenv(turns.TURN)
+    with turns.devices():
+        pass

@@ -9,6 +9,7 @@ import pytest
 
 from seqmix import ops
 from seqmix.core import sharding
+from seqmix.ops import linear_chunked
 from seqmix.ops.mesh import layout
 from tests.quick import QUICK
 
@@ -57,6 +58,12 @@ def delta(steps, keys=HK):
     ), args
 
 
+def delta_of_all_decays():
+    """Heads that keep all, lose 1e-9 a token, half and all."""
+    function, (q, k, v, b, *_, s) = delta(1)
+    return function, (q, k, v, b, np.broadcast_to([0, -1e-9, -0.7, -50.0], (B, T, H)).copy(), None, s)
+
+
 def rank_one():
     args = (normal(B, T, HK, K), normal(B, T, HK, K), normal(B, T, H, V), -unit(B, T, H, K) / 2, unit(B, T, HK, K))
     args += (-uniform(B, T, H, K), normal(B, H, K, V))
@@ -65,11 +72,18 @@ def rank_one():
     ), args
 
 
-def scan(reverse):
+def scan(reverse, chunk=2):
     args = (normal(B, T, H) + 1j * normal(B, T, H), -uniform(H) + 1j * normal(H), normal(B, H) + 0j)
     if not reverse:
         args = (normal(B, T, H, V), -5 * uniform(B, T, H, 1), normal(B, H, V))
-    return lambda x, a, s, ids: ops.linear_scan(x, a, state=s, segment_ids=ids, reverse=reverse, chunk=2), args
+    return lambda x, a, s, ids: ops.linear_scan(x, a, state=s, segment_ids=ids, reverse=reverse, chunk=chunk), args
+
+
+def scan_of_all_decays():
+    """Of channels that keep all, lose 1e-9 a token, half and all, by chunks that do not divide a stretch."""
+    logs = np.stack([np.zeros((B, T)), np.full((B, T), -1e-9), -uniform(B, T), np.full((B, T), -50.0)], -1)
+    function, (x, _, s) = scan(False, chunk=3)
+    return function, (x[..., 0], logs, s[..., 0])
 
 
 def selective():
@@ -134,13 +148,16 @@ CASES = {
     "normalised linear attention": normalised(),
     "delta rule": delta(1),
     "delta rule, one key head, two steps": delta(2, keys=1),
+    "delta rule, all decays": delta_of_all_decays(),
     "diagonal plus rank one": rank_one(),
     "log-linear attention": log_linear("none"),
     "log-linear attention, a decay per head": log_linear("head", length=True),
     "log-linear attention, a decay per channel": log_linear("channel", length=True),
     "log-linear delta rule": log_linear_delta(),
     "linear scan": scan(False),
+    "linear scan, all decays": scan_of_all_decays(),
     "complex linear scan in reverse": scan(True),
+    "complex linear scan in reverse, a chunk a stretch": scan(True, chunk=4),
     "selective scan": selective(),
     "short convolution": conv(3, True),
     "short convolution, of two arrays": convs(3),
@@ -179,6 +196,19 @@ def test_four_stretches_of_time_give_what_one_gives(name, packed):
             got = pull(function, args, ids)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         # Sums in another order, in float64.
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_a_stretch_of_several_blocks_of_chunks_is_one(monkeypatch):
+    function, args = CASES["delta rule"]
+    with jax.enable_x64(True):
+        want = pull(function, args, PACKED)
+        monkeypatch.setattr(linear_chunked, "_TILES", 8)
+        monkeypatch.setattr(linear_chunked, "_FEWEST", 1)
+        assert linear_chunked.plan(T // 4, 2, B * H)[0] == 2
+        with sharding.use_mesh(sharding.make_mesh(context=4, devices=jax.devices()[:4])):
+            got = pull(function, args, PACKED)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels import compat
 from seqmix import ops
 from seqmix.core import packing, sharding
-from seqmix.ops import linear_context, scored, softmax_ring
+from seqmix.ops import linear_context, scan_context, scan_kernels, scored, softmax_ring
 from seqmix.ops.softmax_reference import Rules
 
 pytestmark = pytest.mark.skipif(compat.unavailable() is not None, reason=str(compat.unavailable()))
@@ -95,3 +95,46 @@ def test_what_a_stretch_adds_is_known_before_its_state():
         back = gpu_backward.begun(q, k, v, log_decay, runs, None, dy, need_start=True, **options)
         assert relative(begun.end, begun.finish(None)[1]) < 1e-5
         assert relative(back.start, back.finish(None, None)[4]) < 1e-5
+
+
+def test_a_stretch_of_a_scan_by_the_kernels_takes_and_gives_states_and_their_gradients():
+    """One stretch, as the whole axis: its parts' states from zeros are known before the one that enters."""
+    keys = jax.random.split(jax.random.key(2), 5)
+    x, dh = (jax.random.normal(key, (1, 100, 256), jnp.bfloat16) for key in keys[:2])
+    log_a = jax.nn.log_sigmoid(jax.random.normal(keys[2], x.shape) + 3)
+    state, dlast = (jax.random.normal(key, (1, 256)) for key in keys[3:])
+    ids = jnp.asarray(np.repeat([4, 0, 7], [60, 6, 34]))[None]
+    mesh, whole = sharding.make_mesh(devices=jax.devices()[:1]), PartitionSpec()
+
+    def by_kernel(*call):
+        real, opened = ids != 0, packing.starts(packing.runs(ids))
+        form = scan_kernels.Halves()
+        one = lambda *call: scan_context._stretch("context", form, *call, real, opened, packing.runs(ids))
+        h, last = jax.shard_map(one, mesh=mesh, in_specs=(whole,) * 3, out_specs=(whole, whole), check_vma=False)(*call)
+        return jnp.where(real[..., None], h, 0), last
+
+    def by_reference(x, log_a, state):
+        return ops.linear_scan(x, log_a, state=state, segment_ids=ids, implementation="reference")
+
+    found = []
+    for run in (by_reference, by_kernel):
+        with compat.interpret():
+            results, back = jax.vjp(run, x, log_a, state)
+            found.append((*results, *back((dh, dlast))))
+    for expected, got in zip(*found, strict=True):
+        assert expected.dtype == got.dtype and relative(got, expected) < 5e-3
+
+
+def test_what_pieces_of_time_make_of_a_scan_is_that_of_all():
+    """Three pieces, joined: the end from zeros and its factor, and the entering state's gradient."""
+    from pallas_kernels.linear_scan import gpu
+
+    draw = lambda seed: jax.random.normal(jax.random.key(seed), (1, 100, 256))
+    x, log_a, dh = draw(0), jax.nn.log_sigmoid(draw(1) + 6), draw(2)
+    with compat.interpret():
+        begun = gpu.begun(x, log_a, splits=3, need_end=True)
+        back = gpu.backward_begun(log_a, None, None, dh, splits=3, need_start=True)
+        assert begun.given["ends"].shape[1] == 3
+        h, last = begun.finish(None)
+        assert relative(begun.end, last) < 1e-6 and relative(back.end, back.finish(h, None, None)[2]) < 1e-6
+    assert all(relative(walk.left, jnp.exp(jnp.sum(log_a, 1))) < 1e-5 for walk in (begun, back))

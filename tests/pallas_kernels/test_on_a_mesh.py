@@ -36,8 +36,8 @@ CALLS = {
     ),
     "linear_scan": (
         lambda x, a: ops.linear_scan(x, -jnp.exp(a))[0],
-        ((B, T, 8, 256), jnp.bfloat16, "batch", "time", "heads", None),
-        ((B, T, 8, 256), jnp.bfloat16, "batch", "time", "heads", None),
+        ((B, T, 8, 384), jnp.bfloat16, "batch", "time", "heads", None),
+        ((B, T, 8, 384), jnp.bfloat16, "batch", "time", "heads", None),
     ),
 }
 
