@@ -227,6 +227,39 @@ def column_places(count):
     return gpu().broadcasted_iota(jnp.int32, (count,), 0, layout=columns_layout())
 
 
+def thread_columns(shape):
+    """The columns of a tile as a sum, or the exclusive or, of two tiles: column & 6 and the rest.
+
+    All columns of a thread share the first, and the second is a constant for each value that it holds: what compares
+    the two needs no register for a column.
+    """
+    if interpreting():
+        column = spread_columns(column_places(shape[1]), shape)
+        return column & 6, column & ~6
+    from jax.experimental.mosaic import gpu as mosaic
+    from jax.extend.mlir import ir
+    from jax.extend.mlir.dialects import arith
+
+    array = gpu().ShapeDtypeStruct(shape[1:], jnp.int32, layout=columns_layout())
+
+    # An operation on `column_places` would give 16 equal values of the first, in 16 registers.
+    @gpu().inline_mgpu(return_type=(array, array))
+    def parts(_):
+        number, own = ir.IntegerType.get_signless(32), []
+
+        def first(_, index):
+            own.append(own[0] if own else index[0])
+            return arith.index_cast(number, own[0])
+
+        layout = columns_layout().to_mgpu()
+        blank = mosaic.FragmentedArray.splat(mosaic.c(0, number), shape[1:], layout, is_signed=True)
+        own_columns = blank.foreach(first, create_array=True, is_signed=True)
+        rest = lambda _, index: arith.index_cast(number, arith.subi(index[0], own[0]))
+        return own_columns, blank.foreach(rest, create_array=True, is_signed=True)
+
+    return tuple(laid(spread_columns(part, shape)) for part in parts())
+
+
 def spread_rows(vector, shape):
     """vector[i] at [i, j]."""
     return lax.broadcast_in_dim(vector, shape, [0])

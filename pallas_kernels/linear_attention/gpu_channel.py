@@ -96,10 +96,18 @@ class Joins:
     def __init__(self, start, spare=None, level=0):
         self.spare = spare
         # Adds 0, which the compiler cannot know, so that it keeps no masks in registers from one chunk or level on.
-        # Places of rows and columns by themselves are 18 registers; those of a tile were twice as many.
         shape = (CHUNK, CHUNK)
         self.row = compat.laid(compat.spread_rows(compat.row_places(CHUNK) + jnp.minimum(start + level, 0), shape))
-        self.column = compat.laid(compat.spread_columns(compat.column_places(CHUNK), shape))
+        # Rows less their thread's part of the columns are compared with constants: whole columns were 16 registers.
+        self.own, self.fixed = compat.thread_columns(shape)
+
+    def past(self, row):
+        """Columns after a row, of a tile [C, C] of rows."""
+        return self.fixed > row - self.own
+
+    def until(self, row):
+        """Columns up to a row."""
+        return self.fixed <= row - self.own
 
     def later(self, level):
         """Rows in the later of two blocks of 2^level tokens."""
@@ -107,40 +115,49 @@ class Joins:
 
     def joined(self, level):
         """Pairs of tokens in two blocks of 2^level that are joined."""
-        return lax.shift_right_logical(self.row ^ self.column, level) == 1
+        size = lax.shift_left(1, level)
+        return ((self.row ^ self.own ^ size) ^ self.fixed) & -size == 0  # one instruction; a shift would be another
 
-    def within(self, level):
-        """Pairs of tokens in one block of 2^(level + 1)."""
-        return (self.row ^ self.column) < lax.shift_left(2, level)
+    def halves(self):
+        """Pairs of tokens in one half of the chunk."""
+        return self.row & HALF == self.fixed & HALF
+
+    def causal(self):
+        """[i, s]: s <= i."""
+        return self.until(self.row)
+
+    def same(self):
+        """[i, i]."""
+        return self.row - self.own == self.fixed
 
     def stretch(self, level):
         """[i, s]: is the decay of token s between i and the boundary of its two blocks?"""
         size, later = lax.shift_left(1, level), self.later(level)
         boundary = (self.row & -(2 * size)) + (size - 1)
         after, last = jnp.where(later, boundary, self.row), jnp.where(later, self.row, boundary)
-        return self.operand((self.column > after) & (self.column <= last))
+        return self.operand(self.past(after) & self.until(last))
 
     def middle(self):
         """[i, s]: the decays between i and the chunk's middle, counted below 0 for i before it."""
-        later = (self.row >= HALF) & (self.column >= HALF) & (self.column <= self.row)
-        earlier = (self.column < HALF) & (self.column > self.row)
+        later = (self.row >= HALF) & (self.fixed >= HALF) & self.causal()
+        earlier = (self.fixed < HALF) & self.past(self.row)
         return compat.as_operand(jnp.where(later, 1.0, jnp.where(earlier, -1.0, 0.0)), self.spare)
 
     def before(self):
         """[i, s]: s <= i, the decays from the chunk's start through i."""
-        return self.operand(self.column <= self.row)
+        return self.operand(self.causal())
 
     def after(self):
         """[i, s]: s > i, the decays from i to the chunk's end."""
-        return self.operand(self.column > self.row)
+        return self.operand(self.past(self.row))
 
     def strictly_before(self):
         """[i, s]: s < i."""
-        return self.operand(self.column < self.row)
+        return self.operand(self.until(self.row - 1))
 
     def from_on(self):
         """[i, s]: s >= i."""
-        return self.operand(self.column >= self.row)
+        return self.operand(self.past(self.row - 1))
 
     def operand(self, mask):
         return compat.as_operand(jnp.where(mask, 1.0, 0.0), self.spare)
@@ -223,8 +240,8 @@ def scores(q, k, joins_at, parts, tile):
     found = lax.fori_loop(0, LEVELS, join, compat.zeros((CHUNK, CHUNK)))
     own = jnp.sum(read(q) * read(k), axis=1)
     joins = joins_at(0)
-    found = jnp.where(joins.row > joins.column, found, 0.0)
-    return jnp.where(joins.row == joins.column, compat.spread_rows(own, found.shape), found)
+    found = jnp.where(joins.causal(), found, 0.0)
+    return jnp.where(joins.same(), compat.spread_rows(own, found.shape), found)
 
 
 def forward(q, k, v, log_decay, state=None, run_ids=None, log_write=None, *, scale=1.0, splits=None):
@@ -274,12 +291,12 @@ class Sums:
 
     def write(self, parts, space, joins):
         """Makes the sums, in a tile of `space`; is the chunk mild in all channels?"""
-        space[...] = jnp.where((joins.row ^ joins.column) < HALF, 1.0, 0.0).astype(jnp.bfloat16)
+        space[...] = jnp.where(joins.halves(), 1.0, 0.0).astype(jnp.bfloat16)
         compat.publish()
         # The first half's sums, one a row, fill the first columns, the second half's the others.
         total = compat.matmul(*[(compat.transposed(parts.at[pl.ds(i * CHUNK, CHUNK)]), space) for i in (0, 1)])
-        first = jnp.min(jnp.where(joins.column < HALF, total, 0.0), axis=1)
-        second = jnp.min(jnp.where(joins.column < HALF, 0.0, total), axis=1)
+        first = jnp.min(jnp.where(joins.fixed < HALF, total, 0.0), axis=1)
+        second = jnp.min(jnp.where(joins.fixed < HALF, 0.0, total), axis=1)
         self.second[...] = second
         self.first[...] = jnp.minimum(first, second)
         # Every row of the tile holds all channels, so that each row's least is that of all.
@@ -486,7 +503,7 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
                 compat.publish()
                 found = compat.matmul((readers, compat.transposed(writers)))
                 joins = joins_at(0)
-                mix[...] = runs.pairs(jnp.where(joins.row >= joins.column, found, 0.0)).astype(jnp.bfloat16)
+                mix[...] = runs.pairs(jnp.where(joins.causal(), found, 0.0)).astype(jnp.bfloat16)
 
             @pl.when(jnp.logical_not(mild))
             def _():

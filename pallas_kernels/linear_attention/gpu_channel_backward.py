@@ -117,7 +117,6 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
         warpgroup = compat.warpgroup(count)
         unit, half = jnp.minimum(warpgroup, units - 1), jnp.minimum(warpgroup, halves - 1)
         head, piece = lanes.head(block), lax.rem(block, lanes.slices)
-        mine, channels = pl.ds(unit * COLUMNS, COLUMNS), pl.ds(half * COLUMNS, COLUMNS)
         at = lambda i: split * plan.steps + i
 
         def joins_at(start, level=0):
@@ -132,7 +131,7 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
 
             def causal(found):
                 joins = joins_at(start)
-                return (runs.pairs(jnp.where(joins.row >= joins.column, found, 0.0)) * scale).astype(jnp.bfloat16)
+                return (runs.pairs(jnp.where(joins.causal(), found, 0.0)) * scale).astype(jnp.bfloat16)
 
             tiles.weights[...] = causal(compat.matmul((tiles.dy, compat.transposed(tiles.v))))
             exponent = exponents(joins_at(start).middle(), tiles.parts)
@@ -152,7 +151,7 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
             """The gradients of any chunk's channels; tiles_at(level) keeps addresses out of the registers of others."""
             tiles, joins = tiles_at(1), joins_at(start)
             same = compat.spread_rows(jnp.sum(read(tiles.q) * read(tiles.k), axis=1), (CHUNK, CHUNK))
-            tiles.weights[...] = jnp.where(joins.row == joins.column, same, 0.0).astype(jnp.bfloat16)
+            tiles.weights[...] = jnp.where(joins.same(), same, 0.0).astype(jnp.bfloat16)
             by_unit = [pl.ds(part * COLUMNS, COLUMNS) for part in range(units)]
             own = sum(jnp.sum(read(tiles.dy.at[:, part]) * read(tiles.v.at[:, part]), axis=1) for part in by_unit)
             own = runs.real(compat.spread_rows(own * scale, (CHUNK, CHUNK)))
@@ -189,7 +188,7 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
             tiles = tiles_at(2)
             tiles.q[...] = dq.astype(jnp.bfloat16)
             joins = joins_at(start)
-            found = jnp.where(joins.row >= joins.column, read(tiles.weights), 0.0)
+            found = jnp.where(joins.causal(), read(tiles.weights), 0.0)
             tiles.weights[...] = (runs.pairs(found) * scale).astype(jnp.bfloat16)
             finish_k(runs, tiles, dk, lambda: jnp.exp2(exponents(joins_at(start).after(), tiles.parts)))
 
@@ -234,22 +233,27 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
             start, tokens = now * CHUNK, pl.ds(now * CHUNK, CHUNK)
             here = lambda ref, level=0: compat.unhoisted(ref, now + level)
 
+            def block_at(index, level):
+                """A warpgroup's block of channels or columns; adds 0, see `compat.unhoisted`."""
+                index = index + jnp.minimum(now + level, 0)
+                return index, pl.ds(index * COLUMNS, COLUMNS)
+
             def tiles_at(level):
-                every = (decays, q, k, v, dy, state, gradient, *buffers[:3])
+                every, (own, channels) = (decays, q, k, v, dy, state, gradient, *buffers[:3]), block_at(half, level)
                 decay_tile, q_tile, k_tile, v_tile, dy_tile, *rest = (here(ref, level) for ref in every)
                 by_channel = [x.at[:, channels] for x in (decay_tile, q_tile, k_tile)]
                 return Tiles(
-                    *by_channel, v_tile, dy_tile, *(x.at[channels] for x in rest[:2]), *(x.at[half] for x in rest[2:])
+                    *by_channel, v_tile, dy_tile, *(x.at[channels] for x in rest[:2]), *(x.at[own] for x in rest[2:])
                 )
 
             def prepare():
-                tiles, sums = tiles_at(0), Sums(here(buffers[3]), channels)
+                tiles, sums = tiles_at(0), Sums(here(buffers[3]), block_at(half, 0)[1])
                 compat.wait(done)
                 split_parts(tiles.decays, runs, tiles.parts)
                 is_mild = sums.write(tiles.parts, tiles.free, joins_at(start))
                 pl.when(is_mild)(lambda: mild(start, runs, sums, tiles))
                 pl.when(jnp.logical_not(is_mild))(lambda: strong(start, runs, tiles_at))
-                finish(start, runs, Sums(here(buffers[3], 3), channels), tiles_at(3))
+                finish(start, runs, Sums(here(buffers[3], 3), block_at(half, 3)[1]), tiles_at(3))
 
             only_first(halves, warpgroup, prepare, lambda: compat.wait(done))
             compat.arrive(ready)
@@ -260,10 +264,11 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
 
             def values():
                 parts, keys, scores = (here(buffer, 4) for buffer in buffers[:3])
+                mine = block_at(unit, 4)[1]
                 dy_mine, after = here(dy, 4).at[:, mine], here(gradient, 4)
                 pairs = [(compat.transposed(scores.at[i]), dy_mine) for i in range(halves)]
                 pairs += [(keys.at[i], after.at[pl.ds(i * COLUMNS, COLUMNS), mine]) for i in range(halves)]
-                staged = parts.at[warpgroup, pl.ds(CHUNK, CHUNK)]
+                staged = parts.at[block_at(warpgroup, 4)[0], pl.ds(CHUNK, CHUNK)]
                 staged[...] = compat.matmul(*pairs).astype(jnp.bfloat16)
                 compat.publish()
                 place = pl.ds(head * plan.value + piece * width + mine.start, COLUMNS)

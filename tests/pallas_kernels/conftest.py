@@ -26,7 +26,7 @@ def h100s(monkeypatch):
 
 @pytest.fixture
 def spilled(h100s, monkeypatch, capfd):
-    """spilled(function, *shapes): compiles it for an H100 and gives the bytes that each of its kernels spills."""
+    """spilled(function, *shapes): compiles it for an H100 and gives what kernels of a name spill at most, in bytes."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     h100 = jax.sharding.SingleDeviceSharding(h100s(1)[0])
 
@@ -36,6 +36,9 @@ def spilled(h100s, monkeypatch, capfd):
         jax.jit(function).lower(*jax.tree.map(put, shapes)).compile()
         text = "".join(capfd.readouterr())
         kernel = r"Compiling entry function '(\w+)_mosaic_gpu_kernel'.*?(\d+) bytes spill stores"
-        return {name: int(stores) for name, stores in re.findall(kernel, text, re.DOTALL)}
+        most = {}
+        for name, stores in re.findall(kernel, text, re.DOTALL):
+            most[name] = max(most.get(name, 0), int(stores))
+        return most
 
     return compiled

@@ -95,15 +95,19 @@ def test_floor_of_gla_at_32768_tokens_is_the_bytes_of_its_arrays():
     assert 0.26 < least.floor_ms() < 0.28
 
 
-def test_all_kernels_compile_for_an_h100_and_spill_little(spilled):
+@pytest.mark.parametrize(
+    ("batch", "time", "key", "packed"), [(16, 2048, 128, False), (1, 32768, 128, True), (16, 2048, 64, True)]
+)
+def test_all_kernels_compile_for_an_h100_without_spills(spilled, batch, time, key, packed):
     array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
-    call = lambda batch, time: [array(batch, time, 16, 128)] * 3 + [array(batch, time, 16, 128, dtype=jnp.float32)]
+    q, v = array(batch, time, 16, key), array(batch, time, 16, 128)
+    rest = [array(*q.shape, dtype=jnp.float32), None, None]
+    if packed:
+        rest[1:] = array(batch, 16, key, 128, dtype=jnp.float32), array(batch, time, dtype=jnp.int32)
 
-    def run(cut, whole, dy):
-        return gpu_channel.forward(*cut), gpu_channel_backward.backward(*whole, None, None, None, dy)
+    def run(inputs, dy):
+        dstate = inputs[4]
+        return gpu_channel.forward(*inputs), gpu_channel_backward.backward(*inputs, None, dy, dstate)
 
-    found = spilled(run, call(1, 8192), call(16, 2048), array(16, 2048, 16, 128))
-    assert found["linear_attention_channel_states"] == 0
-    assert found["linear_attention_channel_forward"] == 0
-    # Two indices of the thread block and three places of a thread in tiles, read once or twice a chunk.
-    assert found["linear_attention_channel_gradients"] <= 24
+    found = spilled(run, [q, q, v, *rest], v)
+    assert found == {f"linear_attention_channel_{name}": 0 for name in ("states", "forward", "gradients")}
