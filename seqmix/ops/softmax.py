@@ -124,7 +124,10 @@ def attention(
     mask, data = scored.visibility(rules, None, tokens, "given" if form else order, None)
     shape = {"mask": mask, "data": data, "sizes": (scored.SPARSE,) * 2, "scale": rules.scale}
     kernels, _ = block_sparse_kernels.reasons(implementation, lay, q, *alike, **shape, cut=form is not None)
-    name = pick("attention", implementation, libraries | kernels | {"chunked": None, "reference": None})
+    forms = libraries | kernels
+    if implementation is None and softmax_library.yields(rules, q, k, v):
+        forms = kernels | libraries
+    name = pick("attention", implementation, forms | {"chunked": None, "reference": None})
     if form:
         call = (rules, d, q, k, v, sink_logits, tokens)
         options = dict(order=order, block=block, need_lse=return_lse, library=None if name == "chunked" else name)

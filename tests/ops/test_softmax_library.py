@@ -12,6 +12,7 @@ from pallas_kernels import compat
 from seqmix.core import sharding
 from seqmix.ops import softmax_library, targets
 from seqmix.ops.softmax import attention
+from seqmix.ops.softmax_reference import Rules
 from tests.quick import QUICK
 
 T = 64
@@ -193,3 +194,17 @@ def test_splash_takes_windows_and_soft_caps_without_segments():
         with pytest.raises(ValueError, match="multiples of 128 queries and keys, got T=100, S=100"):
             attention(*tensors(100, 100), implementation="splash")
     close([got], [called("reference", *(x.astype(jnp.float32) for x in (q, k, v)))], 5e-3)
+
+
+def test_own_kernels_come_first_where_they_were_measured_to_be_faster():
+    """Short causal rows and windows of a quarter of them, a key head to each query head, of 128 channels."""
+
+    def first(time=4096, key_heads=4, width=128, **rules):
+        q, k = (jax.ShapeDtypeStruct((1, time, heads, width), jnp.bfloat16) for heads in (4, key_heads))
+        return softmax_library.yields(
+            Rules(1.0, **{"causal": True, "window": None, "sinks": 0, "soft_cap": None} | rules), q, k, k
+        )
+
+    assert first(2048) and first(4096) and first(window=1024) and first(32768, window=512)
+    assert not first(1024) and not first(8192) and not first(window=1025)
+    assert not first(causal=False) and not first(key_heads=1) and not first(width=64) and not first(soft_cap=5.0)

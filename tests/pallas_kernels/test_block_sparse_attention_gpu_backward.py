@@ -107,7 +107,7 @@ def deals(monkeypatch, processors):
     """A list of what is dealt out from here on, to so many multiprocessors."""
     made = []
     monkeypatch.setattr(plan, "SMS", processors)
-    monkeypatch.setattr(deal, "ON", True)
+    monkeypatch.setattr(deal, "EVERY", True)
     monkeypatch.setattr(deal, "UNEVEN", 10)
     monkeypatch.setattr(gpu_backward, "dealt", lambda *a: made.append(deal.dealt(*a)) or made[-1])
     return made
