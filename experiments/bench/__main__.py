@@ -58,7 +58,8 @@ def main(argv=None):
     try:
         failed = (turns.run if args.jobs > 1 else run)(suite, wanted, args, kept)
     except KeyboardInterrupt:
-        print(f"stopped; what was measured is in {kept.path}", file=sys.stderr)
+        measured = f"what was measured is in {kept.path}" if kept.rows else "nothing was measured"
+        print(f"stopped; {measured}", file=sys.stderr)
         return 130
     if args.case is None:
         kept.finish()

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from experiments import progress
+from experiments.sweep.local import CHILD
 
 TURN = "SEQMIX_BENCH_TURN"  # the path of the file
 ALONE = {"train": (), "scaling": ("train",)}  # suites, or those of their parts, whose cases fill a device
@@ -116,7 +117,8 @@ def _together(jobs, running):
 def _case(index, folder, log, args, running):
     """(rows, seconds) of the case of that number, run by a process, which is in `running` meanwhile."""
     out, begin = folder / str(index), time.monotonic()
-    words = [sys.executable, "-m", "experiments.bench", "run", f"--suite={args.suite}", f"--out={out}"]
+    words = [sys.executable, "-S", str(CHILD), str(os.getpid()), ""]  # the kernel kills it when this process dies
+    words += [sys.executable, "-m", "experiments.bench", "run", f"--suite={args.suite}", f"--out={out}"]
     words += [f"--only={','.join(args.only)}"] * bool(args.only) + ["--peers"] * args.peers
     words += [f"--match={args.match}"] * bool(args.match) + [f"--case={index}"]
     path = os.environ.get(TURN, str(folder / "turn"))

@@ -5,17 +5,26 @@ from types import SimpleNamespace
 
 import jax
 
+NEEDED = "q", "k", "v", "x"  # arguments that no op goes without
+
 
 def is_array(value) -> bool:
     """Whether a value has a shape and a dtype, as an array of jax or numpy, and as a tracer."""
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
+def check_arrays(**given):
+    """Raises ValueError that names the first argument that is no array."""
+    for name, value in given.items():
+        if not is_array(value):
+            raise ValueError(f"{name}: expected an array, got {type(value).__name__}")
+
+
 def dims(spec, **arrays) -> SimpleNamespace:
     """Sizes of named dimensions, after checking that every array agrees on them.
 
     `spec` is "B T D", for all arrays, or {argument: "B T H K"}. A letter (or word) is bound by its first
-    appearance; an integer must match itself. Arrays that are None are passed over.
+    appearance; an integer must match itself. Arrays that are None are passed over, but q, k, v and x.
 
         d = dims({"q": "B T H K", "v": "B T H V"}, q=q, v=v);  d.B, d.V
 
@@ -23,10 +32,9 @@ def dims(spec, **arrays) -> SimpleNamespace:
     """
     bound = {}
     for name, array in arrays.items():
-        if array is None:
+        if array is None and name not in NEEDED:
             continue
-        if not is_array(array):
-            raise ValueError(f"{name}: expected an array, got {type(array).__name__}")
+        check_arrays(**{name: array})
         letters = (spec if isinstance(spec, str) else spec[name]).split()
         shape = tuple(array.shape)
         sizes = [int(letter) if letter.isdigit() else bound.get(letter) for letter in letters]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.flops import matmul
-from seqmix.core.shapes import dims
+from seqmix.core.shapes import check_arrays, dims
 from seqmix.ops import delta_context
 from seqmix.ops.delta_chunked import delta_rule_chunked, rank_one_chunked
 from seqmix.ops.delta_reference import delta_rule_reference, rank_one_reference
@@ -65,6 +65,9 @@ def delta_rule(
     Source: DeltaNet (Schlag et al. 2102.11174; in chunks Yang et al. 2406.06484), Gated DeltaNet (2412.06464), Kimi
     Delta Attention (decays per channel, 2510.26692), DeltaProduct (several steps, 2502.10297).
     """
+    check_arrays(q=q, k=k, v=v, beta=beta, erase=k if erase is None else erase)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps: expected an integer >= 1, got {steps!r}")
     if k.ndim == 4 and steps == 1:
         k, v, beta = (x[:, :, None] for x in (k, v, beta))
         erase = None if erase is None else erase[:, :, None]

@@ -53,8 +53,8 @@ def linear_attention(
       causal: False lets each token read its whole segment, y_t = scale * q_t^T sum over all s of k_s v_s^T; without
         log_decay and state only. The state returned is the last segment's total.
       chunk: tokens computed as one matrix by the chunked form, a power of two. It changes rounding and speed alone.
-      implementation: None (the best for the call), "gpu" (Hopper kernels; those for a decay per channel take no `write`
-        and are compiled, not run: only if named), "tpu" (TPU kernels; compiled, not run on a chip) or "triton" (other
+      implementation: None (the best for the call), "gpu" (Hopper kernels; those for a decay per channel take no
+        `write`), "tpu" (TPU kernels; compiled, not run on a chip) or "triton" (other
         NVIDIA GPUs, with the extra triton; for a decay per head or none), all for bfloat16, "chunked" or "reference".
 
     Returns:

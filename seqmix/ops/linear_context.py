@@ -13,18 +13,25 @@ import jax.numpy as jnp
 from seqmix.core import packing, sharding
 from seqmix.ops import linear_kernels, targets
 from seqmix.ops.context import enter
+from seqmix.ops.dispatch import pick
 from seqmix.ops.mesh import on_shares
 
 
 def kernel(lay, implementation, q, k, v, log_decay, state, runs, write, **kind) -> str | None:
-    """The kernels through which each device can run its share, of those asked for; None if there are none."""
+    """The kernels through which each device can run its share, of those asked for; None if there are none.
+
+    Raises ValueError where time is cut and what was asked for cannot run: a device's own call could not say so.
+    """
     whole = ("batch", "heads", None, None)
     names = (*_names(log_decay)[:4], whole, ("batch", "time"), ("batch", "time", "heads"))
     given = (q, k, v, log_decay, None if isinstance(state, tuple | list) else state, runs, write)
     with sharding.shares(lay.mesh):
         local = [None if x is None else lay.share(x, *name) for x, name in zip(given, names, strict=True)]
         reasons = linear_kernels.reasons(implementation, *local, **kind, causal=True)
-    return targets.chosen(reasons, implementation)
+    found = targets.chosen(reasons, implementation)
+    if found is None and lay.time:
+        pick("linear_attention", implementation, reasons | {"chunked": None, "reference": None})
+    return found
 
 
 def run(lay, op, d, acc, q, k, v, log_decay, state, runs, write, *, normalize, **options):

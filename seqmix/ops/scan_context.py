@@ -18,11 +18,17 @@ from seqmix.ops.mesh import on_shares
 
 
 def kernel(lay, implementation, x, log_a, reverse) -> str | None:
-    """The kernels through which each device can run its share of a `linear_scan`, of those asked for; or None."""
+    """The kernels through which each device can run its share of a `linear_scan`, of those asked for; or None.
+
+    Raises ValueError where time is cut and what was asked for cannot run: a device's own call could not say so.
+    """
     tokens, decays = _names(x, log_a)
     with sharding.shares(lay.mesh):
         reasons = scan_kernels.reasons(lay.share(x, *tokens), lay.share(log_a, *decays), reverse)
-    return targets.chosen(reasons, implementation)
+    found = targets.chosen(reasons, implementation)
+    if found is None and lay.time:
+        dispatch.pick("linear_scan", implementation, reasons | {"chunked": None, "reference": None})
+    return found
 
 
 def _names(x, log_a):

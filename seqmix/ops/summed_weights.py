@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from seqmix.core.shapes import dims, finite, is_array
+from seqmix.core.shapes import check_arrays, dims, finite
 from seqmix.ops import targets
 from seqmix.ops.dispatch import pick
 from seqmix.ops.mesh import layout
@@ -22,8 +22,7 @@ def block_weights(q, k, lse, seen, *, scale, by_keys=False, implementation=None)
     Raises ValueError for shapes that do not fit and an implementation that does not take the call.
     """
     for name, x in {"q": q, "k": k, "lse": lse, "seen": seen}.items():
-        if not is_array(x):
-            raise ValueError(f"{name}: expected an array, got {type(x).__name__}")
+        check_arrays(**{name: x})
         if not jnp.issubdtype(x.dtype, jnp.bool_ if name == "seen" else jnp.floating):
             raise ValueError(f"{name}: expected a {'bool' if name == 'seen' else 'floating'} dtype, got {x.dtype}")
     d = dims({"q": "B T H K", "k": "B S Hk K", "lse": "B H T", "seen": "B T S"}, q=q, k=k, lse=lse, seen=seen)

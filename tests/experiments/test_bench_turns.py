@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,22 @@ def test_devices_are_for_one_process_which_may_measure(tmp_path, monkeypatch):
     monkeypatch.delenv(turns.TURN)
     with turns.devices():
         pass
+
+
+def test_processes_of_a_command_that_is_killed_are_killed_too(tmp_path):
+    """In the kernel's hands: who is killed can end nothing."""
+    words = ["run", "--suite=recurrent", "--only=ssd", "--jobs=2", f"--out={tmp_path / 'out'}"]
+    here = os.environ | {"JAX_PLATFORMS": "cpu", turns.TURN: str(tmp_path / "turn")}
+    command = subprocess.Popen([sys.executable, "-m", "experiments.bench", *words], env=here, stderr=subprocess.DEVNULL)
+    cases = lambda: turns._members(here[turns.TURN])
+    wait_for(lambda: len(cases()) == 2)
+    command.kill()
+    command.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() and state(pid) not in "ZX" for pid in cases()))
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -263,3 +263,19 @@ def test_a_layout_cuts_what_the_mesh_divides():
         assert layout(1, 8, 8, 2).key_heads == "one" and layout(1, 8, 24, 3).heads == ()
         with sharding.shares(None):
             assert layout(1, 8, 8) is None
+
+
+def test_an_implementation_that_cannot_run_is_refused_where_time_is_cut():
+    """As on one device: what was named may not reach a device's share unasked for its reasons."""
+    x = jnp.zeros((2, 64, 2, 64))
+    with sharding.use_mesh(sharding.make_mesh(context=4, devices=jax.devices()[:4])):
+        for call in (
+            lambda name: ops.linear_attention(x, x, x, implementation=name),
+            lambda name: ops.linear_attention(x, x, x, normalize=True, implementation=name),
+            lambda name: ops.linear_scan(x, x, implementation=name),
+            lambda name: ops.linear_scan(x, x, reverse=True, implementation=name),
+        ):
+            with pytest.raises(ValueError, match="implementation: .* cannot run 'gpu'"):
+                call("gpu")
+            with pytest.raises(ValueError, match="implementation: expected one of .*, got 'no'"):
+                call("no")
