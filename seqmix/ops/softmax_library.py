@@ -77,10 +77,10 @@ def yields(rules, q, k, v) -> bool:
     As measured on an H100 with a key head to each query head, of 128 channels, and no soft cap.
     """
     time, width, alike = q.shape[1], q.shape[3], q.shape[2:] == k.shape[2:] == v.shape[2:]
-    if not (rules.causal and alike and width == 128 and rules.soft_cap is None):
+    if not (rules.causal and alike and width == 128 and rules.soft_cap is None) or time < SHORT[0]:
         return False
     window = _window(rules, time, k.shape[1])
-    return SHORT[0] <= time <= SHORT[1] if window is None else time >= NARROW * window
+    return time <= SHORT[1] if window is None else time >= NARROW * window
 
 
 def _unsupported(name, rules, q, k, v, sink_logits, order, return_lse) -> str | None:
