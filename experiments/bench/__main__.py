@@ -34,9 +34,8 @@ def main(argv=None):
         wanted = [case for case in wanted if re.search(args.match, case.label)]
         if not wanted:
             raise ValueError(f"--match: expected a pattern that a case of --list has, got {args.match!r}")
-        alone = [part for part in turns.ALONE.get(args.suite, ()) if part in {case.part for case in wanted}]
-        if args.jobs > 1 and alone:
-            raise ValueError(f"--jobs: {', '.join(alone)} of {suite.NAME} runs alone, name other parts by --only")
+        if args.jobs > 1 and turns.ALONE in (case.part for case in wanted):
+            raise ValueError(f"--jobs: {turns.ALONE} of {suite.NAME} runs alone, name other parts by --only")
         if args.case is not None and not 0 <= args.case < len(wanted):
             raise ValueError(f"--case: expected 0 to {len(wanted) - 1}, got {args.case}")
         if args.list:
@@ -104,7 +103,7 @@ def parse(argv):
                 raise ValueError(f"{flag}: belongs to run, tune takes --only alone")
     if args.jobs < 1:
         raise ValueError(f"--jobs: expected at least 1, got {args.jobs}")
-    if args.jobs > 1 and turns.ALONE.get(args.suite, () if args.suite is None else None) == ():
+    if args.jobs > 1 and args.suite in (None, turns.ALONE):
         raise ValueError(f"--jobs: {args.suite or args.command} runs one case after the other, got {args.jobs}")
     if args.compile_only and (args.command, args.suite) != ("run", "scaling"):
         raise ValueError(f"--compile-only: expected --suite=scaling, got {args.suite or args.command}")

@@ -22,7 +22,7 @@ from experiments import progress
 from experiments.sweep.local import CHILD
 
 TURN = "SEQMIX_BENCH_TURN"  # the path of the file
-ALONE = {"train": (), "scaling": ("train",)}  # suites, or those of their parts, whose cases fill a device
+ALONE = "train"  # the suite, and the part of scaling, whose cases fill a device
 _held = False
 
 

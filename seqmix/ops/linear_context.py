@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from seqmix.core import packing, sharding
 from seqmix.ops import linear_kernels, targets
 from seqmix.ops.context import enter
-from seqmix.ops.dispatch import pick
 from seqmix.ops.mesh import on_shares
 
 
@@ -28,10 +27,7 @@ def kernel(lay, implementation, q, k, v, log_decay, state, runs, write, **kind) 
     with sharding.shares(lay.mesh):
         local = [None if x is None else lay.share(x, *name) for x, name in zip(given, names, strict=True)]
         reasons = linear_kernels.reasons(implementation, *local, **kind, causal=True)
-    found = targets.chosen(reasons, implementation)
-    if found is None and lay.time:
-        pick("linear_attention", implementation, reasons | {"chunked": None, "reference": None})
-    return found
+    return targets.chosen(reasons, implementation, "linear_attention" if lay.time else None)
 
 
 def run(lay, op, d, acc, q, k, v, log_decay, state, runs, write, *, normalize, **options):

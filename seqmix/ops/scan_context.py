@@ -25,10 +25,7 @@ def kernel(lay, implementation, x, log_a, reverse) -> str | None:
     tokens, decays = _names(x, log_a)
     with sharding.shares(lay.mesh):
         reasons = scan_kernels.reasons(lay.share(x, *tokens), lay.share(log_a, *decays), reverse)
-    found = targets.chosen(reasons, implementation)
-    if found is None and lay.time:
-        dispatch.pick("linear_scan", implementation, reasons | {"chunked": None, "reference": None})
-    return found
+    return targets.chosen(reasons, implementation, "linear_scan" if lay.time else None)
 
 
 def _names(x, log_a):

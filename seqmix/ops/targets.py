@@ -5,6 +5,7 @@ optional. By themselves the ops take the last where Mosaic GPU does not run.
 """
 
 from seqmix.core import sharding
+from seqmix.ops.dispatch import pick
 
 TARGETS = ("gpu", "tpu", "triton")  # best first
 SCATTERED = "needs one device, or rules that cut its arrays over a mesh (core/sharding.use_mesh)"
@@ -30,9 +31,15 @@ def unsupported(target: str, length: int) -> str | None:
     return compat.unavailable() if target == "gpu" else None
 
 
-def chosen(reasons: dict, implementation: str | None) -> str | None:
-    """The first target with no reason against it, of those that `implementation` allows; None if there is none."""
-    return next((name for name, reason in reasons.items() if reason is None and implementation in (None, name)), None)
+def chosen(reasons: dict, implementation: str | None, op: str | None = None) -> str | None:
+    """The first target with no reason against it, of those that `implementation` allows; None if there is none.
+
+    op: its name, where nothing asks again what can run. Raises ValueError then for a named target that cannot.
+    """
+    found = next((name for name, reason in reasons.items() if reason is None and implementation in (None, name)), None)
+    if found is None and op is not None:
+        pick(op, implementation, reasons | {"chunked": None, "reference": None})
+    return found
 
 
 def capability() -> tuple[int, int] | None:

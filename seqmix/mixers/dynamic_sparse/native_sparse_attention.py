@@ -73,8 +73,7 @@ class NativeSparseAttention(Mixer):
 
     def __post_init__(self):
         names = "heads", "size", "count", "local", "compress", "stride", "window", "block", "kv_heads", "head_dim"
-        given = {name: getattr(self, name) for name in names}
-        self.positive(**{name: x for name, x in given.items() if x is not None})
+        self.positive(**{name: x for name in names if (x := getattr(self, name)) is not None})
         wrong = None
         if self.heads % self._kv_heads:
             wrong = f"kv_heads: expected a divisor of heads={self.heads}, got {self.kv_heads}"
