@@ -21,6 +21,7 @@ products that update D and S.
 """
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -443,24 +444,27 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
                 for index, factors, _ in here
             ]
             compat.wait(full)
-            found = {}  # by kind of sum and head
+            found, per_head = {}, lanes.units // count  # sums of a head, by kind
             for unit, index, factors, part in units_in(here):  # a unit at a time: registers are what is short
                 acc = compat.matmul((k_tile, state_of(unit)))
                 acc = scaled_rows(acc, factors.carry_out())
-                mine_v = compat.load_float32(v_tile.at[:, part])
+                # Each sum reads the values itself: with the same registers of them before and after the product that
+                # adds to `acc`, both sums are the same instructions, and ptxas 13.0 takes one for the other.
                 if need_decay:
-                    _add(found, (0, index), _row_sums(mine_v, acc))
+                    _add(found, 0, _row_sums(compat.load_float32(v_tile.at[:, part]), acc))
                 acc = compat.matmul((weights[index], dy_tile.at[:, part]), start=acc)
                 if weighs:
-                    _add(found, (1, index), _row_sums(mine_v, acc))
+                    _add(found, 1, _row_sums(compat.load_float32(v_tile.at[:, part]), acc))
                 dv_staged[:, part] = acc.astype(jnp.bfloat16)
-            for place, total in found.items():
-                sums[place] = total
+                if (unit + 1) % per_head == 0:
+                    for kind, total in found.items():
+                        sums[kind, index] = total
+                    found = {}
             compat.publish()
             compat.store(dv_staged, dv_ref.at[row, tokens, pl.ds(block * width, width)])
             slot = block % max(1, plan.value // width)
-            for kind, index in found:
-                out = outs[-1 if kind else 0]
+            kinds = [(0, outs[:1])] * need_decay + [(1, outs[-1:])] * weighs
+            for index, (kind, (out,)) in itertools.product(range(count), kinds):
                 compat.store(sums.at[kind, index], out.at[slot, row, first_head + index, tokens])
 
         def keys(now, here, q_tile, v_tile, dy_tile, state_of, written, dk_staged):
