@@ -18,6 +18,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -145,6 +146,75 @@ def together(*values):
 
 def iota(shape, axis):
     return gpu().broadcasted_iota(jnp.int32, shape, axis, layout=tile_layout())
+
+
+def load_float32(ref):
+    """`load_tile` of bf16 as float32, in one instruction a number: a shift or a mask."""
+    tile = load_tile(ref)
+    if interpreting():
+        return tile.astype(jnp.float32)
+    mgpu = gpu()
+    from jax.experimental.mosaic.gpu import FragmentedArray, c, utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, vector
+
+    layout = tile_layout()
+
+    @mgpu.inline_mgpu(arg_types=(layout,), return_type=mgpu.ShapeDtypeStruct(tile.shape, jnp.float32, layout=layout))
+    def widened(_, values):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        found = np.empty_like(values.registers)
+        for index, pair in np.ndenumerate(values.registers):
+            pair = utils.bitcast(pair, i32)
+            halves = arith.shli(pair, c(16, i32)), arith.andi(pair, c(0xFFFF0000 - 2**32, i32))
+            halves = [arith.bitcast(f32, half) for half in halves]
+            found[index] = vector.from_elements(ir.VectorType.get((2,), f32), halves)
+        return FragmentedArray(_registers=found, _layout=values.layout, _is_signed=None)
+
+    return widened(tile)
+
+
+def below(tile, step, otherwise, upper=False, diagonal=True):
+    """A square tile where rows >= columns (upper: <=; without the diagonal > and <), elsewhere a number.
+
+    Each comparison is one of a thread's own number with a constant. step: a scalar >= 0 of the loop around; without it
+    the compiler would compare before the loop and keep what it finds in registers.
+    """
+    size, compares = tile.shape[0], ("sle" if diagonal else "slt") if upper else ("sge" if diagonal else "sgt")
+    rows = row_places(size) + jnp.minimum(step, 0)
+    if interpreting():
+        difference = spread_rows(rows, tile.shape) - iota(tile.shape, 1)
+        kept = {"sle": difference <= 0, "slt": difference < 0, "sge": difference >= 0, "sgt": difference > 0}
+        return jnp.where(kept[compares], tile, otherwise)
+    mgpu = gpu()
+    from jax.experimental.mosaic.gpu import FragmentedArray, c, utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, vector
+
+    @mgpu.inline_mgpu(
+        arg_types=(tile_layout(), rows_layout()),
+        return_type=mgpu.ShapeDtypeStruct(tile.shape, tile.dtype, layout=tile_layout()),
+    )
+    def select(_, values, rows):
+        # A thread holds two columns in a row of every eight, in rows 0 and 8 of every sixteen.
+        i32 = ir.IntegerType.get_signless(32)
+        first = arith.muli(arith.andi(utils.thread_idx(), c(3, i32)), c(2, i32))
+        element = lambda register, n: vector.extract(register, dynamic_position=[], static_position=[n])
+        starts = [arith.subi(element(register, 0), first) for register in rows.registers.flat]
+        kept = values.registers.reshape(size // 8, len(starts))
+        found = np.empty_like(kept)
+        compare = getattr(arith.CmpIPredicate, compares)
+        number = c(float(otherwise), values.mlir_dtype)
+        for (eight, row), pair in np.ndenumerate(kept):
+            for n in range(2):
+                visible = arith.cmpi(compare, starts[row], c(8 * eight + n, i32))
+                value = arith.select(visible, element(pair, n), number)
+                pair = vector.insert(value, pair, dynamic_position=[], static_position=[n])
+            found[eight, row] = pair
+        registers = found.reshape(values.registers.shape)
+        return FragmentedArray(_registers=registers, _layout=values.layout, _is_signed=None)
+
+    return select(tile, rows)
 
 
 def row_places(count):

@@ -6,6 +6,7 @@ what is summed goes in as two bf16 parts, which hold the first 16 of a float32's
 up to 2^-17 of itself, for all its readers alike.
 """
 
+import functools
 import math
 
 import jax
@@ -38,7 +39,7 @@ def chunk_decays(log_decay, log_write, run_ids, plan: Plan):
     groups = -(-plan.chunks // group)
     given = [_columns(x, group, groups) for x in (log_decay, log_write) if x is not None]
     shape = (log_decay.shape[0], len(given), groups * group, plan.heads, CHUNK)
-    return _sums(given, shape).reshape(shape)
+    return _sums(given, shape, compat.interpreting()).reshape(shape)
 
 
 def _multiples(log_decay, plan: Plan):
@@ -58,7 +59,8 @@ def _columns(x, group, groups):
     return x.reshape(batch, groups, CHUNK, group * heads)
 
 
-def _sums(given, shape):
+@functools.partial(jax.jit, static_argnums=(1, 2))  # so that XLA finds forward's and backward's to be the same
+def _sums(given, shape, interpreting):
     batch, groups, _, columns = given[0].shape
     tiles = columns // ROWS
 

@@ -17,6 +17,7 @@ The algorithm is the chunked form of Mamba-2 (arXiv 2405.21060) and of GLA (arXi
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -196,9 +197,13 @@ class Tokens:
             self.runs = segments.at[pl.ds(0, CHUNK)]
             self.before, self.after = segments[CHUNK], segments[CHUNK + 1]
 
+    @staticmethod
+    def _shifted(rows, shift):
+        return rows + shift if shift else rows  # adding 0.0 would be an instruction
+
     def carry_in(self):
         """What a token's output reads of the incoming state, scale included: [64]."""
-        exponent = compat.load_rows(self.decays) + self.shift
+        exponent = self._shifted(compat.load_rows(self.decays), self.shift)
         if self.segments is not None:
             exponent = jnp.where(compat.load_rows(self.runs) == self.before, exponent, -jnp.inf)
         return jnp.exp2(exponent)
@@ -219,17 +224,15 @@ class Tokens:
         """What token i's output reads of token j's write, scale included: [i, j], or [j, i] transposed."""
         shape = (CHUNK, CHUNK)
         rows, columns = (self.sources, self.decays) if transposed else (self.decays, self.sources)
-        down = compat.spread_rows(compat.load_rows(rows), shape)
+        down = self._shifted(compat.load_rows(rows), -self.shift if transposed else self.shift)
+        down = compat.spread_rows(down, shape)
         across = compat.spread_columns(compat.load_columns(columns), shape)
-        # Without `start` the mask is computed before the loop over chunks, and held in registers.
-        row, column = (compat.iota(shape, axis) + self.start for axis in (0, 1))
-        visible = row <= column if transposed else row >= column
-        exponent = (across - down if transposed else down - across) + self.shift
+        exponent = across - down if transposed else down - across
         if self.segments is not None:
             row_runs = compat.spread_rows(compat.load_rows(self.runs), shape)
             column_runs = compat.spread_columns(compat.load_columns(self.runs), shape)
-            visible = visible & (row_runs == column_runs) & (row_runs != 0)
-        return jnp.exp2(jnp.where(visible, exponent, -jnp.inf))
+            exponent = jnp.where((row_runs == column_runs) & (row_runs != 0), exponent, -jnp.inf)
+        return jnp.exp2(compat.below(exponent, self.start, -jnp.inf, upper=transposed))
 
 
 def scaled_rows(tile, factors):
@@ -266,6 +269,12 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
     split is left out. Chunks of which nothing is left at that end are not visited. The walk goes away from it: the
     kernel that needs the states begins where this one stops, with what is still in the cache.
     """
+    lanes = dataclasses.replace(lanes, stages=min(4, lanes.plan.steps))
+    return _split_states(lanes, keys, values, decays, segments, reverse, scale, every, compat.interpreting())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8))  # so that XLA finds forward's and backward's to be the same
+def _split_states(lanes, keys, values, decays, segments, reverse, scale, every, interpreting):
     plan, units = lanes.plan, lanes.units
     inputs = [x for x in (decays, segments, flat(keys), flat(values)) if x is not None]
     counts = gates.reaching(decays, segments, plan, lanes.block_heads, reverse)
@@ -286,7 +295,7 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
                 at(indices[0]) * CHUNK,
                 shift=math.log2(scale),
             )
-            mine = compat.load_tile(value_tile.at[:, pl.ds(unit * COLUMNS, COLUMNS)]).astype(jnp.float32)
+            mine = compat.load_float32(value_tile.at[:, pl.ds(unit * COLUMNS, COLUMNS)])
             weights = tokens.carry_in() if reverse else tokens.carry_out()
             weighted[unit] = scaled_rows(mine, weights).astype(jnp.bfloat16)
             compat.publish()
@@ -299,8 +308,7 @@ def split_states(lanes: Lanes, keys, values, decays, segments, *, reverse=False,
         at = lambda i: split * plan.steps + (i if reverse else plan.steps - 1 - i)
         tiles = ((plan.key, lanes.key_head(block)), (COLUMNS * units, block))
         specs = specs_of(lanes, block, row, decays, segments, at, *tiles)
-        stages = min(4, plan.steps)
-        compat.pipeline(chunk, steps=steps, specs=specs, stages=stages, warpgroups=units, around=around)(*refs)
+        compat.pipeline(chunk, steps=steps, specs=specs, stages=lanes.stages, warpgroups=units, around=around)(*refs)
 
     shape = (plan.batch, plan.splits, plan.heads, plan.key, plan.value)
     return compat.kernel(
@@ -341,7 +349,7 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
             )
             v_mine = v_tile.at[:, mine]
             states[unit] = carry.astype(jnp.bfloat16)
-            values = compat.load_tile(v_mine).astype(jnp.float32)
+            values = compat.load_float32(v_mine)
             weighted[unit] = scaled_rows(values, tokens.carry_out()).astype(jnp.bfloat16)
             compat.publish()
             scores = compat.matmul((q_tile, compat.transposed(k_tile))) * tokens.pairs()

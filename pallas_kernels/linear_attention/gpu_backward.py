@@ -8,17 +8,20 @@ scale 2^(g_i - c_j) for j <= i and a_i, w_j the factors of carry in and out:
     backward walk:  dk = (w v) D^T + (P * dy v^T)^T q ;      D <- 2^(g_last) D + q^T (a dy)
                     dv = w (k D) + (P * q k^T)^T dy
 
-In the forward walk each warpgroup owns 64 value columns and one adds up the dq of both; in the backward walk one
+In the forward walk each warpgroup owns 64 value columns and adds up half of the dq of both; in the backward walk one
 computes dv and the other dk. Heads that share keys, and slices of a wide value, add to the same dq and dk: each block
 writes its part in bf16 and XLA adds the parts, always in one order.
 
 The gradient of log_decay_t is the sum of everything that crosses t: pairs i >= t > j within the chunk, reads of S by
-tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through it. The last is found from what changes
-<S, D>: a chunk reads <S, q^T (a dy)> and writes <k^T (w v), D>. An error of these would be that of all 64 tokens, and
-add up over chunks, so both are summed from the float32 states and the very products that update D and S.
+tokens i >= t, writes of j < t that outlive the chunk, and <S, D> kept through it. The sum of pairs is, over all s < t,
+what later tokens read of s less what s reads of others: sums of the same rounded numbers, so that nothing is left of
+their errors. <S, D> is found from what changes it: a chunk reads <S, q^T (a dy)> and writes <k^T (w v), D>. An error of
+these would be that of all 64 tokens, and add up over chunks, so both are summed from the float32 states and the very
+products that update D and S.
 """
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -44,6 +47,7 @@ from pallas_kernels.linear_attention.plan import CHUNK, COLUMNS
 
 KEPT_LOG2 = -24.0  # less than 2^-24 left of the state is nothing to the decays' gradient: float32 rounds to 2^-24
 BLOCK = 64  # chunks whose sums are found by one triangle
+SHARES = 8  # columns of the narrowest product
 
 
 def backward(
@@ -136,10 +140,10 @@ def _add_parts(parts, shape):
 
 def _decay_gradient(plan, decays, segments, start, walk, back):
     """Gradient of the log decays, float32 [B, H, ...] with time last, from the sums that the kernels wrote."""
-    pairs, reads, lost = walk
+    reads, lost = walk
     writes, gained = back
     shape = (plan.batch, plan.heads, plan.chunks, CHUNK)
-    pairs, reads, writes = (jnp.sum(x, axis=0).reshape(shape) for x in (pairs, reads, writes))
+    reads, writes = (jnp.sum(x, axis=0).reshape(shape) for x in (reads, writes))
     lost, gained = (jnp.sum(x.reshape(x.shape[0], *shape[:3], plan.key), axis=(0, 4)) for x in (lost, gained))
     left = jnp.moveaxis(gates.ends_of_chunks(decays, segments, plan), 3, 1)
     start = jnp.zeros(shape[:2]) if start is None else start
@@ -147,7 +151,7 @@ def _decay_gradient(plan, decays, segments, start, walk, back):
     # What tokens from t on read, and what those before t wrote: one product with a triangle for both.
     later = jnp.sum(reads, axis=-1, keepdims=True)
     earlier = planning.cumulate("bhcs,st->bhct", writes - reads, lambda source, target: source < target)
-    return pairs + later + earlier + kept[..., None]
+    return later + earlier + kept[..., None]
 
 
 def kept_through(start, lost, gained, stays):
@@ -193,10 +197,6 @@ def _heads_of(lanes, block, decay_tile, segment, start, shift):
         yield index, Tokens(decay_tile.at[:, index], segment, start, shift=shift), pl.ds(index * width, width)
 
 
-def _read(ref):
-    return compat.load_tile(ref).astype(jnp.float32)
-
-
 def _add(sums, place, value):
     sums[place] = sums[place] + value if place in sums else value
 
@@ -208,7 +208,8 @@ def _row_sums(left, right):
 def _walk_forward(lanes: Lanes, given, scale, need_decay):
     """Parts of dq [parts, B, T, Hk * K]; with need_decay also sums for it, [V / 64, B, H, ...].
 
-    Those are pairs and reads, by token, and what each chunk reads of the state, the sum of K numbers.
+    Those are, by token, what it reads of the state and in the chunk less what the chunk's later tokens read of it, and,
+    by chunk, what is read of the state, the sum of K numbers.
     """
     plan, units = lanes.plan, lanes.units
     names = [name for name, x in given.items() if x is not None]
@@ -216,10 +217,10 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
 
     def body(*args):
         refs, (dq_ref, *rest) = dict.fromkeys(given) | dict(zip(names, args)), args[len(names) :]
-        outs = rest[: 3 if need_decay else 0]
+        outs = rest[: 2 if need_decay else 0]
         *buffers, free, handed = rest[len(outs) : len(outs) + 5]
         rest = rest[len(outs) + 5 :]
-        triangle, ready, sums, totals = rest[:4] if need_decay else [None] * 4
+        ones, ready, sums, totals = rest[:4] if need_decay else [None] * 4
         spare = rest[-1] if compat.interpreting() else None
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
         unit = compat.warpgroup(units)
@@ -230,7 +231,6 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
         def chunk(indices, decay_tile, *tiles):
             *seg, q_tile, k_tile, v_tile, dy_tile, carry = tiles
             now = at(indices[0])
-            tokens = pl.ds(now * CHUNK, CHUNK)
             states, weighted, queries = (compat.unhoisted(buffer, now) for buffer in buffers)
             v_mine, dy_mine = v_tile.at[:, mine], dy_tile.at[:, mine]
             own = Tokens(
@@ -241,11 +241,11 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
             )
             compat.stores_read()
             states[unit] = carry.astype(jnp.bfloat16)
-            weighted[unit] = scaled_rows(_read(v_mine), own.carry_out()).astype(jnp.bfloat16)
+            weighted[unit] = scaled_rows(compat.load_float32(v_mine), own.carry_out()).astype(jnp.bfloat16)
             if need_decay:  # the tile of dq is free until that is written
                 await_turn()
                 read = queries.at[unit, :, pl.ds(0, COLUMNS)]
-                read[...] = scaled_rows(_read(dy_mine), own.carry_in()).astype(jnp.bfloat16)
+                read[...] = scaled_rows(compat.load_float32(dy_mine), own.carry_in()).astype(jnp.bfloat16)
             compat.publish()
             if need_decay:  # before the state is updated: both at once would need too many registers
                 totals[unit] = _row_sums(carry, compat.matmul((compat.transposed(q_tile), read)))
@@ -254,64 +254,64 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
             if need_decay:
                 jobs.append(([(q_tile, compat.transposed(k_tile))], None))
             after, crossed, *score = compat.matmuls(*jobs)
-            crossed = (crossed * own.pairs()).astype(jnp.bfloat16)
+            crossed = crossed * own.pairs()
             weights = compat.as_operand(crossed, spare.at[unit] if spare is not None else None)
             if need_decay:
-                weighted[unit] = (score[0] * crossed.astype(jnp.float32)).astype(jnp.bfloat16)
+                crossed = compat.below(score[0] * crossed, now, 0.0, diagonal=False)
+                weighted[unit] = crossed.astype(jnp.bfloat16)
                 compat.publish()
-                over = compat.matmul((triangle, weighted.at[unit]))
-                earlier = compat.iota((CHUNK, CHUNK), 1) < compat.iota((CHUNK, CHUNK), 0)
-                sums[unit, 0] = jnp.sum(jnp.where(earlier, over, 0.0), axis=1)
             else:
                 await_turn()
-            reads = None
-            for start in range(0, plan.key, COLUMNS):  # a half of dq at a time: registers are what is short
-                half = pl.ds(start, COLUMNS)
-                inter = compat.matmul((dy_mine, compat.transposed(states.at[unit, half])))
-                inter = scaled_rows(inter, own.carry_in())
-                if need_decay:
-                    read = _row_sums(_read(q_tile.at[:, half]), inter)
-                    reads = read if reads is None else reads + read
-                queries[unit, :, half] = compat.matmul((weights, k_tile.at[:, half]), start=inter).astype(jnp.bfloat16)
+            jobs = [([(dy_mine, compat.transposed(states.at[unit]))], None)]
             if need_decay:
-                sums[unit, 1] = reads
-            compat.arrive(handed)
-            pl.when(unit == 0)(lambda: add_queries(tokens, queries))
+                signs = [compat.transposed(ones.at[pl.ds(n * SHARES, SHARES)]) for n in range(2)]
+                pairs = weighted.at[unit]
+                jobs.append(([(compat.transposed(pairs), signs[0]), (pairs, signs[1])], None))
+            inter, *net = compat.matmuls(*jobs)
+            inter = scaled_rows(inter, own.carry_in())
             if need_decay:
-                write_sums(now, tokens)
+                sums[unit] = _row_sums(compat.load_float32(q_tile), inter) - jnp.sum(net[0], axis=1)
+            queries[unit] = compat.matmul((weights, k_tile), start=inter).astype(jnp.bfloat16)
+            if units == 2:
+                add_queries(queries, weighted.at[unit])
+            compat.publish()
+            write(now, queries, weighted.at[unit])
             return after
 
         def await_turn():
             if units == 2:
-                pl.when(unit == 1)(lambda: compat.wait(free))
+                compat.wait(free)
 
-        def add_queries(tokens, queries):
-            """Adds up the halves of dq that each warpgroup kept in a tile of its own."""
+        def add_queries(queries, total):
+            """Adds up the dq that each warpgroup kept in a tile of its own: each does 64 columns, in `total`."""
+            compat.arrive(handed)
             compat.wait(handed)
-            if units == 2:
-                for start in range(0, plan.key, COLUMNS):
-                    half = pl.ds(start, COLUMNS)
-                    total = _read(queries.at[0, :, half]) + _read(queries.at[1, :, half])
-                    queries[0, :, half] = total.astype(jnp.bfloat16)
-                compat.arrive(free)
-            compat.publish()
-            place = pl.ds(lanes.key_head(block) * plan.key, plan.key)
-            compat.store(queries.at[0], dq_ref.at[block % parts, row, tokens, place])
 
-        def write_sums(now, tokens):
-            slot = lax.div(columns.start, COLUMNS)
-            compat.publish()
-            for index in range(2):
-                compat.store(sums.at[unit, index], outs[index].at[slot, row, head, tokens])
-            compat.store(totals.at[unit], outs[2].at[slot, row, head, pl.ds(now * plan.key, plan.key)])
+            @pl.when(unit * COLUMNS < plan.key)
+            def _():
+                total[...] = compat.load_tile(queries.at[0, :, mine]) + compat.load_tile(queries.at[1, :, mine])
+
+            compat.arrive(free)
+
+        def write(now, queries, total):
+            tokens, first = pl.ds(now * CHUNK, CHUNK), lanes.key_head(block) * plan.key
+            place = lambda start, size: dq_ref.at[block % parts, row, tokens, pl.ds(first + start, size)]
+            if units == 1:
+                compat.store(queries.at[0], place(0, plan.key))
+            else:
+                compat.store(total, place(unit * COLUMNS, COLUMNS), unit * COLUMNS < plan.key)
+            if need_decay:
+                slot = lax.div(columns.start, COLUMNS)
+                compat.store(sums.at[unit], outs[0].at[slot, row, head, tokens])
+                compat.store(totals.at[unit], outs[1].at[slot, row, head, pl.ds(now * plan.key, plan.key)])
 
         def around(run):
             if need_decay:
 
                 @pl.when(unit == 0)
                 def _():
-                    ones = compat.iota((CHUNK, CHUNK), 1) >= compat.iota((CHUNK, CHUNK), 0)
-                    triangle[...] = jnp.where(ones, 1.0, 0.0).astype(jnp.bfloat16)
+                    added = compat.iota((CHUNK, CHUNK), 0) < SHARES
+                    ones[...] = jnp.where(added, 1.0 / SHARES, -1.0 / SHARES).astype(jnp.bfloat16)
                     compat.publish()
 
                 compat.arrive(ready)
@@ -321,7 +321,7 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
             start = [refs[name] for name in ("state", "ends", "left")]
             carry = carried_state(*start, where, row, head, (0, split, 1))
             if units == 2:
-                pl.when(unit == 0)(lambda: compat.arrive(free))
+                compat.arrive(free)
             run(carry)
             await_turn()
             compat.stores_done()
@@ -334,12 +334,12 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
     scratch = [
         compat.tile(1, units, rows, width) for rows, width in ((plan.key, COLUMNS), (CHUNK, COLUMNS), (CHUNK, plan.key))
     ]
-    scratch += [compat.barrier(1), compat.barrier(units)]
+    scratch += [compat.barrier(units), compat.barrier(units)]
     if need_decay:
-        lengths = padded, padded, plan.chunks * plan.key
+        lengths = padded, plan.chunks * plan.key
         out += [jax.ShapeDtypeStruct((slots, plan.batch, plan.heads, length), jnp.float32) for length in lengths]
         scratch += [compat.tile(CHUNK, CHUNK), compat.barrier(units)]
-        scratch += [compat.vector(units, 2, CHUNK), compat.vector(units, plan.key)]
+        scratch += [compat.vector(units, CHUNK), compat.vector(units, plan.key)]
     results = compat.kernel(
         body,
         grid=(lanes.blocks, plan.splits, plan.batch),
@@ -358,9 +358,11 @@ def _run(lanes, refs, block, row, at, chunk, around, warpgroups):
     tiles = [(plan.key, lanes.key_head(block))] * 2 + [(COLUMNS * lanes.units, block)] * 2
     specs = specs_of(lanes, block, row, refs["decays"], refs["segments"], at, *tiles)
     names = ("decays", "segments", "q", "k", "v", "dy")
-    compat.pipeline(chunk, steps=plan.steps, specs=specs, stages=lanes.stages, warpgroups=warpgroups, around=around)(
-        *[refs[name] for name in names if refs[name] is not None]
-    )
+    # Addresses of wide values or of single heads need more than 24 registers, elsewhere the products need them more.
+    fetching = 24 if plan.key > COLUMNS and lanes.block_heads > 1 else 40
+    options = dict(stages=lanes.stages, warpgroups=warpgroups, around=around, fetching=fetching)
+    run = compat.pipeline(chunk, steps=plan.steps, specs=specs, **options)
+    run(*[refs[name] for name in names if refs[name] is not None])
 
 
 def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
@@ -394,24 +396,25 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
         def chunk(indices, decay_tile, *tiles):
             *seg, q_tile, k_tile, v_tile, dy_tile, carry = tiles
             now = at(indices[0])
-            states, weighted, sums, totals, staged, *apart = (compat.unhoisted(buffer, now) for buffer in buffers)
-            dv_staged, dk_staged = apart or (staged.at[0], staged.at[1])
+            states, weighted, written, dk_staged, sums, totals, *apart = (compat.unhoisted(x, now) for x in buffers)
+            dv_staged = apart[0] if apart else weighted  # which is free when both have updated their states
             state_of = lambda unit: states.at[unit if shared else warpgroup]
             here = list(_heads_of(lanes, block, decay_tile, *(seg or [None]), now * CHUNK, math.log2(scale)))
             own = Tokens(
                 decay_tile.at[:, unit if count > 1 else 0], *(seg or [None]), now * CHUNK, shift=math.log2(scale)
             )
             compat.stores_read()
+            pl.when(warpgroup == 0)(lambda: compat.arrive(free))
             compat.wait(free)
             states[warpgroup] = carry.astype(jnp.bfloat16)
             slot = pl.ds(warpgroup * COLUMNS, COLUMNS)
-            weighted[:, slot] = scaled_rows(_read(dy_tile.at[:, mine]), own.carry_in()).astype(jnp.bfloat16)
-            if need_decay:  # where the tile is dv's or dk's, it is free until that is written
-                first = staged.at[warpgroup, :, pl.ds(0, COLUMNS)]
-                first[...] = scaled_rows(_read(v_tile.at[:, mine]), own.carry_out()).astype(jnp.bfloat16)
+            read, write = (compat.load_float32(tile.at[:, mine]) for tile in (dy_tile, v_tile))
+            weighted[:, slot] = scaled_rows(read, own.carry_in()).astype(jnp.bfloat16)
+            written[:, slot] = scaled_rows(write, own.carry_out()).astype(jnp.bfloat16)
             compat.publish()
             if need_decay:  # before the gradient is updated: both at once would need too many registers
-                write_total(now, totals, _row_sums(carry, compat.matmul((compat.transposed(k_tile), first))))
+                change = compat.matmul((compat.transposed(k_tile), written.at[:, slot]))
+                totals[warpgroup] = _row_sums(carry, change)
             write = (compat.transposed(q_tile), weighted.at[:, slot])
             after = compat.matmul(write, start=carry * own.kept())
             compat.arrive(full)
@@ -419,18 +422,19 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
             @pl.when(warpgroup == 0)
             def _():
                 values(now, here, q_tile, k_tile, v_tile, dy_tile, state_of, dv_staged, sums)
+                write_total(now, totals)
 
             @pl.when(warpgroup == 1)
             def _():
-                keys(now, here, q_tile, v_tile, dy_tile, state_of, weighted, dk_staged)
+                keys(now, here, q_tile, v_tile, dy_tile, state_of, written, dk_staged)
+                write_total(now, totals)
 
             return after
 
-        def write_total(now, totals, total):
-            totals[warpgroup] = total
-            compat.publish()
-            place = lax.div(columns.start, COLUMNS), row, head, pl.ds(now * plan.key, plan.key)
-            compat.store(totals.at[warpgroup], outs[1].at[place], shared | (warpgroup == 0))
+        def write_total(now, totals):
+            if need_decay:
+                place = lax.div(columns.start, COLUMNS), row, head, pl.ds(now * plan.key, plan.key)
+                compat.store(totals.at[warpgroup], outs[1].at[place], shared | (warpgroup == 0))
 
         def values(now, here, q_tile, k_tile, v_tile, dy_tile, state_of, dv_staged, sums):
             tokens = pl.ds(now * CHUNK, CHUNK)
@@ -440,47 +444,42 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
                 for index, factors, _ in here
             ]
             compat.wait(full)
-            found = {}  # by kind of sum and head
+            found, per_head = {}, lanes.units // count  # sums of a head, by kind
             for unit, index, factors, part in units_in(here):  # a unit at a time: registers are what is short
                 acc = compat.matmul((k_tile, state_of(unit)))
                 acc = scaled_rows(acc, factors.carry_out())
+                # Each sum reads the values itself: with the same registers of them before and after the product that
+                # adds to `acc`, both sums are the same instructions, and ptxas 13.0 takes one for the other.
                 if need_decay:
-                    _add(found, (0, index), _row_sums(_read(v_tile.at[:, part]), acc))
+                    _add(found, 0, _row_sums(compat.load_float32(v_tile.at[:, part]), acc))
                 acc = compat.matmul((weights[index], dy_tile.at[:, part]), start=acc)
                 if weighs:
-                    _add(found, (1, index), _row_sums(_read(v_tile.at[:, part]), acc))
+                    _add(found, 1, _row_sums(compat.load_float32(v_tile.at[:, part]), acc))
                 dv_staged[:, part] = acc.astype(jnp.bfloat16)
-            compat.arrive(free)
-            for place, total in found.items():
-                sums[place] = total
+                if (unit + 1) % per_head == 0:
+                    for kind, total in found.items():
+                        sums[kind, index] = total
+                    found = {}
             compat.publish()
             compat.store(dv_staged, dv_ref.at[row, tokens, pl.ds(block * width, width)])
             slot = block % max(1, plan.value // width)
-            for kind, index in found:
-                out = outs[-1 if kind else 0]
+            kinds = [(0, outs[:1])] * need_decay + [(1, outs[-1:])] * weighs
+            for index, (kind, (out,)) in itertools.product(range(count), kinds):
                 compat.store(sums.at[kind, index], out.at[slot, row, first_head + index, tokens])
 
-        def keys(now, here, q_tile, v_tile, dy_tile, state_of, weighted, dk_staged):
-            pairs = []
-            for index, factors, part in here:
-                crossed = compat.matmul((v_tile.at[:, part], compat.transposed(dy_tile.at[:, part])))
-                crossed = crossed * factors.pairs(transposed=True)
-                pairs.append(compat.as_operand(crossed, spares[1].at[index] if spares else None))
+        def keys(now, here, q_tile, v_tile, dy_tile, state_of, written, dk_staged):
+            crossed = None  # of all heads: they share their keys, so one product with the queries does for them
+            for _, factors, part in here:
+                found = compat.matmul((v_tile.at[:, part], compat.transposed(dy_tile.at[:, part])))
+                found = found * factors.pairs(transposed=True)
+                crossed = found if crossed is None else crossed + found
+            crossed = compat.as_operand(crossed, spares[1].at[0] if spares else None)
             compat.wait(full)
-            # Both have updated their states by now: what they added them from is free to hold the weighted values.
-            written = weighted.at[:, pl.ds(0, width)]
-            for _, _, factors, part in units_in(here):
-                values = scaled_rows(_read(v_tile.at[:, part]), factors.carry_out())
-                written[:, part] = values.astype(jnp.bfloat16)
-            compat.publish()
-            for start in range(0, plan.key, COLUMNS):
-                half = pl.ds(start, COLUMNS)
-                products = [
-                    (written.at[:, part], compat.transposed(state_of(unit).at[half]))
-                    for unit, _, _, part in units_in(here)
-                ]
-                products += [(crossed, q_tile.at[:, half]) for crossed in pairs]
-                dk_staged[:, half] = compat.matmul(*products).astype(jnp.bfloat16)
+            products = [(crossed, q_tile)]
+            for unit, *_ in units_in(here):
+                slot = pl.ds((unit if shared else warpgroup) * COLUMNS, COLUMNS)
+                products.append((written.at[:, slot], compat.transposed(state_of(unit))))
+            dk_staged[...] = compat.matmul(*products).astype(jnp.bfloat16)
             compat.arrive(free)
             compat.publish()
             place = pl.ds(lanes.key_head(block) * plan.key, plan.key)
@@ -492,7 +491,7 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
             return [(unit, *head[:2], pl.ds(unit * COLUMNS, COLUMNS)) for unit, head in enumerate(heads)]
 
         def around(run):
-            compat.arrive(free)
+            pl.when(warpgroup == 1)(lambda: compat.arrive(free))
             where = (pl.ds(0, plan.key), columns)
             start = [refs[name] for name in ("state", "ends", "left")]
             last = plan.splits - 1
@@ -502,8 +501,9 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
             def _():
                 first_ref[row, head, :, columns] = carry
 
-            compat.wait(free)
             compat.stores_done()
+            pl.when(warpgroup == 0)(lambda: compat.arrive(free))
+            compat.wait(free)
 
         _run(lanes, refs, block, row, at, chunk, around, 2)
 
@@ -518,13 +518,13 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
         compat.barrier(2),
         compat.tile(1, 2, plan.key, COLUMNS),
         compat.tile(1, CHUNK, 2 * COLUMNS),
+        compat.tile(1, CHUNK, 2 * COLUMNS),
+        compat.tile(1, CHUNK, plan.key),
         compat.vector(1, 2, count, CHUNK),
         compat.vector(1, 2, plan.key),
     ]
-    if width == plan.key:  # one for dv, one for dk
-        scratch.append(compat.tile(1, 2, CHUNK, width))
-    else:  # of tiles as wide as the other TMA could not store the parts
-        scratch += [compat.tile(1, 2, CHUNK, COLUMNS), compat.tile(1, CHUNK, width), compat.tile(1, CHUNK, plan.key)]
+    if not shared:
+        scratch.append(compat.tile(1, CHUNK, width))
     sums = jax.ShapeDtypeStruct((max(1, plan.value // width), plan.batch, plan.heads, padded), jnp.float32)
     if need_decay:
         totals = (plan.value // COLUMNS, plan.batch, plan.heads, plan.chunks * plan.key)

@@ -97,9 +97,8 @@ def shared_bytes(kernel: str, q, v, units: int, stages: int) -> int:
         return 2 * (stages * CHUNK * (2 * key + width) + key * width + 2 * CHUNK * width)
     inputs = stages * CHUNK * 2 * (key + width)
     forward = key * width + CHUNK * (width + units * key + CHUNK)
-    return 2 * (
-        inputs + max(forward, 2 * COLUMNS * (key + CHUNK) + CHUNK * (width + key + 2 * COLUMNS * (width != key)))
-    )
+    backward = 2 * COLUMNS * (key + 2 * CHUNK) + CHUNK * (key + width * (units == 1))
+    return 2 * (inputs + max(forward, backward))
 
 
 def _units(q, v) -> tuple[int, ...]:

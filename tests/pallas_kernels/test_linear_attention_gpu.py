@@ -245,16 +245,15 @@ def test_forward_compiles_for_an_h100_without_spills(spilled, shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "dq", "dkv"),  # bytes; when written 4 and 12, 8 and 0: a register or two that are read once a chunk
-    [((8, 2048, 1, 64, 128, 64), 4, 16), ((1, 1000, 2, 4, 64, 256), 8, 0)],
-    ids=["mamba2", "wide_values"],
+    "shape",
+    [(8, 2048, 1, 64, 128, 64), (1, 32768, 1, 64, 128, 64), (1, 1000, 2, 4, 64, 256)],
+    ids=["mamba2", "mamba2_split", "wide_values"],
 )
-def test_backward_compiles_for_an_h100_and_spills_next_to_nothing(spilled, shape, dq, dkv):
+def test_backward_compiles_for_an_h100_without_spills(spilled, shape):
     batch, time, key_heads, heads, key, value = shape
     array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
     q, v = array(batch, time, key_heads, key), array(batch, time, heads, value)
     decay = array(batch, time, heads, dtype=jnp.float32)
     run = lambda q, k, v, decay, dy: gpu_backward.backward(q, k, v, decay, None, None, decay, dy)
     found = spilled(run, q, q, v, decay, v)
-    assert found["linear_attention_dq"] <= dq
-    assert found["linear_attention_dkv"] <= dkv
+    assert {"linear_attention_dq", "linear_attention_dkv"} <= found.keys() and set(found.values()) == {0}
