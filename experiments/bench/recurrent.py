@@ -75,11 +75,11 @@ def _ssd(key, b, t):
 
 def _run_ssd(x, dt, a, b, c, **options):
     dt = dt.astype(jnp.promote_types(dt.dtype, jnp.float32))
-    return ops.linear_attention(c, b, x, dt * a, write=dt, **options)[0]
+    return ops.linear_attention(c, b, x, dt * a, write=dt, return_state=False, **options)[0]
 
 
 def _run_attention(q, k, v, g=None, **options):
-    return ops.linear_attention(q, k, v, g, scale=q.shape[-1] ** -0.5, **options)[0]
+    return ops.linear_attention(q, k, v, g, scale=q.shape[-1] ** -0.5, return_state=False, **options)[0]
 
 
 def _run_retnet(q, k, v, **options):

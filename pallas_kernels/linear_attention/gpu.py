@@ -85,7 +85,9 @@ class Lanes:
         return first // self.plan.value, pl.ds(first % self.plan.value, COLUMNS)
 
 
-def forward(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, *, scale=1.0, splits=None):
+def forward(
+    q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, *, scale=1.0, splits=None, need_last=True
+):
     """Linear attention, (y [B, T, H, V] bfloat16, final state [B, H, K, V] float32).
 
     q, k: [B, T, Hk, K]; v: [B, T, H, V], all bfloat16; head h reads key head h // (H // Hk). log_decay: natural
@@ -93,9 +95,10 @@ def forward(q, k, v, log_decay=None, state=None, run_ids=None, log_write=None, *
     [B, T] int32, numbers 1, 2, ... of a row's segments and 0 for padding, as `seqmix.core.packing.runs` gives
     them, or None; the state belongs to run 1 and is returned for the last one. log_write: natural logarithms of the
     weights of k v^T in the state, [B, T, H], or None for 1. scale: a number above 0. splits: into how many stretches
-    to cut time, None to choose. The call must be one that `supports` accepts.
+    to cut time, None to choose. need_last: False gives None for the final state, which is not written to memory. The
+    call must be one that `supports` accepts.
     """
-    return begun(q, k, v, log_decay, run_ids, log_write, scale=scale, splits=splits).finish(state)
+    return begun(q, k, v, log_decay, run_ids, log_write, scale=scale, splits=splits).finish(state, need_last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +111,9 @@ class Begun:
     end: jax.Array | None  # the final state from a state of zeros, where it was asked for
     scale: float
 
-    def finish(self, state):
+    def finish(self, state, need_last=True):
         """`forward`'s results."""
-        y, last = _fused(*self.call, state, self.ends, self.scale)
+        y, last = _fused(*self.call, state, self.ends, self.scale, need_last)
         return y[:, : self.time], last
 
 
@@ -156,6 +159,12 @@ def pad_time(q, k, v, log_decay, run_ids, *more):
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, (*q.shape[:2], log_decay.shape[0]))
     return tuple(pad(x) for x in (q, k, v, log_decay, run_ids, *more))
+
+
+def results(plan, flat_v, need_last):
+    """Shapes of what a forward kernel writes: y, and the final state where it is asked for."""
+    last = jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.key, plan.value), jnp.float32)
+    return (jax.ShapeDtypeStruct(flat_v.shape, jnp.bfloat16), *[last] * need_last)
 
 
 def carried_state(given, ends, left, where, row, head, splits):
@@ -322,17 +331,19 @@ def _split_states(lanes, keys, values, decays, segments, reverse, scale, every, 
     )(counts, *inputs)
 
 
-def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
+def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale, need_last):
     """Outputs and final state; every split starts from `state` carried through the `ends` of those before it."""
     plan, units = lanes.plan, lanes.units
     left = None if ends is None else gates.split_decays(decays, segments, plan)
     given = {"decays": decays, "segments": segments, "q": flat(q), "k": flat(k), "v": flat(v)}
     given |= {"state": state, "ends": ends, "left": left}
     names = [name for name, x in given.items() if x is not None]
+    outs = results(plan, given["v"], need_last)
 
     def body(*args):
         refs = dict.fromkeys(given) | dict(zip(names, args))
-        y_ref, last_ref, states, weighted, outputs, *spare = args[len(names) :]
+        y_ref, *last_ref = args[len(names) : len(names) + len(outs)]
+        states, weighted, outputs, *spare = args[len(names) + len(outs) :]
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
         unit = compat.warpgroup(units)
         head, columns = lanes.head_and_columns(block, unit)
@@ -369,9 +380,11 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
             given = [refs[name] for name in ("state", "ends", "left")]
             carry = run(carried_state(*given, where, row, head, (0, split, 1)))
 
-            @pl.when(split == plan.splits - 1)
-            def _():
-                last_ref[row, head, :, columns] = carry
+            for ref in last_ref:
+
+                @pl.when(split == plan.splits - 1)
+                def _(ref=ref):
+                    ref[row, head, :, columns] = carry
 
             compat.stores_done()
 
@@ -383,16 +396,13 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale):
         run(*[refs[name] for name in ("decays", "segments", "q", "k", "v") if refs[name] is not None])
 
     tile = compat.tile(units, CHUNK, COLUMNS)
-    y, last = compat.kernel(
+    y, *last = compat.kernel(
         body,
         grid=(lanes.blocks, plan.splits, plan.batch),
         names=("block", "split", "row"),
-        out=(
-            jax.ShapeDtypeStruct(given["v"].shape, jnp.bfloat16),
-            jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.key, plan.value), jnp.float32),
-        ),
+        out=outs,
         scratch=[compat.tile(units, plan.key, COLUMNS), tile, tile] + [tile] * compat.interpreting(),
         warpgroups=units,
         name="linear_attention_forward",
     )(*[given[name] for name in names])
-    return y.reshape(v.shape), last
+    return y.reshape(v.shape), last[0] if need_last else None

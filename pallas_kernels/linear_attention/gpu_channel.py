@@ -244,7 +244,7 @@ def scores(q, k, joins_at, parts, tile):
     return jnp.where(joins.same(), compat.spread_rows(own, found.shape), found)
 
 
-def forward(q, k, v, log_decay, state=None, run_ids=None, log_write=None, *, scale=1.0, splits=None):
+def forward(q, k, v, log_decay, state=None, run_ids=None, log_write=None, *, scale=1.0, splits=None, need_last=True):
     """Linear attention with a decay per channel, (y [B, T, H, V] bfloat16, final state [B, H, K, V] float32).
 
     As `gpu.forward`, but log_decay is [B, T, H, K] and log_write must be None.
@@ -258,7 +258,7 @@ def forward(q, k, v, log_decay, state=None, run_ids=None, log_write=None, *, sca
     ends = left = None
     if lanes.plan.splits > 1:
         ends, left = walk_states(lanes, k, v, decays, segments)
-    y, last = _fused(lanes, q, k, v, decays, segments, state, ends, left, scale)
+    y, last = _fused(lanes, q, k, v, decays, segments, state, ends, left, scale, need_last)
     return y[:, :time], last
 
 
@@ -462,17 +462,19 @@ def walk_states(lanes: Lanes, keys, values, decays, segments, start=None, *, rev
     )(*[given[name] for name in names])
 
 
-def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
+def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale, need_last):
     """Outputs and final state; every split starts from `state` carried through the `ends` of those before it."""
     plan, units, halves = lanes.plan, lanes.units, lanes.halves
     given = {"decays": decays, "segments": segments, "q": gpu.flat(q), "k": gpu.flat(k), "v": gpu.flat(v)}
     given |= {"state": state, "ends": ends, "left": left}
     names = [name for name, x in given.items() if x is not None]
+    outs = gpu.results(plan, given["v"], need_last)
 
     def body(*args):
         refs = dict.fromkeys(given) | dict(zip(names, args))
-        y_ref, last_ref, *rest = args[len(names) :]
-        buffers, (ready, done, *spare) = rest[:3], rest[3:]
+        y_ref, *last_ref = args[len(names) : len(names) + len(outs)]
+        *buffers, ready, done = args[len(names) + len(outs) :][:5]
+        spare = args[len(names) + len(outs) + 5 :]
         block, split, row = (lax.axis_index(name) for name in ("block", "split", "row"))
         warpgroup = compat.warpgroup(lanes.warpgroups)
         unit, half = jnp.minimum(warpgroup, units - 1), jnp.minimum(warpgroup, halves - 1)
@@ -546,9 +548,11 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
             given = [refs[name] for name in ("state", "ends", "left")]
             carry = run(carried_state(*given, where, row, head, (0, split, 1)))
 
-            @pl.when((split == plan.splits - 1) & (warpgroup < units))
-            def _():
-                last_ref[row, head, :, columns] = carry
+            for ref in last_ref:
+
+                @pl.when((split == plan.splits - 1) & (warpgroup < units))
+                def _(ref=ref):
+                    ref[row, head, :, columns] = carry
 
             compat.wait(done)
             compat.stores_done()
@@ -561,14 +565,11 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
         run(*[refs[name] for name in ("decays", "segments", "q", "k", "v") if refs[name] is not None])
 
     count = lanes.warpgroups
-    y, last = compat.kernel(
+    y, *last = compat.kernel(
         body,
         grid=(lanes.blocks, plan.splits, plan.batch),
         names=("block", "split", "row"),
-        out=(
-            jax.ShapeDtypeStruct(given["v"].shape, jnp.bfloat16),
-            jax.ShapeDtypeStruct((plan.batch, plan.heads, plan.key, plan.value), jnp.float32),
-        ),
+        out=outs,
         scratch=[
             compat.tile(1, count, max(plan.key, 2 * CHUNK), COLUMNS),
             compat.tile(1, halves, CHUNK, CHUNK),
@@ -581,4 +582,4 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale):
         name="linear_attention_channel_forward",
         sums_columns=False,
     )(*[given[name] for name in names])
-    return y.reshape(v.shape), last
+    return y.reshape(v.shape), last[0] if need_last else None

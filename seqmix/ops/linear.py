@@ -25,6 +25,7 @@ def linear_attention(
     eps=0.0,
     causal=True,
     chunk=64,
+    return_state=True,
     implementation=None,
 ):
     """Reads a matrix-valued state that decays and takes up an outer product k v^T at each token.
@@ -53,13 +54,14 @@ def linear_attention(
       causal: False lets each token read its whole segment, y_t = scale * q_t^T sum over all s of k_s v_s^T; without
         log_decay and state only. The state returned is the last segment's total.
       chunk: tokens computed as one matrix by the chunked form, a power of two. It changes rounding and speed alone.
+      return_state: False gives None in place of the state, which the Hopper kernels then do not write to memory.
       implementation: None (the best for the call), "gpu" (Hopper kernels; those for a decay per channel take no
         `write`), "tpu" (TPU kernels; compiled, not run on a chip) or "triton" (other
         NVIDIA GPUs, with the extra triton; for a decay per head or none), all for bfloat16, "chunked" or "reference".
 
     Returns:
-      (y [B, T, H, V] in the dtype of v, state in promote(dtype of q, k and v, float32)). Matmul operands are in the
-      common dtype of q, k and v, accumulated in the state's dtype, and so are decays.
+      (y [B, T, H, V] in the dtype of v, state in promote(dtype of q, k and v, float32) or None). Matmul operands are
+      in the common dtype of q, k and v, accumulated in float32 or wider, and so are decays.
 
     Raises: ValueError for shapes, dtypes, options or an implementation that do not fit.
 
@@ -70,16 +72,19 @@ def linear_attention(
     runs = None if segment_ids is None else packing.runs(segment_ids)
     lay = layout(d.B, d.T, d.H, d.Hk)
     call = (q, k, v, log_decay, state, runs, write)
+    if not isinstance(return_state, bool):
+        raise ValueError(f"return_state: expected True or False, got {return_state!r}")
     kind = dict(scale=scale, normalize=normalize)
     if lay is not None and causal:
         kernel = linear_context.kernel(lay, implementation, *call, **kind)
         if lay.time or kernel:
-            options = kind | dict(eps=eps, chunk=chunk, implementation=kernel or implementation)
+            options = kind | dict(eps=eps, chunk=chunk, return_state=return_state)
+            options |= dict(implementation=kernel or implementation)
             return linear_context.run(lay, linear_attention, d, acc, *call, **options)
     reasons = linear_kernels.reasons(implementation, *call, **kind, causal=causal)
     name = pick("linear_attention", implementation, reasons | {"chunked": None, "reference": None})
     if name in reasons:
-        return linear_kernels.run(name, *call, scale)
+        return linear_kernels.run(name, *call, scale, return_state)
     out_dtype, dtype = v.dtype, jnp.result_type(q, k, v)
     if write is not None:
         v = v * write[..., None].astype(acc)
@@ -107,6 +112,8 @@ def linear_attention(
         y, states = linear_reference.bidirectional(q, k, values, states, runs, finish)
     else:
         y, states = linear_chunked.bidirectional(q, k, values, states, runs, finish, chunk=chunk)
+    if not return_state:
+        return y, None
     return y, (states[0], states[1][..., 0]) if normalize else states[0]
 
 

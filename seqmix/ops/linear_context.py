@@ -30,7 +30,7 @@ def kernel(lay, implementation, q, k, v, log_decay, state, runs, write, **kind) 
     return targets.chosen(reasons, implementation, "linear_attention" if lay.time else None)
 
 
-def run(lay, op, d, acc, q, k, v, log_decay, state, runs, write, *, normalize, **options):
+def run(lay, op, d, acc, q, k, v, log_decay, state, runs, write, *, normalize, return_state, **options):
     """`linear_attention`'s result, with `op`, itself, on each device's share.
 
     The arguments are the op's, `d` its sizes, `acc` the states' dtype. Where time is cut, a stretch is gone through
@@ -47,18 +47,23 @@ def run(lay, op, d, acc, q, k, v, log_decay, state, runs, write, *, normalize, *
 
     def local(q, k, v, log_decay, write, state, runs):
         q, k = (lay.local_key_heads(x, d.Hk) for x in (q, k))
-        call = lambda state: op(q, k, v, log_decay, write=write, state=state, segment_ids=runs, **fixed)
+
+        def call(state, need=return_state):
+            return op(q, k, v, log_decay, write=write, state=state, segment_ids=runs, return_state=need, **fixed)
+
         if not lay.time:
             return call(state)
         if options["implementation"] == "gpu" and getattr(log_decay, "ndim", 0) < 4:
             log_write = linear_kernels.log_writes(write)
-            return _stretch(lay.time, options["scale"], q, k, v, log_decay, state, runs, log_write)
-        end = call(None)[1]
+            y, state = _stretch(lay.time, options["scale"], q, k, v, log_decay, state, runs, log_write)
+            return y, state if return_state else None
+        end = call(None, True)[1]
         entering, state = enter(lay.time, end, total_decay(log_decay, q.shape[1], runs, acc), _decayed, state, runs)
-        return call(entering)[0], state
+        return call(entering, False)[0], state if return_state else None
 
     names = (keys, keys, tokens, decays, tokens[:3], states, ("batch", "time"))
-    return on_shares(lay, local, (q, k, v, log_decay, write, state, runs), names, (tokens, states))
+    results = (tokens, states if return_state else None)
+    return on_shares(lay, local, (q, k, v, log_decay, write, state, runs), names, results)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -74,7 +79,7 @@ def _forward(axis, scale, q, k, v, log_decay, state, runs, log_write):
     begun = gpu.begun(q, k, v, log_decay, local, log_write, scale=scale, need_end=True)
     total = total_decay(log_decay, q.shape[1], runs, state.dtype)
     entering, last = enter(axis, begun.end, total, _decayed, state, runs)
-    y, _ = begun.finish(entering)
+    y, _ = begun.finish(entering, need_last=False)
     return (y, last), (q, k, v, log_decay, state, runs, log_write, entering)
 
 

@@ -64,9 +64,9 @@ def _modules(target, log_decay):
     return tpu, tpu_backward
 
 
-def run(target, q, k, v, log_decay, state, runs, write, scale):
-    """(y [B, T, H, V], state [B, H, K, V]) of a call that the target has no reason against."""
-    return _run(q, k, v, log_decay, state, runs, log_writes(write), scale, target)
+def run(target, q, k, v, log_decay, state, runs, write, scale, return_state=True):
+    """(y [B, T, H, V], state [B, H, K, V] or None) of a call that the target has no reason against."""
+    return _run(q, k, v, log_decay, state, runs, log_writes(write), scale, target, return_state)
 
 
 def log_writes(write):
@@ -77,20 +77,22 @@ def log_writes(write):
     return jnp.log(write + jnp.where(write < LEAST_WRITE, LEAST_WRITE, 0.0))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
-def _run(q, k, v, log_decay, state, runs, log_write, scale, target):
-    return _modules(target, log_decay)[0].forward(q, k, v, log_decay, state, runs, log_write, scale=scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+def _run(q, k, v, log_decay, state, runs, log_write, scale, target, return_state):
+    options = {"scale": scale} | ({"need_last": return_state} if target == "gpu" else {})
+    y, last = _modules(target, log_decay)[0].forward(q, k, v, log_decay, state, runs, log_write, **options)
+    return y, last if return_state else None
 
 
 def _forward(*call):
-    *arguments, scale, target = call
+    *arguments, scale, target, return_state = call
     values = [None if x is None else x.value for x in arguments]
     # Whether the decays' gradient is asked for, as structure: constant decays, such as RetNet's, spare its work.
     need_decay = () if arguments[3] is not None and arguments[3].perturbed else None
-    return _run(*values, scale, target), (values, need_decay)
+    return _run(*values, scale, target, return_state), (values, need_decay)
 
 
-def _backward(scale, target, saved, cotangents):
+def _backward(scale, target, return_state, saved, cotangents):
     arguments, need_decay = saved
     log_decay, state = arguments[3:5]
     dy, d_last = (None if isinstance(x, jax.custom_derivatives.SymbolicZero) else x for x in cotangents)

@@ -194,6 +194,14 @@ def test_a_weight_of_writes_is_a_factor_on_the_values(x64, implementation):
         linear_attention(q, k, v, log_decay, write=write[..., :1])
 
 
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+def test_the_state_is_left_out_when_it_is_not_asked_for(implementation):
+    x = jnp.ones((1, 4, 1, 2))
+    call = functools.partial(linear_attention, x, x, x, implementation=implementation)
+    y, none = call(return_state=False)
+    assert none is None and jnp.array_equal(y, call()[0])
+
+
 def test_packed_equals_separate(x64):
     arrays = draw("channel", 20, batch=1)
     ids = np.array([[0] * 2 + [5] * 4 + [0] + [5] * 3 + [2] * 6 + [0] * 4], np.int32)

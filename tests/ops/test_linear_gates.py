@@ -178,6 +178,7 @@ def test_the_implementation_can_be_named_and_is_recorded():
         (dict(segment_ids=(2, 6)), r"segment_ids: expected shape \(B=2, T=5\)"),
         (dict(segment_ids=(2, 5)), "segment_ids: expected integers"),
         (dict(chunk=48), "chunk: expected a power of two, got 48"),
+        (dict(return_state="no"), "return_state: expected True or False, got 'no'"),
         (dict(eps=0.1), "eps: expected 0 without normalize, got 0.1"),
         (dict(eps=-1.0, normalize=True), "eps: expected a value >= 0, got -1.0"),
         (dict(causal=False, log_decay=(4,)), "log_decay: expected None with causal=False"),

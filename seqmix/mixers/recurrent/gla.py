@@ -97,6 +97,7 @@ class GLA(Mixer):
         heads, conv = self._qkv(params, x, state.get("conv"), segment_ids)
         (gate,) = project(params, x, ("gate",))
         options = {"chunk": self.chunk, "implementation": self.implementation, "segment_ids": segment_ids}
+        options["return_state"] = state["kv"] is not None
         mixed, kv = linear_attention(
             *(heads[name] for name in QKV), self._log_decay(params, x), scale=self._scale, state=state["kv"], **options
         )

@@ -77,7 +77,7 @@ class HGRN2(Mixer):
 
     def _run(self, params, x, state, segment_ids):
         q, k, log_f = self._gates(params, x)
-        options = {"chunk": self.chunk, "implementation": self.implementation}
+        options = {"chunk": self.chunk, "implementation": self.implementation, "return_state": state is not None}
         mixed, state = linear_attention(
             q, k, self._values(params, x), log_f, state=state, segment_ids=segment_ids, **options
         )

@@ -98,6 +98,7 @@ class Lightning(Mixer):
         q, k = self._queries_keys(params, x, place)
         v, gate = project(params, x, ("v", "gate"))
         options = {"chunk": self.chunk, "implementation": self.implementation, "segment_ids": segment_ids}
+        options["return_state"] = state["kv"] is not None
         mixed, kv = linear_attention(q, k, v, self._log_decay(x.dtype), state=state["kv"], **options)
         y = self.merge(params, {"gate": gate}, mixed)
         return y, {"kv": kv, "length": length} if self.lrpe else {"kv": kv}

@@ -73,6 +73,7 @@ class Mamba2(Mixer):
         """y and the state after it; entries of the state may be None."""
         z, dt, log_decay, parts, again, conv = ssd_heads.inputs(params, x, conv=state["conv"], segment_ids=segment_ids)
         options = {"write": dt, "chunk": self.chunk, "implementation": self.implementation}
+        options["return_state"] = state["ssm"] is not None
         mixed, ssm = linear_attention(
             parts["C"], parts["B"], parts["x"], log_decay, state=state["ssm"], segment_ids=segment_ids, **options
         )

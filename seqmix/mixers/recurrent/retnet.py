@@ -83,6 +83,7 @@ class RetNet(Mixer):
         q, k = self._rotated(params, x, place)
         v, gate = project(params, x, ("v", "gate"))
         options = {"chunk": self.chunk, "implementation": self.implementation, "segment_ids": segment_ids}
+        options["return_state"] = state["retention"] is not None
         mixed, retention = linear_attention(
             q, k, v, self._log_decay(x.dtype), scale=self._scale, state=state["retention"], **options
         )
