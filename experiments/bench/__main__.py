@@ -45,7 +45,9 @@ def main(argv=None):
         return cli.refuse(error)
     if args.compile_only:
         return compiled(wanted, args)
-    wanted = wanted if args.case is None else wanted[args.case : args.case + 1]
+    if args.case is not None:
+        wanted = wanted[args.case : args.case + 1]
+        os.environ[turns.PLACE] = str(cases.index(wanted[0]))
     try:
         kept = results.File(Path(args.out), suite, args)
     except OSError as error:

@@ -22,7 +22,7 @@ from experiments import progress
 from experiments.sweep.local import CHILD
 
 TURN = "SEQMIX_BENCH_TURN"  # the path of the file
-PLACE = "SEQMIX_BENCH_PLACE"  # a case's number: of those that wait for the devices the first in the suite has them next
+PLACE = "SEQMIX_BENCH_PLACE"  # a case's place in its suite: of those that wait for the devices the first is next
 ALONE = "train"  # the suite whose cases run one after the other
 _held = False
 
@@ -137,7 +137,7 @@ def _case(index, folder, log, args, running):
     words += [f"--only={','.join(args.only)}"] * bool(args.only) + ["--peers"] * args.peers
     words += [f"--match={args.match}"] * bool(args.match) + [f"--case={index}"]
     path = os.environ.get(TURN, str(folder / "turn"))
-    own = {TURN: path, PLACE: str(index), "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
+    own = {TURN: path, "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
     with open(log, "w") as file:
         process = subprocess.Popen(words, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT)
         running.add(process)
