@@ -92,7 +92,12 @@ class Trainer:
         with sharding.use_mesh(self.mesh):
             if self.mesh.devices.size == 1:  # op by op: one program of all weights takes longer to compile
                 return jax.device_put(self._init(), self.shardings)
-            return jax.jit(self._init, out_shardings=self.shardings)()
+            return self.compile_init()()
+
+    def compile_init(self):
+        """() -> the state before step 0, compiled."""
+        with sharding.use_mesh(self.mesh):
+            return jax.jit(self._init, out_shardings=self.shardings).lower().compile()
 
     @property
     def share(self):

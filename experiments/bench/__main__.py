@@ -27,6 +27,8 @@ def main(argv=None):
         args = parse(sys.argv[1:] if argv is None else argv)
         if args.command == "tune":
             return tune.run(args)
+        if args.jobs > 1 or args.case is not None:  # before jax is asked for the devices
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # one device's memory is for all of them
         suite = suites.load(args.suite)
         cases = suite.cases(args)
         check_parts(args.only, dict.fromkeys(case.part for case in cases), suite.NAME)
@@ -34,8 +36,6 @@ def main(argv=None):
         wanted = [case for case in wanted if re.search(args.match, case.label)]
         if not wanted:
             raise ValueError(f"--match: expected a pattern that a case of --list has, got {args.match!r}")
-        if args.jobs > 1 and turns.ALONE in (case.part for case in wanted):
-            raise ValueError(f"--jobs: {turns.ALONE} of {suite.NAME} runs alone, name other parts by --only")
         if args.case is not None and not 0 <= args.case < len(wanted):
             raise ValueError(f"--case: expected 0 to {len(wanted) - 1}, got {args.case}")
         if args.list:
@@ -45,9 +45,9 @@ def main(argv=None):
         return cli.refuse(error)
     if args.compile_only:
         return compiled(wanted, args)
-    if args.jobs > 1 or args.case is not None:
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # one device's memory is for all of them
-    wanted = wanted if args.case is None else wanted[args.case : args.case + 1]
+    if args.case is not None:
+        wanted = wanted[args.case : args.case + 1]
+        os.environ[turns.PLACE] = str(cases.index(wanted[0]))
     try:
         kept = results.File(Path(args.out), suite, args)
     except OSError as error:
@@ -57,6 +57,8 @@ def main(argv=None):
     try:
         failed = (turns.run if args.jobs > 1 else run)(suite, wanted, args, kept)
     except KeyboardInterrupt:
+        if kept.rows and args.case is None:
+            kept.finish()
         measured = f"what was measured is in {kept.path}" if kept.rows else "nothing was measured"
         print(f"stopped; {measured}", file=sys.stderr)
         return 130
@@ -84,7 +86,7 @@ def parse(argv):
         "--jobs",
         type=int,
         default=1,
-        help="cases at once, each in a process; one at a time measures (not of train, nor that part of scaling)",
+        help="cases at once, each in a process; one at a time measures (not of train)",
     )
     add("--case", type=int, help=argparse.SUPPRESS)  # of --jobs
     add("--list", action="store_true", help="name the cases and end")

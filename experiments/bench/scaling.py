@@ -7,8 +7,9 @@ attention    causal attention of one long sequence with time cut over 2, 4, ... 
 recurrences  the same number of tokens a device, time cut: linear attention, the delta rule, the linear scan
 equal        short calls of these with time cut over all devices, beside float64 on one
 
-Bytes that a device sends are read from the compiled program, beside those of the formula where there is one. All but
-train runs with --jobs too: the cases of most use come first, for a machine whose time may end before the last.
+Bytes that a device sends are read from the compiled program, beside those of the formula where there is one. With
+--jobs cases compile side by side, and of those that are ready the first in the list has the devices next: those of most
+use come first, for a machine whose time may end before the last.
 """
 
 from experiments.bench import scaling_ops, scaling_train
@@ -32,12 +33,14 @@ COLUMNS = (
     ("error", "error, output", ".1e"),
     ("gradient_error", "worst of the gradients", ".1e"),
     ("loss_error", "relative error of the losses", ".1e"),
+    ("settings", "settings", ""),
 )
 
 
 def cases(args):
-    """All cases that this machine's devices allow."""
-    return [*scaling_train.cases(args), *scaling_ops.cases(args)]
+    """All cases that this machine's devices allow, those of most use first."""
+    first, rest = scaling_ops.cases(args)
+    return [*first, *scaling_train.cases(args), *rest]
 
 
 def relate(rows):

@@ -21,38 +21,36 @@ LENGTHS = (2**15, 2**17, 2**18, 2**20)  # of attention's sequence, on all device
 COMPARED = 2**18  # at which fewer devices, and one, are timed too
 TOKENS = {"linear_attention": 2**17, "delta_rule": 2**13, "linear_scan": 2**17}  # a device
 CHECKED = 256  # a device, where values are compared
+LONGER = {"delta_rule": 2**10}  # of those that a GPU cuts in parts
 TOKEN_AXES = ("batch", "time", "heads", None)
 
 
 def cases(args):
-    """What stands for all first: one device, then all of them at COMPARED and by the recurrences, then values."""
-    every, found = counts(), []
+    """(cases that stand for all, the others): attention at COMPARED and recurrences; values, and other lengths."""
+    every, seen = counts(), set()
     most, several = every[-1], len(every) > 1
 
-    def add(part, label, call, *arguments):
-        if label not in [case.label for case in found]:
-            found.append(Case(part, label, functools.partial(call, *arguments)))
+    def new(part, label, call, *arguments):
+        fresh = label not in seen
+        seen.add(label)
+        return [Case(part, label, functools.partial(call, *arguments))] * fresh
 
-    over = lambda how, n, t: add("attention", f"attention {how} on {n}, T={t}", attention, how, n, t)
-    passed = lambda name, n: add("recurrences", f"{name} on {n}, T={TOKENS[name] * n}", recurrence, name, n)
-    over("one", 1, COMPARED)
-    for name in TOKENS:
-        passed(name, 1)
-    for form in FORMS[:2] if several else ():
-        over(form, most, COMPARED)
+    over = lambda how, n, t: new("attention", f"attention {how} on {n}, T={t}", attention, how, n, t)
+    passed = lambda name, n: new("recurrences", f"{name} on {n}, T={TOKENS[name] * n}", recurrence, name, n)
+    first = over("one", 1, COMPARED)
     for n in every[:0:-1]:
-        for name in TOKENS:
-            passed(name, n)
+        first += [case for form in FORMS[:2] for case in over(form, n, COMPARED)]
+    for n in (1, *every[:0:-1]):
+        first += [case for name in TOKENS for case in passed(name, n)]
+    rest = []
     for name, how in [*(("attention", form) for form in FORMS), *((name, "context") for name in TOKENS)] * several:
-        add("equal", f"{name} {how} on {most}, values", equal, name, how)
-    for n in every[:0:-1]:
-        for form in FORMS:
-            over(form, n, COMPARED)
-    over("one", 1, LENGTHS[0])
+        rest += new("equal", f"{name} {how} on {most}, values", equal, name, how)
+    rest += over("one", 1, LENGTHS[0])
     for length in LENGTHS:
-        for form in FORMS if several else ():
-            over(form, most, length)
-    return found
+        rest += [case for form in FORMS * several for case in over(form, most, length)]
+        for n in every[-2:0:-1] if length == COMPARED else ():
+            rest += over(FORMS[2], n, length)
+    return first, rest
 
 
 def relate(rows):
@@ -72,9 +70,9 @@ def relate(rows):
 
 
 def equal(name, how, args):
-    """A row of errors to float64 with time cut over all devices: CHECKED tokens each, bfloat16, 8 heads."""
+    """A row of errors to float64 with time cut over all devices, bfloat16, 8 heads."""
     devices = counts()[-1]
-    length, heads = CHECKED * devices, 8
+    length, heads = LONGER.get(name, CHECKED) * devices, 8
     if name == "attention":
         run = functools.partial(ops.attention, context=how)
         plain = ops.attention

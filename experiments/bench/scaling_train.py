@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from experiments import flags, loop
+from experiments.bench import turns
 from experiments.bench.suites import Case
 from experiments.config import Mesh
 from seqmix.core import sharding
@@ -23,51 +24,60 @@ def counts():
 
 
 def cases(args):
-    """Each config over data and fsdp, then one device's batch over all."""
+    """Each config on one device and over fsdp and data on all, one device's batch over all; then on fewer devices."""
     every = counts()
-    found = []
-    for name in CONFIGS:
-        runs = [("one", 1, ROWS)]
-        runs += [("fsdp", n, ROWS * n) for n in every[1:]] + [("data", n, ROWS * n) for n in every[-1:] if n > 1]
-        runs += [("fsdp, one device's batch", every[-1], ROWS)] if len(every) > 1 and ROWS % every[-1] == 0 else []
-        for how, n, rows in runs:
-            label = f"{name} {how} on {n}"
-            found.append(Case("train", label, functools.partial(_run, name, how, n, rows)))
-    return found
+    runs = [("one", 1, ROWS)]
+    for n in every[:0:-1]:
+        runs += [(how, n, ROWS * n) for how in ("fsdp", "data")]
+        runs += [("fsdp, one device's batch", n, ROWS)] * (n == every[-1] and ROWS % n == 0)
+    made = lambda name, how, n, rows: functools.partial(_run, name, how, n, rows)
+    ordered = [(name, *one) for some in (runs[:4], runs[4:]) for name in CONFIGS for one in some]
+    return [Case("train", f"{name} {how} on {n}", made(name, how, n, rows)) for name, how, n, rows in ordered]
 
 
-@functools.cache
-def program(name, how, devices, rows):
-    """(trainer, compiled step) of a config."""
+def programs(name, how, devices, rows):
+    """(trainer, compiled making of its state, compiled step) of a config, for which nothing is on the devices yet."""
     cfg = flags.parse([f"--config={name}"])[0]
     axis = "data" if how == "data" else "fsdp"
     sizes = dict(data=1, fsdp=1, context=1, model=1) | {axis: devices}
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_size=rows), mesh=Mesh(**sizes))
     trainer = loop.Trainer(cfg, sharding.make_mesh(**sizes, devices=jax.devices()[:devices]))
-    return trainer, trainer.compile_step({"params": trainer.params, **trainer.rest}, trainer.abstract_batch())
+    step = trainer.compile_step({"params": trainer.params, **trainer.rest}, trainer.abstract_batch())
+    return trainer, trainer.compile_init(), step
 
 
 def _run(name, how, devices, rows, args):
     """One row."""
-    trainer, step = program(name, how, devices, rows)
+    trainer, init, step = programs(name, how, devices, rows)
     if args.compile_only:
         return
-    seq, vocab = trainer.cfg.data.seq_len, trainer.cfg.model.vocab
-    state, seconds, losses = trainer.init(), [], []
-    for index in range(WARM + STEPS):
-        batch = trainer.put(_batch(index, rows, seq, vocab))
+    model, seq = trainer.cfg.model, trainer.cfg.data.seq_len
+    batches = [_batch(index, rows, seq, model.vocab) for index in range(WARM + STEPS)]
+    with turns.devices():
+        state, _, losses = _steps(trainer, step, init(), batches[:WARM])
+        with turns.turn():
+            state, seconds, more = _steps(trainer, step, state, batches[WARM:])
+    del state
+    gc.collect()
+    took = float(np.median(seconds))
+    row = {"what": name, "how": how, "devices": devices, "tokens": rows * seq, "step_ms": 1e3 * took}
+    row |= {"step_ms_each": [1e3 * one for one in seconds], "tokens_per_second": rows * seq / took}
+    layers = "unrolled" if model.unroll else "a loop"
+    yield row | {"losses": losses + more, "settings": f"remat={model.remat}, layers {layers}"}
+
+
+def _steps(trainer, step, state, batches):
+    """The state after a step for each batch, and the steps' seconds and losses."""
+    seconds, losses = [], []
+    for batch in batches:
+        batch = trainer.put(batch)
         jax.block_until_ready((state, batch))
         begin = time.perf_counter()
         state, metrics = step(state, batch)
         jax.block_until_ready(state)
         seconds.append(time.perf_counter() - begin)
         losses.append(float(metrics["loss"]))
-    del state, batch
-    gc.collect()
-    took = float(np.median(seconds[WARM:]))
-    row = {"what": name, "how": how, "devices": devices, "tokens": rows * seq, "step_ms": 1e3 * took}
-    row |= {"tokens_per_second": rows * seq / took, "losses": losses}
-    yield row
+    return state, seconds, losses
 
 
 def relate(rows):

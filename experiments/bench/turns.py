@@ -22,7 +22,9 @@ from experiments import progress
 from experiments.sweep.local import CHILD
 
 TURN = "SEQMIX_BENCH_TURN"  # the path of the file
-ALONE = "train"  # the suite, and the part of scaling, whose cases fill a device
+PLACE = "SEQMIX_BENCH_PLACE"  # a case's place in its suite: of those that wait for the devices the first is next
+ALONE = "train"  # the suite whose cases run one after the other
+SETTLE = 0.2  # seconds until what the others had queued on the device is done
 _held = False
 
 
@@ -37,6 +39,8 @@ def turn():
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         _held, stopped = True, [pid for pid in _members(path) if pid != os.getpid() and _sent(pid, signal.SIGSTOP)]
+        if stopped:
+            time.sleep(SETTLE)
         try:
             yield
         finally:
@@ -49,15 +53,29 @@ def turn():
 def devices():
     """Keeps the other processes that ask for it off the devices, and does not stop them; nothing without --jobs.
 
-    For cases of several devices: what such a case waits for on one would hold the others up.
+    For cases of several devices, of which each would wait for the others on one, and for those that fill one's memory.
+    Of those that wait the first in the suite's order comes next.
     """
     path = os.environ.get(TURN)
     if path is None:
         yield
         return
+    place = int(os.environ.get(PLACE, 0))
+    waiting = Path(f"{path}.{os.getpid()}.{place}.waits")
+    waiting.touch()
     with open(f"{path}.devices", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        while any(other < place for other in _waiting(path)):
+            fcntl.flock(file, fcntl.LOCK_UN)
+            time.sleep(0.02)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        waiting.unlink(missing_ok=True)
         yield
+
+
+def _waiting(path):
+    """The places of the cases that wait for the devices."""
+    return [int(file.suffixes[-2][1:]) for file in Path(path).parent.glob(f"{Path(path).name}.*.waits")]
 
 
 def _members(path):
@@ -76,7 +94,7 @@ def _sent(pid, number):
 
 
 def run(suite, cases, args, kept):
-    """As `__main__.run`: the failed cases as (label, reason). Rows are kept as cases end, last in their order."""
+    """As `__main__.run`: the failed cases as (label, reason). Rows are kept as cases end, in the order of the cases."""
     failed, order, running = [], {}, set()
     work = progress.Work(suite.NAME, "cases", len(cases), seconds=0)
     logs = Path(args.out) / "logs"
@@ -89,10 +107,10 @@ def run(suite, cases, args, kept):
             for row in rows:
                 kept.add({"part": case.part, "case": case.label, **row} if "failed" in row else row)
                 order[id(kept.rows[-1])] = waiting[done]
+            kept.rows.sort(key=lambda row: order[id(row)])
+            kept.write()
             failed += [(case.label, row["failed"]) for row in rows if "failed" in row]
             work.update(count + 1, f"{case.label} took {seconds:.1f} s", last=count + 1 == len(cases))
-    kept.rows.sort(key=lambda row: order[id(row)])
-    kept.write()
     return failed
 
 
@@ -129,7 +147,8 @@ def _case(index, folder, log, args, running):
         member = Path(f"{path}.{process.pid}")
         member.touch()
         process.wait()
-        member.unlink(missing_ok=True)
+        for file in (member, *member.parent.glob(f"{member.name}.*.waits")):
+            file.unlink(missing_ok=True)
         running.discard(process)
         for pid in _members(path) if process.returncode else ():  # it may have died in its turn
             _sent(pid, signal.SIGCONT)

@@ -109,6 +109,7 @@ class Begun:
     call: tuple
     ends: jax.Array | None
     end: jax.Array | None  # the final state from a state of zeros, where it was asked for
+    left: jax.Array | None  # log2 of what is left of a state after the call, [B or 1, H], likewise
     scale: float
 
     def finish(self, state, need_last=True):
@@ -128,13 +129,14 @@ def begun(q, k, v, log_decay, run_ids, log_write, *, scale, splits=None, need_en
     decays = gates.chunk_decays(log_decay, log_write, run_ids, plan)
     segments = planning.chunk_segments(run_ids, plan)
     lanes = Lanes(plan, config.units, config.stages)
-    ends = end = None
+    ends = end = left = None
     if plan.splits > 1 or need_end:
         ends = split_states(lanes, k, v, decays, segments, every=need_end)
     if need_end:
-        end = summed(ends, gates.split_decays(decays, segments, plan))
+        left = gates.split_decays(decays, segments, plan)
+        end, left = summed(ends, left), jnp.sum(left, axis=2)
     ends = ends if plan.splits > 1 else None
-    return Begun(time, (lanes, q, k, v, decays, segments), ends, end, scale)
+    return Begun(time, (lanes, q, k, v, decays, segments), ends, end, left, scale)
 
 
 def summed(ends, left, reverse=False):

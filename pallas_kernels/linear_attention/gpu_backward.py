@@ -76,6 +76,7 @@ class Begun:
     shapes: tuple
     ends: tuple  # of the splits, forward and backward, and what each leaves
     start: jax.Array | None  # the state's gradient if the final state's is 0, where it was asked for
+    whole: jax.Array | None  # log2 of what is left of a state after the call, [B or 1, H], likewise
     scale: float
 
     def finish(self, state, dstate):
@@ -118,19 +119,21 @@ def begun(q, k, v, log_decay, run_ids, log_write, dy, *, scale, need_decay=True,
     lanes = Lanes(plan, config.units, config.stages)
     decays = gates.chunk_decays(log_decay, log_write, run_ids, plan)
     segments = planning.chunk_segments(run_ids, plan)
-    ends = back_ends = left = start = None
+    ends = back_ends = left = start = whole = None
     if plan.splits > 1 or need_start:
         left = gates.split_decays(decays, segments, plan)
         back_ends = split_states(lanes, q, dy, decays, segments, reverse=True, scale=scale, every=need_start)
     if need_start:
-        start = summed(back_ends, left, reverse=True)
+        start, whole = summed(back_ends, left, reverse=True), jnp.sum(left, axis=2)
     if plan.splits > 1:
-        ends = split_states(lanes, k, v, decays, segments)
+        ends = split_states(
+            lanes, k, v, decays, segments, every=need_start
+        )  # as forward: made once where XLA sees both
     else:
         back_ends = left = None
     arrays = {"decays": decays, "segments": segments, "q": flat(q), "k": flat(k), "v": flat(v), "dy": flat(dy)}
     shapes = q.shape, k.shape, v.shape
-    return Begun(call, lanes, need_decay, arrays, shapes, (ends, back_ends, left), start, scale)
+    return Begun(call, lanes, need_decay, arrays, shapes, (ends, back_ends, left), start, whole, scale)
 
 
 def _add_parts(parts, shape):

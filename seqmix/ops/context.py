@@ -30,25 +30,16 @@ def enter(axis, end, factor, apply, state, runs, reverse=False):
         recurrence (`packing.runs`), 0 for padding, or None.
       reverse: stretches are met from the last to the first.
     """
-    bounds = None if runs is None else _bounds(runs)
+    bounds = None if runs is None else stretch_bounds(runs)
     ends, factors, bounds = jax.lax.all_gather((end, factor, bounds), axis)
     index = jax.lax.axis_index(axis)
 
     def chain(carry, stretch):
         state, current, mine = carry
-        place, end, factor, bounds = stretch
-        kept = state
-        if runs is not None:
-            first, last = bounds
-            kept = _where(first == current, state, jax.tree.map(jnp.zeros_like, state))
+        place, *stretch = stretch
+        kept, new, current = through(state, current, *stretch, apply)
         mine = jax.tree.map(lambda one, other: jnp.where(place == index, one, other), kept, mine)
-        passed = kept if factor is None else apply(factor, kept)
-        if runs is not None:
-            passed = _where(first == last, passed, jax.tree.map(jnp.zeros_like, passed))
-        new = jax.tree.map(jnp.add, passed, end)
-        if runs is None:
-            return (new, None, mine), None
-        return (_where(last == 0, state, new), jnp.maximum(current, last), mine), None
+        return (new, current, mine), None
 
     # Unrolled over many, this would be most of a layer's program; as a loop each step takes a GPU some 25 us, and
     # UNROLL together are a kernel or two.
@@ -60,7 +51,25 @@ def enter(axis, end, factor, apply, state, runs, reverse=False):
     return entering, state
 
 
-def _bounds(runs):
+def through(state, current, end, factor, bounds, apply):
+    """(state that enters a stretch, state after it, its run), from the state before it, which is of run `current`.
+
+    bounds: `stretch_bounds` of its runs; it and `current` are None without segments. The others as for `enter`.
+    """
+    kept = state
+    if bounds is not None:
+        first, last = bounds
+        kept = _where(first == current, state, jax.tree.map(jnp.zeros_like, state))
+    passed = kept if factor is None else apply(factor, kept)
+    if bounds is not None:
+        passed = _where(first == last, passed, jax.tree.map(jnp.zeros_like, passed))
+    new = jax.tree.map(jnp.add, passed, end)
+    if bounds is None:
+        return kept, new, None
+    return kept, _where(last == 0, state, new), jnp.maximum(current, last)
+
+
+def stretch_bounds(runs):
     """The first and the last segment of each row [B], (0, 0) for padding alone."""
     last = jnp.max(runs, 1)
     first = jnp.min(jnp.where(runs == 0, jnp.iinfo(runs.dtype).max, runs), 1)

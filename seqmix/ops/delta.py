@@ -88,7 +88,8 @@ def delta_rule(
     form = delta_rule_reference if plain else functools.partial(delta_rule_chunked, chunk=chunk)
     lay = layout(d.B, d.T, d.H, d.Hk)
     if lay is not None and lay.time:
-        return delta_context.run(lay, form, d, args, (2, 3, 3, 3, 2, 3), **options)
+        parts = 1 if plain else delta_context.parts(lay, d, chunk)
+        return delta_context.run(lay, form, d, args, (2, 3, 3, 3, 2, 3), parts=parts, **options)
     return form(*args, **options)
 
 
@@ -140,7 +141,8 @@ def diagonal_plus_rank_one(
     form = rank_one_reference if plain else functools.partial(rank_one_chunked, chunk=chunk)
     lay = layout(d.B, d.T, d.H, d.Hk)
     if lay is not None and lay.time:
-        return delta_context.run(lay, form, d, args, (2,) * 6, **options)
+        parts = 1 if plain else delta_context.parts(lay, d, chunk)
+        return delta_context.run(lay, form, d, args, (2,) * 6, parts=parts, **options)
     return form(*args, **options)
 
 

@@ -1,4 +1,7 @@
-"""The delta rule and its relatives with time cut over a mesh: what a stretch does to a state is a matrix [K, K]."""
+"""The delta rule and its relatives with time cut over a mesh: what a stretch does to a state is a matrix [K, K].
+
+As it is known anyway, a device can cut its own stretch once more into parts that go side by side, as rows do.
+"""
 
 from functools import partial
 
@@ -6,13 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from seqmix.core import packing
-from seqmix.ops.context import enter
+from seqmix.ops import targets
+from seqmix.ops.context import enter, stretch_bounds, through
 from seqmix.ops.mesh import on_shares
 
 VALUE = 2  # place of v among the arguments of every form
+ROWS, CHUNKS = 64, 8  # rows and heads of a GPU's loop with its parts, at most; chunks of a part, at least
 
 
-def run(lay, form, d, args, head_axes, *, state, run_ids, **options):
+def run(lay, form, d, args, head_axes, *, state, run_ids, parts=1, **options):
     """The result of form(*args, state=, run_ids=, **options), with the form on each device's stretch of time.
 
     Args:
@@ -20,6 +25,7 @@ def run(lay, form, d, args, head_axes, *, state, run_ids, **options):
       form: one of the references and chunked forms, which write nothing to columns of a state that v does not have.
       args: its arrays [B, T, ...] or None.
       head_axes: of each array, the axis of its Hk or H heads.
+      parts: into how many a device cuts its stretch once more.
 
     Columns of a state do not see each other. So K more than v has, the identity at first, end as the product
     of the stretch's transitions, and on the way read what each query sees of an entering state: a stretch is gone
@@ -33,44 +39,94 @@ def run(lay, form, d, args, head_axes, *, state, run_ids, **options):
         args = [
             lay.local_key_heads(x, d.Hk, at) if x is not None and "key_heads" in name else x for x, name, at in given
         ]
-        return _stretch(lay.time, partial(form, **options), d.V, state, runs, *args)
+        return _stretch(lay.time, partial(form, **options), parts, d.V, state, runs, *args)
 
     tokens, states = ("batch", "time", "heads", None), ("batch", "heads", None, None)
     return on_shares(lay, local, (state, run_ids, *args), (states, ("batch", "time"), *names), (tokens, states))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _stretch(axis, form, width, state, runs, *args):
+def parts(lay, d, chunk) -> int:
+    """Into how many parts a device cuts its stretch once more, side by side like rows: a loop over chunks is as much
+    shorter, of steps that take a GPU the time of a few launches however few rows they are of. 1 on other devices.
+    """
+    if targets.capability() is None:
+        return 1
+    rows, time = d.B // lay.ways("batch") * (d.H // lay.ways("heads")), d.T // lay.ways("time")
+    fits = lambda count: rows * count <= ROWS and time % (count * chunk) == 0 and time >= count * chunk * CHUNKS
+    return max(count for count in (1, 2, 4, 8) if count == 1 or fits(count))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _stretch(axis, form, parts, width, state, runs, *args):
     """(y, state after all stretches) of this device's stretch; width: V."""
-    return _forward(axis, form, width, state, runs, *args)[0]
+    return _forward(axis, form, parts, width, state, runs, *args)[0]
 
 
-def _forward(axis, form, width, state, runs, *args):
-    local = None if runs is None else packing.runs(runs)
-    key = state.shape[2]
-    eye = jnp.broadcast_to(jnp.eye(key, dtype=state.dtype), (*state.shape[:2], key, key))
-    start = jnp.concatenate([jnp.zeros_like(state), eye], -1)
-    y, ends, finish = form(*args, state=start, run_ids=local, halves=True)
+def _forward(axis, form, parts, width, state, runs, *args):
+    local = None if runs is None else packing.runs(_cut(runs, parts))
+    batch, time = args[VALUE].shape[:2]
+    start = jnp.concatenate([jnp.zeros_like(state), _identity(state)], -1)
+    y, ends, finish = form(*_cut(args, parts), state=jnp.repeat(start, parts, 0), run_ids=local, halves=True)
     y, reads = y[..., :width], y[..., width:].astype(args[VALUE].dtype)
-    entering, last = enter(axis, ends[..., :width], ends[..., width:], _moved, state, runs)
+    ends, factors = ends[..., :width], ends[..., width:]
+    entering, last = _enter(axis, parts, ends, factors, state, runs)
     y, pull = jax.vjp(lambda entering: finish(_seen(y, reads, entering)), entering)
-    return (y, last), (pull, ends[..., width:], entering, runs, args)
+    return (y.reshape(batch, time, *y.shape[2:]), last), (pull, factors, entering, runs, args)
 
 
-def _backward(axis, form, width, saved, cotangents):
-    pull_entering, factor, entering, runs, args = saved
+def _backward(axis, form, parts, width, saved, cotangents):
+    pull_entering, factors, entering, runs, args = saved
     dy, dlast = cotangents
+    dy = _cut(dy, parts)
     (first,) = pull_entering(dy)
     # The chain is linear in ends and state. What it gives by its factors is within the gradients of the stretch,
     # whose final state, of the entering one, has the gradient of its end.
-    chain = lambda end, state: enter(axis, end, factor, _moved, state, runs)
-    dend, dstate = jax.vjp(chain, entering, entering)[1]((first, dlast))
-    local = None if runs is None else packing.runs(runs)
-    pull = jax.vjp(lambda *args: form(*args, state=entering, run_ids=local), *args)[1]
-    return dstate, None, *pull((dy, dend))
+    chain = lambda ends, state: _enter(axis, parts, ends, factors, state, runs)
+    dends, dstate = jax.vjp(chain, entering, entering[::parts])[1]((first, dlast))
+    local = None if runs is None else packing.runs(_cut(runs, parts))
+    pull = jax.vjp(lambda *args: form(*_cut(args, parts), state=entering, run_ids=local), *args)[1]
+    return dstate, None, *pull((dy, dends))
 
 
 _stretch.defvjp(_forward, _backward)
+
+
+def _cut(tree, parts):
+    """Arrays [B, T, ...] as [B * parts, T / parts, ...]."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] * parts, -1, *x.shape[2:]), tree)
+
+
+def _identity(state):
+    """That of each head, [B, H, K, K]."""
+    eye = jnp.eye(state.shape[2], dtype=state.dtype)
+    return jnp.broadcast_to(eye, (*state.shape[:2], *eye.shape))
+
+
+def _enter(axis, parts, ends, factors, state, runs):
+    """As `enter`, of the parts of all stretches: ends and factors [B * parts, ...], and so the entering states.
+
+    A chain over this device's parts makes of them what they together make of a zero state and of the identity, and
+    what enters each of them then; so one state a device is handed on, whatever the parts.
+    """
+    if parts == 1:
+        return enter(axis, ends, factors, _moved, state, runs)
+    ends, factors = (jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for x in (ends, factors))
+    bounds = current = None
+    if runs is not None:
+        current = stretch_bounds(runs)[0]
+        bounds = [x.reshape(-1, parts).T for x in stretch_bounds(_cut(runs, parts))]
+    none = jnp.zeros_like(factors[0])
+    passed, before = jnp.concatenate([jnp.zeros_like(ends[0]), _identity(state)], -1), []
+    for part in range(parts):
+        end = jnp.concatenate([ends[part], none], -1)
+        limits = None if runs is None else [x[part] for x in bounds]
+        kept, passed, current = through(passed, current, end, factors[part], limits, _moved)
+        before.append(kept)
+    width = state.shape[-1]
+    entering, last = enter(axis, passed[..., :width], passed[..., width:], _moved, state, runs)
+    before = jnp.stack(before, 1)
+    entering = before[..., :width] + _moved(before[..., width:], entering[:, None])
+    return entering.reshape(-1, *entering.shape[2:]), last
 
 
 def _seen(y, reads, entering):

@@ -77,8 +77,7 @@ def _forward(axis, scale, q, k, v, log_decay, state, runs, log_write):
 
     local = None if runs is None else packing.runs(runs)
     begun = gpu.begun(q, k, v, log_decay, local, log_write, scale=scale, need_end=True)
-    total = total_decay(log_decay, q.shape[1], runs, state.dtype)
-    entering, last = enter(axis, begun.end, total, _decayed, state, runs)
+    entering, last = enter(axis, begun.end, None if log_decay is None else begun.left, _left, state, runs)
     y, _ = begun.finish(entering, need_last=False)
     return (y, last), (q, k, v, log_decay, state, runs, log_write, entering)
 
@@ -90,11 +89,13 @@ def _backward(axis, scale, saved, cotangents):
     dy, dlast = cotangents
     local = None if runs is None else packing.runs(runs)
     begun = gpu_backward.begun(q, k, v, log_decay, local, log_write, dy, scale=scale, need_start=True)
-    total = total_decay(log_decay, q.shape[1], runs, state.dtype)
+    left = None if log_decay is None else begun.whole
     # The chain is linear in ends and state. Its gradient by the decays is within that of the stretch, whose final
     # state, of the entering one, has the gradient of its end.
-    _, back = jax.vjp(lambda end, state: enter(axis, end, total, _decayed, state, runs), entering, state)
-    dend, dstate = back((begun.start, dlast))
+    _, back = jax.vjp(lambda end, state: enter(axis, end, left, _left, state, runs), entering, state)
+    # The kernels fill the chip but for a few multiprocessors. One that starts while states are on their way gets in
+    # that exchange's way, and waits for it with part of its thread blocks: it begins when they are there.
+    entering, dend, dstate = jax.lax.optimization_barrier((entering, *back((begun.start, dlast))))
     dq, dk, dv, dlog, _, dwrite = begun.finish(entering, dend)
     return dq, dk, dv, dlog if dlog is None else dlog.astype(log_decay.dtype), dstate, None, dwrite
 
@@ -121,6 +122,11 @@ def total_decay(log_decay, time, runs, acc):
         log_decay = jnp.where((runs != 0).reshape(*runs.shape, *[1] * (log_decay.ndim - 2)), log_decay, 0)
     total = jnp.sum(log_decay, 1)
     return total if total.ndim == 3 else total[..., None]
+
+
+def _left(left, state):
+    """A state after log2 decays [B or 1, H], as the kernels know them: -inf where segments have opened."""
+    return state * jnp.exp2(left)[..., None, None]
 
 
 def _decayed(total, state):

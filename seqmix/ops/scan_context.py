@@ -86,6 +86,8 @@ def _backward(axis, form, saved, cotangents):
     kept, left, entering, runs = saved
     dh, dlast = cotangents
     start, finish = form.back(kept, dh)
+    # Nothing is on its way between devices while the forward kernel fills the chip: they would wait for each other.
+    start, _ = jax.lax.optimization_barrier((start, kept))
     # The chain is linear in ends and state. Its gradient by the decays is within that of the stretch, whose final
     # state, of the entering one, has the gradient of its end.
     chain = lambda end, state: enter(axis, end, left, _left, state, runs, form.reverse)

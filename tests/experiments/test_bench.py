@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import config
 from experiments.bench import __main__ as bench
 from experiments.bench import (
     attention,
@@ -22,10 +23,13 @@ from experiments.bench import (
     results,
     scaling,
     scaling_ops,
+    scaling_train,
     suites,
     timing,
     tune,
 )
+from seqmix.models import LM
+from tests.toys import Leaky
 
 
 def test_a_mistake_is_one_line_with_exit_code_2(capsys, tmp_path):
@@ -44,7 +48,6 @@ def test_a_mistake_is_one_line_with_exit_code_2(capsys, tmp_path):
         (["run", "--suite=recurrent", "--compile-only"], "--compile-only: expected --suite=scaling, got recurrent"),
         (["tune", "--list"], "--list: belongs to run"),
         (["run", "--suite=train", "--jobs=2"], "--jobs: train runs one case after the other, got 2"),
-        (["run", "--suite=scaling", "--jobs=2"], "--jobs: train of scaling runs alone, name other parts by --only"),
         (["run", "--suite=recurrent", "--case=99"], "--case: expected 0 to 14, got 99"),
         (["run", "--suite=recurrent", "--jobs=0"], "--jobs: expected at least 1, got 0"),
         (["run", "--suite=recurrent", "--peer"], "--peer: unknown flag, did you mean --peers?"),
@@ -139,11 +142,26 @@ def test_values_over_devices_are_those_of_one(monkeypatch):
 
 
 def test_cases_that_stand_for_all_come_first(capsys):
-    assert bench.main(["run", "--suite=scaling", "--only=attention,recurrences,equal", "--list"]) == 0
+    assert bench.main(["run", "--suite=scaling", "--list"]) == 0
     labels = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()]
-    assert len(set(labels)) == len(labels) == 2 + 6 + 12 + 3 * 6
-    assert labels[0] == "attention one on 1, T=262144" and labels[4] == "attention zigzag on 8, T=262144"
-    assert labels[6] == "linear_attention on 8, T=1048576" and labels[-1] == "attention ring on 8, T=1048576"
+    assert len(set(labels)) == len(labels) == 2 + 6 + 12 + 3 * 6 + 2 * 8
+    assert labels[:2] == ["attention one on 1, T=262144", "attention zigzag on 8, T=262144"]
+    assert labels[7] == "linear_attention on 1, T=131072" and labels[10] == "linear_attention on 8, T=1048576"
+    assert labels[19:21] == ["mamba2_1b one on 1", "mamba2_1b fsdp on 8"]
+    assert labels[35] == "attention zigzag on 8, values" and labels[-1] == "attention ring on 8, T=1048576"
+
+
+def test_training_over_devices_has_the_losses_of_one(monkeypatch):
+    model = LM(vocab=32, d_model=8, n_layers=1, mixers=(Leaky(),), compute_dtype="float32")
+    reads = config.Data(path="none", seq_len=8, batch_size=8)
+    toy = config.Train(name="toy", model=model, data=reads, optim=config.Optim(peak_lr=0.01), steps=8)
+    monkeypatch.setattr(scaling_train.flags, "parse", lambda words: (toy, None))
+    args = bench.parse(["run", "--suite=scaling"])
+    runs = ("one", 1), ("fsdp, one device's batch", 2)
+    rows = [row for how, devices in runs for row in scaling_train._run("toy", how, devices, 8, args)]
+    scaling_train.relate(rows)
+    assert rows[1]["loss_error"] < 1e-5 and len(rows[1]["losses"]) == 8 and rows[1]["losses"][0] > 3
+    assert rows[1]["tokens"] == 64 and rows[1]["settings"] == "remat=none, layers a loop"
 
 
 def test_shares_come_of_rows_in_any_order():

@@ -111,7 +111,6 @@ times='"fwd_ms": '$((case + 4))', "fwd_bwd_ms": 8'
 count='"devices": '$((case + 1))', "tokens": '$((case + 1))
 echo '{"rows": [{"part": "recurrences", "what": "scan", "how": "context", '$count', '$times'}]}' > $out/found.json
 """
-    assert ends_with(script, "--suite=scaling", "--match= on [14]") == 2  # some of train are among them
     assert ends_with(script, "--suite=scaling", "--match=linear_scan on [14]") == 0
     rows = json.loads((tmp_path / "out/cpu_scaling.json").read_text())["rows"]
     assert [row.get("share") for row in rows] == [None, 0.8] and "| 80.0% |" in (
@@ -126,6 +125,23 @@ def test_devices_are_for_one_process_which_may_measure(tmp_path, monkeypatch):
     monkeypatch.delenv(turns.TURN)
     with turns.devices():
         pass
+
+
+def test_of_those_that_wait_for_the_devices_the_first_case_is_next(tmp_path, monkeypatch):
+    monkeypatch.setenv(turns.TURN, str(tmp_path / "turn"))
+    code = f"""
+from experiments.bench import turns
+with turns.devices(), open("{tmp_path}/had", "a") as file:
+    file.write(turns.os.environ[turns.PLACE])
+"""
+    processes = []
+    with turns.devices():
+        for place in "21":  # the last comes before the first
+            here = os.environ | {turns.PLACE: place}
+            processes.append(subprocess.Popen([sys.executable, "-c", code], env=here))
+            wait_for(lambda: len(list(tmp_path.glob("*.waits"))) == len(processes))
+    assert [process.wait() for process in processes] == [0, 0]
+    assert (tmp_path / "had").read_text() == "12" and not list(tmp_path.glob("*.waits"))
 
 
 def test_processes_of_a_command_that_is_killed_are_killed_too(tmp_path):

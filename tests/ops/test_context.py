@@ -9,7 +9,7 @@ import pytest
 
 from seqmix import ops
 from seqmix.core import sharding
-from seqmix.ops import linear_chunked
+from seqmix.ops import delta_context, linear_chunked
 from seqmix.ops.mesh import layout
 from tests.quick import QUICK
 
@@ -196,6 +196,21 @@ def test_four_stretches_of_time_give_what_one_gives(name, packed):
             got = pull(function, args, ids)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         # Sums in another order, in float64.
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "name, ids, parts", [("delta rule, one key head, two steps", PACKED, 2), ("diagonal plus rank one", None, 4)]
+)
+def test_parts_of_a_stretch_give_what_it_gives(monkeypatch, name, ids, parts):
+    """As a GPU cuts it: with segments, parts of padding alone, that a segment passes, and in which some open."""
+    monkeypatch.setattr(delta_context, "parts", lambda lay, d, chunk: parts)
+    function, args = CASES[name]
+    with jax.enable_x64(True):
+        want = pull(function, args, ids)
+        with sharding.use_mesh(sharding.make_mesh(context=2, devices=jax.devices()[:2])):
+            got = pull(function, args, ids)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 

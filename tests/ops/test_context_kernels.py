@@ -83,18 +83,20 @@ def test_a_stretch_by_the_kernels_takes_and_gives_states_and_their_gradients():
         assert expected.dtype == got.dtype and relative(got, expected) < 5e-3
 
 
-def test_what_a_stretch_adds_is_known_before_its_state():
-    """The end from zeros, and the gradient of the entering state, are those of the whole kernels."""
+def test_what_a_stretch_adds_and_leaves_is_known_before_its_state():
+    """The end from zeros with what is left of a state, and the same of gradients, are those of the whole kernels."""
     from pallas_kernels.linear_attention import gpu, gpu_backward
 
-    q, k, v, log_decay, _, ids = linear_call(1)
-    runs, dy = packing.runs(ids), jax.random.normal(jax.random.key(9), v.shape, v.dtype)
-    options = dict(scale=0.25, splits=2)
+    q, k, v, log_decay, state, ids = linear_call(1)
+    log_decay, runs = log_decay / 8, (ids != 9).astype(jnp.int32)  # much is left of a state; padding at the end
+    dy, options = jax.random.normal(jax.random.key(9), v.shape, v.dtype), dict(scale=0.25, splits=2)
+    kept = lambda left: state * jnp.exp2(left)[..., None, None]
     with compat.interpret():
         begun = gpu.begun(q, k, v, log_decay, runs, None, need_end=True, **options)
         back = gpu_backward.begun(q, k, v, log_decay, runs, None, dy, need_start=True, **options)
-        assert relative(begun.end, begun.finish(None)[1]) < 1e-5
-        assert relative(back.start, back.finish(None, None)[4]) < 1e-5
+        assert float(jnp.max(begun.left)) > -16
+        assert relative(begun.end + kept(begun.left), begun.finish(state)[1]) < 1e-5
+        assert relative(back.start + kept(back.whole), back.finish(None, state)[4]) < 1e-5
 
 
 def test_a_stretch_of_a_scan_by_the_kernels_takes_and_gives_states_and_their_gradients():
