@@ -1,6 +1,7 @@
 """Softmax attention, and how results over parts of the keys are joined."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +136,11 @@ def attention(
     elif name in kernels:
         y, lse = scored.by_rules(rules, q, k, v, sink_logits, tokens, order, name)
     elif name in libraries:
-        return softmax_library.run(name, lay, rules, q, k, v, tokens[0] if order == "runs" else None)
+        library = partial(softmax_library.run, name, lay, rules, ids=tokens[0] if order == "runs" else None)
+        if implementation is None and kernels["gpu"] is None and softmax_library.splits(name, rules, q, k, v):
+            ours = lambda *arrays: scored.by_rules(rules, *arrays, sink_logits, tokens, order, "gpu")[0]
+            return softmax_library.either(ours, library, q, k, v)
+        return library(q, k, v)
     elif name == "chunked":
         y, lse = chunked(rules, q, k, v, sink_logits, *tokens, order=order, block=block)
     else:

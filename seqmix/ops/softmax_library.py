@@ -76,11 +76,33 @@ def yields(rules, q, k, v) -> bool:
 
     As measured on an H100 with a key head to each query head, of 128 channels, and no soft cap.
     """
-    time, width, alike = q.shape[1], q.shape[3], q.shape[2:] == k.shape[2:] == v.shape[2:]
-    if not (rules.causal and alike and width == 128 and rules.soft_cap is None) or time < SHORT[0]:
+    time, window = q.shape[1], _window(rules, q.shape[1], k.shape[1])
+    if not _timed(rules, q, k, v) or time < SHORT[0]:
         return False
-    window = _window(rules, time, k.shape[1])
     return time <= SHORT[1] if window is None else time >= NARROW * window
+
+
+def splits(name, rules, q, k, v) -> bool:
+    """Whether values alone are better made by our own kernels, and those that have gradients by the library `name`.
+
+    As measured on an H100 in long causal rows: there our forward kernel is the faster, and cuDNN's backward one.
+    """
+    whole = rules.causal and _window(rules, q.shape[1], k.shape[1]) is None
+    return name == "cudnn" and whole and q.shape[1] > SHORT[1] and _timed(rules, q, k, v)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def either(values, graded, *arrays):
+    """values(*arrays); where a gradient is asked for, graded(*arrays) with its own."""
+    return values(*arrays)
+
+
+either.defvjp(lambda values, graded, *arrays: jax.vjp(graded, *arrays), lambda values, graded, pull, dy: pull(dy))
+
+
+def _timed(rules, q, k, v):
+    """Whether our kernels were timed beside the libraries for such heads."""
+    return rules.causal and q.shape[2:] == k.shape[2:] == v.shape[2:] and q.shape[3] == 128 and rules.soft_cap is None
 
 
 def _unsupported(name, rules, q, k, v, sink_logits, order, return_lse) -> str | None:
