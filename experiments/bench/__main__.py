@@ -5,7 +5,8 @@
 A suite is a list of cases; each gives rows, which are written to DIR/<card>_<suite>.json as they come, with the
 command, versions and card. At the end come a table (.md, and printed) and, with matplotlib, a picture (.png, .svg). A
 case that fails is a row that says why. With --jobs=N cases compile side by side, and measure in turn. Exit codes: 0
-done, 1 a case failed (the others are kept), 2 a mistake in the command.
+done, 1 a case failed (the others are kept), 2 a mistake in the command, 143 ended by SIGTERM and 130 by Ctrl-C, after a
+line that says what is kept.
 """
 
 import argparse

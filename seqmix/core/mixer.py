@@ -15,11 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from seqmix.core import packing, param
-from seqmix.core.shapes import boolean, described, factor, is_array
+from seqmix.core.shapes import boolean, described, did_you_mean, factor, is_array
 
 NEED_WEIGHTS = ("forward", "prefill", "step", "project", "mixing_matrix")  # methods that are given all of them
-
-IMPLEMENTATIONS = "chunked", "reference", "gpu", "tpu", "triton", "cudnn", "tokamax", "splash"  # of whatever op
 
 
 def _with_weights(method):
@@ -47,8 +45,6 @@ def _check_field(name, kind, value):
             raise ValueError(f"{name}: expected an integer, got {described(value)}")
     elif _is_foreign(value, typing.get_args(kind) or (kind,)):
         raise ValueError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {described(value)}")
-    elif name.endswith(".implementation") and value not in IMPLEMENTATIONS:
-        raise ValueError(f"{name}: expected None or one of {', '.join(IMPLEMENTATIONS)}, got {value!r}")
     elif not isinstance(value, typing.Hashable):
         raise ValueError(f"{name}: expected a value that can be hashed, such as a tuple, got {type(value).__name__}")
 
@@ -77,12 +73,17 @@ class Mixer:
     selects_over_time: ClassVar[bool] = False  # the published selection sees the future
     align: ClassVar[int] = 1  # packing and splits are exact at multiples of it
     context_form: ClassVar[str] = "none"  # over a context axis: state, ring, heads, gather or none
+    implementations: ClassVar[tuple[str, ...]] = ()  # what the field `implementation` may name; (): its op refuses
     fft: ClassVar[bool] = False  # causal up to rounding only: mixes by an FFT
 
     def __new__(cls, *args, **fields):
         for field in dataclasses.fields(cls):
             if field.name in fields:
                 _check_field(f"{cls.__name__}.{field.name}", field.type, fields[field.name])
+        name, known = fields.get("implementation"), cls.implementations
+        if name is not None and known and name not in known:
+            expected = f"{cls.__name__}.implementation: expected one of {', '.join(known)}"
+            raise ValueError(f"{expected}, got {name!r}{did_you_mean(name, known)}")
         return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs):

@@ -1,5 +1,6 @@
 """Errors about shapes and options that name the argument, what was expected and what came."""
 
+import difflib
 import math
 import numbers
 from types import SimpleNamespace
@@ -60,6 +61,12 @@ def described(value) -> str:
     if is_array(value) and tuple(value.shape):
         return f"an array of {value.dtype} of shape {tuple(value.shape)}"
     return " ".join(repr(value).split())
+
+
+def did_you_mean(value, known) -> str:
+    """ "; did you mean 'NAME'?" of the known name that is nearest to a value, if one is near."""
+    near = difflib.get_close_matches(str(value), known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def finite(name: str, value) -> float:

@@ -6,7 +6,7 @@ import pytest
 
 from seqmix import ops
 from seqmix.core import shapes
-from seqmix.ops import masks
+from seqmix.ops import dispatch, masks
 from seqmix.ops.topk_blocks import pooled_scores
 
 X = np.zeros((1, 8, 2, 4), np.float32)
@@ -110,6 +110,13 @@ def test_no_heads_and_no_tokens_are_refused():
         refused(start, lambda **given: ops.block_weights(*given.values(), scale=1.0), q=q, k=k, lse=lse, seen=seen)
         refused(start, pooled_scores, q=q, k=k)
         refused(start, ops.topk_block_attention, q=q, k=k, v=k, count=1)
+
+
+def test_names_that_mixers_go_by_are_those_of_the_ops():
+    selective = lambda **options: ops.selective_scan(BETA, BETA, BETA[0, :2], BETA, BETA, **options)
+    calls = CALLS | {"selective_scan": selective}
+    for op, names in dispatch.NAMES.items():
+        refused(f"implementation: expected one of {', '.join(names)} for {op}, got 'x'", calls[op], implementation="x")
 
 
 def test_refusals_of_topk_block_attention_name_it():
