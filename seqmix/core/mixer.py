@@ -51,7 +51,8 @@ def _check_field(name, kind, value):
 
 def _is_foreign(value, kinds) -> bool:
     """Whether a value is of none of these kinds, all of them classes, integers apart."""
-    return all(isinstance(kind, type) and kind is not int for kind in kinds) and not isinstance(value, kinds)
+    plain = all(isinstance(kind, type) and kind not in (int, typing.Any) for kind in kinds)
+    return plain and not isinstance(value, kinds)
 
 
 def _is_axes(node) -> bool:

@@ -57,10 +57,11 @@ def dims(spec, **arrays) -> SimpleNamespace:
 
 
 def described(value) -> str:
-    """A value in one line: an array by its dtype and shape."""
+    """A value in one line, cut where it is long; an array by its dtype and shape."""
     if is_array(value) and tuple(value.shape):
         return f"an array of {value.dtype} of shape {tuple(value.shape)}"
-    return " ".join(repr(value).split())
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def did_you_mean(value, known) -> str:
