@@ -90,7 +90,7 @@ def stopped(suite, kept):
     if not kept.rows:
         return f"bench run of {suite.NAME} stopped; nothing was measured, the same command begins anew"
     rest = "--only and --match (of --list) name the cases that are left"
-    return f"bench run of {suite.NAME} stopped; {len(kept.rows)} rows of it are in {kept.path}; {rest}"
+    return f"bench run of {suite.NAME} stopped; rows so far ({len(kept.rows)}) are in {kept.path}; {rest}"
 
 
 def parse(argv):

@@ -32,7 +32,7 @@ def test_a_stopped_bench_says_what_is_kept_and_how_to_go_on():
     none = bench.stopped(suite, types.SimpleNamespace(rows=[], path="x.json"))
     assert none == "bench run of recurrent stopped; nothing was measured, the same command begins anew"
     some = bench.stopped(suite, types.SimpleNamespace(rows=[{}, {}], path="x.json"))
-    assert "recurrent stopped; 2 rows of it are in x.json; --only and --match" in some
+    assert "recurrent stopped; rows so far (2) are in x.json; --only and --match" in some
 
 
 def test_compile_only_takes_jobs_and_refuses_a_folder(capsys):
