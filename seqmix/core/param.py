@@ -89,11 +89,11 @@ def entry(tree, path):
 
 
 def check(tree, params, owner: str):
-    """Raises ValueError that names the first declared weight which `params`, nested like the tree, has no array of,
-    or else the first of `params` that is not declared.
+    """Raises ValueError that names the first declared weight which `params`, nested like the tree, has no array of
+    that shape of, or else the first of `params` that is not declared.
     """
     declared = set()
-    for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param):
         held = entry(params, path)
         if held is None:
             raise ValueError(f"params: expected the weights of {owner}, found no {path_name(path)}")
@@ -103,6 +103,9 @@ def check(tree, params, owner: str):
         if not is_array(held):
             name, got = path_name(path), type(held).__name__
             raise ValueError(f"params: expected the weights of {owner}, arrays, got {got} as {name}")
+        if tuple(held.shape) != tuple(leaf.shape):
+            expected = f"the weights of {owner}, {path_name(path)} of shape {tuple(leaf.shape)}"
+            raise ValueError(f"params: expected {expected}, got {tuple(held.shape)}")
         declared.add(path_name(path))
     for path, _ in jax.tree_util.tree_leaves_with_path(params):
         if path_name(path) not in declared:

@@ -92,6 +92,7 @@ def test_weights_of_another_tree_are_refused_by_name():
     for given, message in (
         (held | {"in": {}}, "found no in/b"),
         (held | {"a": [1.0, 1.0]}, "arrays, got list as a"),
+        (held | {"a": np.ones(3)}, r"a of shape \(2,\), got \(3,\)"),
         (held | {"c": np.ones(2)}, "and no others, got c"),
         (held | {"in": held["in"] | {"d": np.ones(2)}}, "and no others, got in/d"),
     ):
