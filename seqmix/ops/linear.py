@@ -72,8 +72,7 @@ def linear_attention(
     runs = None if segment_ids is None else packing.runs(segment_ids)
     lay = layout(d.B, d.T, d.H, d.Hk)
     call = (q, k, v, log_decay, state, runs, write)
-    if not isinstance(return_state, bool):
-        raise ValueError(f"return_state: expected True or False, got {return_state!r}")
+    return_state = boolean("return_state", return_state)
     kind = dict(scale=scale, normalize=normalize)
     if lay is not None and causal:
         kernel = linear_context.kernel(lay, implementation, *call, **kind)

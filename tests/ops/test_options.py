@@ -33,7 +33,7 @@ CALLS = {
 SCALED = "linear_attention", "delta_rule", "diagonal_plus_rank_one", "log_linear_attention", "log_linear_delta_rule"
 SOFTMAX = "attention", "block_sparse_attention", "topk_block_attention", "block_weights"
 BOOLS = {
-    "linear_attention": ("normalize", "causal"),
+    "linear_attention": ("normalize", "causal", "return_state"),
     "linear_scan": ("reverse",),
     "short_conv": ("twice",),
     "attention": ("causal", "return_lse"),
