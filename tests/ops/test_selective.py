@@ -233,7 +233,7 @@ def test_bad_input_is_named():
         "u: expected at least one token": {k: good[k][:, :0] for k in ("u", "dt", "B", "C")},
         "A: expected a floating dtype": dict(A=good["A"] + 1j),
         "segment_ids: expected integers": dict(segment_ids=jnp.ones((2, 5))),
-        "chunk: expected a positive": dict(chunk=0),
+        "chunk: expected an integer >= 1": dict(chunk=0),
         "implementation: expected one of chunked": dict(implementation="gpu"),
     }.items():
         with pytest.raises(ValueError, match=message):
