@@ -405,6 +405,12 @@ def fetch(source, target, barrier_ref):
     gpu().copy_gmem_to_smem(source, target, barrier_ref)
 
 
+def prefetch(source):
+    """Starts the copy of global memory to L2, for a `fetch` to come."""
+    if not interpreting():
+        gpu().async_prefetch(source)
+
+
 def registers(count, more):
     """What a thread of this warpgroup may hold: `more` than at the kernel's start, or less."""
     gpu().set_max_registers(count, action="increase" if more else "decrease")
@@ -526,8 +532,12 @@ def stores_done():
     gpu().wait_smem_to_gmem(0)
 
 
-def arrive(barrier_ref):
-    gpu().barrier_arrive(barrier_ref)
+def arrive(barrier_ref, predicate=None):
+    """Arrives at a barrier, if the predicate says so."""
+    if predicate is None or not interpreting():
+        gpu().barrier_arrive(barrier_ref, predicate=predicate)
+    else:
+        pl.when(predicate)(lambda: gpu().barrier_arrive(barrier_ref))
 
 
 def wait(barrier_ref):

@@ -260,7 +260,7 @@ def _attend_backward(call, saved, cotangents):
     if slopes is None:
         y, dy = (_filled(x, call.sizes[0]) for x in (y, dy))
         lse, dlse = (_filled(x, call.sizes[0], 2, value) for x, value in ((lse, jnp.inf), (dlse, 0)))
-        rows = row_sums(call.target, y, dy, lse, dlse)
+        rows = (y, lse, dlse) if call.target == "gpu" else row_sums(call.target, y, dy, lse, dlse)
         return (*_by_kernel(call, q, k, v, data, walks, rows, dy), None, None, None)
     config = block_sparse_chunked.Config(call.scale, call.soft_cap, call.mask, *call.lengths, call.full)
     call = (config, q, k, v, slopes, data, walks[:2], call.sizes)
@@ -271,7 +271,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _by_kernel(call, q, k, v, data, walks, rows, dy):
-    """Gradients of q, k and v by the backward kernels; rows are those of whole blocks of queries."""
+    """Gradients of q, k and v by the backward kernels; rows, as these take them, are of whole blocks of queries."""
     time, keys = q.shape[1], k.shape[1]
     bq, bk = call.sizes
     options, (walk, turned, *more) = _options(call, data), walks

@@ -43,8 +43,11 @@ def attention(q, k, v, seen, scale, soft_cap):
     return y, jnp.where(total > 0, jnp.log(some), -jnp.inf)
 
 
-def check(shape, sizes, visible=None, segments=None, drop=(), soft_cap=None, with_lse=False):
-    """Compares the gradients with float64 ones. shape: B, T, S, H, Hk, K, V; drop: tiles that are not listed."""
+def check(shape, sizes, visible=None, segments=None, drop=(), soft_cap=None, with_lse=False, makes=False):
+    """Compares the gradients with float64 ones.
+
+    shape: B, T, S, H, Hk, K, V; drop: tiles that are not listed; makes: whether the kernel makes what it needs of rows.
+    """
     batch, time, keys, heads, key_heads, key, value = shape
     rng = np.random.default_rng(0)
     draw = lambda *dims: jnp.asarray(rng.normal(size=dims), jnp.bfloat16)
@@ -74,10 +77,13 @@ def check(shape, sizes, visible=None, segments=None, drop=(), soft_cap=None, wit
     given = {}
     if segments is not None:
         given = {"q_data": {"segment": segments[0]}, "k_data": {"kv_segment": segments[1]}}
+    rows = plan.rows(jnp.asarray(lse), jnp.asarray(delta))
+    if makes:
+        rows = jnp.asarray(np.asarray(y), jnp.bfloat16), jnp.asarray(lse), jnp.asarray(dlse, jnp.float32)
     walks = walk(live, full), walk(live.T, full.T)
     with compat.interpret():
         got = gpu_backward.backward(
-            *(q, k, v, plan.rows(jnp.asarray(lse), jnp.asarray(delta)), dy, *walks),
+            *(q, k, v, rows, dy, *walks),
             **given,
             sizes=sizes,
             visible=visible,
@@ -92,7 +98,7 @@ def check(shape, sizes, visible=None, segments=None, drop=(), soft_cap=None, wit
 
 @needs_mosaic
 def test_gradients_of_grouped_heads_under_a_causal_mask_match_float64():
-    check((1, 128, 128, 2, 1, 64, 128), (128, 64), causal, with_lse=True)
+    check((1, 128, 128, 2, 1, 64, 128), (128, 64), causal, with_lse=True, makes=True)
 
 
 @needs_mosaic
@@ -118,10 +124,10 @@ def deals(monkeypatch, processors):
 def test_thread_blocks_that_go_through_several_lists_make_the_same_gradients(monkeypatch, blocks):
     made = deals(monkeypatch, 2)
     if blocks == 128:  # lists of which one is empty, and halves of a ring
-        check((1, 384, 384, 2, 1, 64, 64), (128, 128), causal, drop=[(1, 0), (1, 1)])
+        check((1, 384, 384, 2, 1, 64, 64), (128, 128), causal, drop=[(1, 0), (1, 1)], with_lse=True, makes=True)
     else:  # pairs of blocks, of which one is missing
         segments = np.repeat(np.array([[1, 2, 0]], np.int32), (80, 90, 22), axis=1)
-        check((1, 192, 192, 2, 2, 64, 64), (64, 64), packed, (segments, segments))
+        check((1, 192, 192, 2, 2, 64, 64), (64, 64), packed, (segments, segments), makes=True)
     assert [x.items for x in made] == ([6, 3] if blocks == 128 else [4, 4])
 
 
