@@ -351,11 +351,13 @@ def accumulate(body, *starts):
 def as_operand(value, spare=None):
     """A float32 tile rounded to bf16, as the left operand of `matmul`.
 
-    The interpreter takes that operand from shared memory only: there it goes through `spare`, a tile of its shape.
+    The interpreter takes that operand from shared memory only: there it goes through `spare`, a tile of its shape or
+    of more columns.
     """
     value = value.astype(jnp.bfloat16)
     if not interpreting():
         return value
+    spare = spare.at[:, pl.ds(0, value.shape[1])]
     spare[...] = value
     gpu().commit_smem()
     return spare

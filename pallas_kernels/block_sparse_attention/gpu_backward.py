@@ -41,6 +41,7 @@ SHORT = 8192  # tokens whose indices may be a constant of the program
 # Whether a thread block that goes from list to list fetches the next owner's tiles from the last step on, and stores
 # what it found through shared memory of its own meanwhile.
 EARLY = True
+SPLITS = True  # whether a warpgroup takes the half of a tile of 128 keys alone that it sees, where lists say so
 COLUMNS = 64  # of a result that are stored at a time then
 
 
@@ -325,7 +326,7 @@ class _Block:
                 if call.deal is None:
                     self.fetch_own(mine, unit)
                 elif call.early:
-                    for source in self.own_tiles(mine, unit):
+                    for source in self.own_tiles(mine, unit, "aby" if call.makes_rows else "ab"):
                         compat.prefetch(source)
 
             def step(n, _):
@@ -358,10 +359,10 @@ class _Block:
         """Those of a warpgroup, which may be known in the kernel alone."""
         return pl.ds(mine.start + (unit if self.call.owners == 1 else 0) * ROWS, ROWS)
 
-    def own_tiles(self, mine, unit):
+    def own_tiles(self, mine, unit, names="ab"):
         """What a warpgroup needs of its rows, in global memory."""
         at = mine.row, self.own_tokens(mine, unit), mine.own_head
-        return [self.given[name].at[at] for name in "ab"]
+        return [self.given[name].at[at] for name in names]
 
     def fetch_own(self, mine, unit):
         """The 64 rows of a warpgroup."""
@@ -397,7 +398,7 @@ class _Block:
         for source, target in copies:
             compat.fetch(source, target.at[slot], self.ready.at[slot])
         if call.seen is not None:
-            self.marks[slot] = entry & ((1 << MARKS) - 1)
+            self.marks[slot] = mine.marks(entry, n)
             compat.arrive(self.ready.at[slot])
 
     def compute(self):
@@ -417,8 +418,8 @@ class _Block:
             last = before + steps
             self.unit = self.warpgroup + hidden_zero(steps)
             loaded = self.loaded.at[self.unit if call.deal is not None else 0]
-            rows = self.made_rows(mine, loaded) if call.makes_rows else compat.wait(loaded)
-            sums = self.walk(place, before, last, rows)
+            self.make_rows(mine, loaded) if call.makes_rows else compat.wait(loaded)
+            sums = self.walk(place, before, last)
             # Again, so that nothing has to be kept through the loop.
             mine = List(self, place, item + hidden_zero(last))
             unit = self.warpgroup + hidden_zero(last)
@@ -438,12 +439,12 @@ class _Block:
         self.turns(turn, 0 if call.deal is None else jnp.int32(0))
         compat.stores_done()
 
-    def made_rows(self, mine, loaded):
-        """lse in log2 and delta of a warpgroup's rows, as `rows_gpu.rows` makes them; writes them."""
+    def make_rows(self, mine, loaded):
+        """Makes lse in log2 and delta of a warpgroup's rows, as `rows_gpu.rows` does, once their tiles are there."""
         tokens = self.own_tokens(mine, self.unit)
         at = mine.row, mine.own_head, tokens
-        # Before the wait, as dy is on its way.
-        y = compat.load_tile(self.given["y"].at[mine.row, tokens, mine.own_head], shared=False)
+        (y,) = self.own_tiles(mine, self.unit, "y")
+        y = compat.load_tile(y, shared=False)  # before the wait, as dy is on its way
         lse, shift = (compat.load_rows_of(self.given[name].at[at]) for name in ("lse", "dlse"))
         some = jnp.abs(lse) < jnp.inf
         compat.wait(loaded)
@@ -455,34 +456,40 @@ class _Block:
         compat.publish()
         target = self.results[-1].at[mine.row, mine.own_head, :, tokens]
         compat.store(self.rows.at[self.unit], target, None if self.call.owners == 1 else mine.exists)
-        return lse, delta
 
     def own_done(self, ends):
         """Where ends says that this is the last step: nothing will be read of the owner's tiles any more."""
         if self.call.early:
             compat.arrive(self.used.at[self.unit], ends)
 
-    def walk(self, place, first, last, rows):
+    def walk(self, place, first, last):
         """The sums after the list's tiles, whose numbers in the thread block are from first to last."""
         call = self.call
         widths = [x.shape[-1] for x in ((self.a, self.b) if call.keys_own else (self.a,))]
         sums = [compat.zeros((ROWS, width)) for width in widths]
-        step = self.keys_step if call.keys_own else self.queries_step(rows)
+        step = self.keys_step if call.keys_own else self.queries_step()
         if call.seen is None:
             turn = lambda slot, sums, ends: step(slot, False, sums, ends)
         else:  # two copies of the step: a branch around the mask alone costs registers while products are running
-            copies = [lambda sums, *at, hides=hides: step(at[0], hides, sums, at[1]) for hides in (True, False)]
+            copies = [lambda sums, *at, hides=hides: step(at[0], hides, sums, *at[1:]) for hides in (True, False)]
 
             def over(sums, slot, ends):
                 self.own_done(ends)
                 return sums
 
             def turn(slot, sums, ends):
-                marks = self.marks[slot] >> (self.warpgroup if call.units > 1 else 0)
+                marks = self.marks[slot] >> (self.unit if call.units > 1 else 0)
                 looks = lambda *given: lax.cond(marks & 1 == 1, copies[1], copies[0], *given)
                 if not call.skips:
                     return looks(sums, slot, ends)
-                return lax.cond((marks >> WARPGROUPS) & 1 == 1, over, looks, sums, slot, ends)
+                empty, *second = ((marks >> n * WARPGROUPS) & 1 for n in range(1, 1 + call.step // ROWS))
+                if not second:
+                    return lax.cond(empty == 1, over, looks, sums, slot, ends)
+                if not SPLITS:
+                    return lax.cond(empty & second[0] == 1, over, looks, sums, slot, ends)
+                half = lambda *given: copies[0](*given, empty * ROWS)
+                some = lambda *given: lax.cond(empty & second[0] == 1, over, half, *given)
+                return lax.cond(empty | second[0] == 1, some, looks, sums, slot, ends)
 
         def visit(n, sums):
             slot = place * call.stages + lax.rem(n, call.stages)
@@ -537,37 +544,43 @@ class _Block:
 
         return compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:2]
 
-    def queries_step(self, rows):
+    def queries_step(self):
         """dq of 64 queries after one more tile of keys: the step, with what stays the same loaded."""
         call = self.call
         q, dy = (x.at[self.unit] for x in (self.a, self.b))
-        shape = (ROWS, call.step)
-        lse, delta = rows or [compat.load_rows(self.rows.at[self.unit, n]) for n in range(2)]
-        if call.early and not rows:
-            compat.reads_done()
+        row = lambda n: compat.load_rows(self.rows.at[self.unit, n])
+        if call.makes_rows:  # not kept: registers are few
+            lse, delta = lambda: row(0), lambda: row(1)
+        else:
+            kept = row(0), row(1)
+            lse, delta = lambda: kept[0], lambda: kept[1]
+            if call.early:
+                compat.reads_done()
 
-        def step(slot, hides, sums, ends):
-            k, v = self.other_a.at[slot], self.other_b.at[slot]
+        def step(slot, hides, sums, ends, start=None):
+            """start: first key of the half that is seen; None: all are."""
+            keys = pl.ds(*(0, call.step) if start is None else (pl.multiple_of(start, ROWS), ROWS))
+            k, v, shape = self.other_a.at[slot, keys], self.other_b.at[slot, keys], (ROWS, keys.size)
 
             def products(add, read):
                 add(1, q, compat.transposed(k))
                 add(2, dy, compat.transposed(v))
-                _, graded = self.weights(read(1, 1), compat.spread_rows(lse, shape), slot, hides)
+                _, graded = self.weights(read(1, 1), compat.spread_rows(lse(), shape), slot, hides, keys)
                 if hides:
                     compat.reads_done()
                 gradient = read(2, 0)
                 self.own_done(ends)
-                ds = graded * (gradient - compat.spread_rows(delta, shape))
+                ds = graded * (gradient - compat.spread_rows(delta(), shape))
                 add(0, compat.as_operand(ds, self.spares[0]), k)
 
             return compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:1]
 
         return step
 
-    def weights(self, products, lse, slot, hides):
+    def weights(self, products, lse, slot, hides, others=slice(None)):
         """p of a tile from q k^T and log2 sums, 0 where hidden; and p times the derivative of the soft cap."""
         call = self.call
-        hide = (lambda p: self.hide(slot, p)) if hides else lambda p: p
+        hide = (lambda p: self.hide(slot, p, others)) if hides else lambda p: p
         if call.soft_cap is None:
             p = hide(jnp.exp2(products * (call.scale * LOG2_E) - lse))
             return p, p
@@ -577,11 +590,11 @@ class _Block:
         p = hide(jnp.exp2((top - lse) - below * (2 * top)))
         return p, 4 * p * (below - below * below)
 
-    def hide(self, slot, p):
-        """p with 0 at hidden pairs."""
-        own, other = self.own_facts.at[self.warpgroup], self.other_facts.at[slot]
+    def hide(self, slot, p, others):
+        """p with 0 at hidden pairs; others: which of the step's."""
+        own, other = self.own_facts.at[self.unit], self.other_facts.at[slot]
         vectors = {"own": lambda n: lambda: compat.load_rows(own.at[n])}
-        vectors["other"] = lambda n: lambda: compat.load_columns(other.at[n])
+        vectors["other"] = lambda n: lambda: compat.load_columns(other.at[n, others])
         values = {}
         for side, names in (("own", self.call.names(True)), ("other", self.call.names(False))):
             values |= {name: vectors[side](n) for n, name in enumerate(names)}

@@ -3,8 +3,10 @@
 import jax.numpy as jnp
 from jax import lax
 
-# What a list may say of a tile, bit by bit: whether it is full for each warpgroup of a block, whether empty for each.
-MARKS = 4
+HALVES = 2  # of a block, one for each warpgroup
+# What a list may say of a tile, bit by bit: whether it is full for each half of its owner, then whether these see
+# nothing of its first half, or of a tile of 64, then the same of the second half.
+MARKS = 3 * HALVES
 
 
 class List:
@@ -47,14 +49,26 @@ class List:
         self.entries = given["entries"].at[*lead]
 
     def entry(self, step):
-        """What is listed for a step: the block's number, times 16, and its marks."""
+        """What is listed for a step: the block's number, times 64, and its marks."""
         last = self.entries.shape[-1] - 1  # where an empty list may begin past
         return self.entries[jnp.minimum(self.begin + step // (self.heads * self.call.parts), last)]
 
+    def part(self, step):
+        """Which part of the listed block a step takes."""
+        return (step // self.heads) % self.call.parts
+
     def other_start(self, entry, step):
         """First token of a step."""
-        part = (step // self.heads) % self.call.parts
-        return (entry >> MARKS) * self.call.other + part * self.call.step
+        return (entry >> MARKS) * self.call.other + self.part(step) * self.call.step
+
+    def marks(self, entry, step):
+        """What is known of a step's tile; if that is half of a listed one, of this half."""
+        known = entry & ((1 << MARKS) - 1)
+        if not self.call.skips or self.call.parts == 1:
+            return known
+        own = (1 << HALVES) - 1
+        empty = (known >> HALVES * (1 + self.part(step))) & own
+        return (known & own) + (empty << HALVES)
 
     def slot(self, step):
         """Where in shared memory the tiles of a step lie, of those of the whole thread block."""

@@ -179,8 +179,14 @@ def _prepared(config, lists, sizes, target="gpu", steps=None):
     call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, lengths, full, target, steps)
     transposed = block_lists.turned if target == "gpu" else block_lists.transposed
     walks = block_lists.forward(lists), transposed(lists, -(-config.keys // sizes[1]))
-    own = static and seen is not None and target == "gpu"
-    return call, (*walks, block_halves.halves(config.mask, lists, walks[0], sizes, *lengths) if own else None)
+    known = None
+    if seen is not None and target == "gpu":
+        known = (
+            block_halves.halves(config.mask, lists, walks[0], sizes, *lengths)
+            if static
+            else block_halves.of_data(config.mask, *walks, sizes, *lengths)
+        )
+    return call, (*walks, known)
 
 
 def visit(scale, soft_cap, mask, data, q, k, v):
@@ -243,7 +249,7 @@ def _attend(call, q, k, v, slopes, data, walks):
     time = q.shape[1]
     bq, bk = call.sizes
     options = _options(call, data) | {"slopes": slopes}
-    if walks[2] is not None:
+    if isinstance(walks[2], block_halves.Halves):
         options["own"] = walks[2].own
     y, lse = _modules(call.target)[1].forward(_filled(q, bq), _filled(k, bk), _filled(v, bk), walks[0], **options)
     return y[:, :time], lse[:, :, :time]
@@ -275,9 +281,12 @@ def _by_kernel(call, q, k, v, data, walks, rows, dy):
     time, keys = q.shape[1], k.shape[1]
     bq, bk = call.sizes
     options, (walk, turned, *more) = _options(call, data), walks
-    if more and more[0] is not None:
-        walk = walk if more[0].marks is None else walk._replace(full=more[0].marks)
-        turned, options["turned_queries"] = more[0].turned, block_halves.HALF
+    known = more[0] if more else None
+    if isinstance(known, block_halves.Marks):
+        walk, turned = walk._replace(full=known.walk), turned._replace(full=known.turned)
+    elif known is not None:
+        walk = walk if known.marks is None else walk._replace(full=known.marks)
+        turned, options["turned_queries"] = known.turned, block_halves.HALF
     arrays = _filled(q, bq), _filled(k, bk), _filled(v, bk), rows, _filled(dy, bq)
     dq, dk, dv = _modules(call.target)[2].backward(*arrays, walk, turned, **options)
     return dq[:, :time], dk[:, :keys], dv[:, :keys]

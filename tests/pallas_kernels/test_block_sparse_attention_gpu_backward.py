@@ -30,6 +30,18 @@ def walk(live, full):
     return tuple(x[None, None] for x in (begin, count, np.nonzero(live)[1].astype(np.int32), full[live]))
 
 
+def marks(seen):
+    """What lists say of tiles of 128 x 128 of seen [T, S], [n, m], and of these transposed."""
+    tiles = seen.reshape(seen.shape[0] // 128, 2, 64, seen.shape[1] // 128, 2, 64)
+    some, full = tiles.any((2, 5)), tiles.all((2, 4, 5))  # [n, 2, m, 2] and [n, 2, m]
+    found = sum(full[:, half] * (1 << half) for half in range(2))
+    turned = sum(tiles.all((1, 2, 5))[:, :, half].T * (1 << half) for half in range(2))
+    for mine, other in np.ndindex(2, 2):
+        found += ~some[:, mine, :, other] * (4 << 2 * other + mine)
+        turned += ~some[:, other, :, mine].T * (4 << 2 * other + mine)
+    return found.astype(np.int32), turned.astype(np.int32)
+
+
 def attention(q, k, v, seen, scale, soft_cap):
     """(y, lse) of the whole matrix, with seen [B, T, S]."""
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
@@ -43,10 +55,11 @@ def attention(q, k, v, seen, scale, soft_cap):
     return y, jnp.where(total > 0, jnp.log(some), -jnp.inf)
 
 
-def check(shape, sizes, visible=None, segments=None, drop=(), soft_cap=None, with_lse=False, makes=False):
+def check(shape, sizes, visible=None, segments=None, drop=(), soft_cap=None, with_lse=False, makes=False, marked=False):
     """Compares the gradients with float64 ones.
 
-    shape: B, T, S, H, Hk, K, V; drop: tiles that are not listed; makes: whether the kernel makes what it needs of rows.
+    shape: B, T, S, H, Hk, K, V; drop: tiles that are not listed; makes: whether the kernel makes what it needs of rows;
+    marked: whether lists say what halves of blocks of 128 see.
     """
     batch, time, keys, heads, key_heads, key, value = shape
     rng = np.random.default_rng(0)
@@ -80,7 +93,9 @@ def check(shape, sizes, visible=None, segments=None, drop=(), soft_cap=None, wit
     rows = plan.rows(jnp.asarray(lse), jnp.asarray(delta))
     if makes:
         rows = jnp.asarray(np.asarray(y), jnp.bfloat16), jnp.asarray(lse), jnp.asarray(dlse, jnp.float32)
-    walks = walk(live, full), walk(live.T, full.T)
+    walks = [walk(live, full), walk(live.T, full.T)]
+    if marked:
+        walks = [walk(live, known) for live, known in zip((live, live.T), marks(seen[0]))]
     with compat.interpret():
         got = gpu_backward.backward(
             *(q, k, v, rows, dy, *walks),
@@ -124,7 +139,15 @@ def deals(monkeypatch, processors):
 def test_thread_blocks_that_go_through_several_lists_make_the_same_gradients(monkeypatch, blocks):
     made = deals(monkeypatch, 2)
     if blocks == 128:  # lists of which one is empty, and halves of a ring
-        check((1, 384, 384, 2, 1, 64, 64), (128, 128), causal, drop=[(1, 0), (1, 1)], with_lse=True, makes=True)
+        check(
+            (1, 384, 384, 2, 1, 64, 64),
+            (128, 128),
+            causal,
+            drop=[(1, 0), (1, 1)],
+            with_lse=True,
+            makes=True,
+            marked=True,
+        )
     else:  # pairs of blocks, of which one is missing
         segments = np.repeat(np.array([[1, 2, 0]], np.int32), (80, 90, 22), axis=1)
         check((1, 192, 192, 2, 2, 64, 64), (64, 64), packed, (segments, segments), makes=True)
@@ -162,7 +185,7 @@ def test_gradients_are_exact_with_segments_and_zero_where_nothing_is_seen():
 @needs_mosaic
 @pytest.mark.slow
 def test_gradients_of_blocks_of_128_and_of_a_soft_cap_match_float64():
-    check((1, 256, 256, 1, 1, 64, 64), (128, 128), causal)
+    check((1, 256, 256, 1, 1, 64, 64), (128, 128), lambda i, j, values: (j <= i) & (i < j + 140), marked=True)
     check((1, 128, 256, 1, 1, 128, 64), (64, 128), drop=[(0, 0), (1, 1)])
     check((1, 128, 128, 1, 1, 64, 64), (128, 128), causal, soft_cap=1.5)
 
