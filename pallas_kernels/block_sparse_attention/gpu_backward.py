@@ -10,9 +10,10 @@ memory: every result is the same in every run.
 
 A warpgroup owns 64 rows of its block and keeps their gradients in registers as float32; p and ds go from registers
 straight into the next product. One more warpgroup reads the list and fetches tiles by TMA. Where a list says so, the
-warpgroup of one half of a block passes over a tile of which the other half sees some. Where lists are short, a thread
-block goes from one to the next, and has the next one's tiles fetched meanwhile. Blocks of keys that are too few to fill
-the chip are shared out: each takes some of the heads, or a part of the list, to sums that XLA adds up.
+warpgroup of one half of a block passes over a tile, or half a tile, of which the other half sees some. Where lists are
+short, a thread block goes from one to the next, and has the next one's tiles fetched meanwhile: the owner's too, from
+the last step on. Blocks of keys that are too few to fill the chip are shared out: each takes some of the heads, or a
+part of the list, to sums that XLA adds up.
 """
 
 import dataclasses
@@ -26,12 +27,10 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention import plan
-from pallas_kernels.block_sparse_attention.deal import Deal, dealt
-from pallas_kernels.block_sparse_attention.listed import MARKS, List
+from pallas_kernels.block_sparse_attention.deal import dealt
+from pallas_kernels.block_sparse_attention.listed import MARKS, ROWS, WARPGROUPS, Call, List
 from pallas_kernels.block_sparse_attention.plan import BLOCKS, LOG2_E, Visibility, pieces
 
-ROWS = 64  # of a warpgroup
-WARPGROUPS = 2  # that compute, in a thread block
 # Registers of a thread. Three warpgroups start with 168 each; were these more together, the last would wait forever.
 FETCHING, COMPUTING = 24, 240
 DEEP = 12  # operations of a mask, above which a tile of 128 keys needs too many registers
@@ -43,62 +42,6 @@ SHORT = 8192  # tokens whose indices may be a constant of the program
 EARLY = True
 SPLITS = True  # whether a warpgroup takes the half of a tile of 128 keys alone that it sees, where lists say so
 COLUMNS = 64  # of a result that are stored at a time then
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The static half of a call."""
-
-    scale: float
-    soft_cap: float | None
-    seen: Visibility | None
-    inputs: tuple  # names of what `seen` needs of queries, and of keys
-    own: int  # tokens of an owner's block
-    other: int  # tokens of a listed block
-    step: int  # tokens that are fetched at a time, a part of `other`
-    stages: int
-    deep: bool  # scores take more registers than usual on their way to p
-    keys_own: bool  # the owners are blocks of keys
-    ratio: int  # query heads to a key head
-    makes_rows: bool = False  # the kernel makes lse and delta of its rows, and writes them
-    skips: bool = False  # lists say that halves see nothing of some tiles
-    pieces: tuple = (1, 1)  # parts into which the query heads of a key head, and each list, are cut
-    deal: Deal | None = None  # how thread blocks go through several items; None: each has one
-    early: bool = False  # with a deal: an owner's tiles may be fetched while the results of the one before are stored
-
-    @property
-    def units(self) -> int:
-        """Warpgroups of an owner."""
-        return self.own // ROWS
-
-    @property
-    def owners(self) -> int:
-        """Owners of a thread block; each has its own list and tiles, one warpgroup could not keep the chip busy."""
-        return WARPGROUPS // self.units
-
-    @property
-    def parts(self) -> int:
-        """Steps in a listed block."""
-        return self.other // self.step
-
-    @property
-    def shares(self) -> int:
-        """Thread blocks of a block of keys."""
-        return self.pieces[0] * self.pieces[1]
-
-    @property
-    def levels(self) -> int:
-        """bfloat16 numbers of a result: of shares two, of 16 bits together, which take no register more than one."""
-        return 2 if self.shares > 1 else 1
-
-    @property
-    def fetches_rows(self) -> bool:
-        """Whether facts of an owner's rows are fetched with its tiles."""
-        return not (self.keys_own or self.makes_rows)
-
-    def names(self, own: bool) -> tuple[str, ...]:
-        """Inputs of the mask for the owners or for what they list."""
-        return self.inputs[own == self.keys_own]
 
 
 def backward(
@@ -127,11 +70,13 @@ def backward(
     queries and of keys, each 64 or 128, which T and S are multiples of. walk: (begin, count [b, h, owners], other,
     full [b, h, n]) of blocks of queries: owner o reads the key blocks other[begin[o] : begin[o] + count[o]]; b is B or
     1, h is Hk or 1; no pair of a `full` tile is hidden. full may be int32 instead: 1 and 2 for the first and the second
-    half of an owner of 128 to which the tile is full, 4 and 8 for those that see nothing of it, added. turned: the same
-    of blocks of keys, which list blocks of turned_queries (None: sizes[0]) queries. visible: None if no pair is hidden,
-    else visible(i, j, values) as in `gpu.forward`, with values from q_data {name: [B or 1, T]} and k_data {name: [B or
-    1, S]}, int32. soft_cap: None, or s is replaced by soft_cap tanh(s / soft_cap). slopes: must be None. Raises
-    ValueError.
+    half of an owner of 128 to which the tile is full, 4 and 8 for those that see nothing of its first half (of a tile of
+    64: of all of it), 16 and 32 for those that see nothing of its second half, added. turned: the same of blocks of
+    keys, which list blocks of turned_queries (None: sizes[0]) queries. visible: None if no pair is hidden, else
+    visible(i, j, values) as in `gpu.forward`, with values from q_data {name: [B or 1, T]} and k_data {name: [B or 1,
+    S]}, int32. soft_cap: None, or s is replaced by soft_cap tanh(s / soft_cap). slopes: must be None.
+
+    Raises ValueError.
     """
     if slopes is not None:
         raise ValueError("slopes: expected None, got slopes, whose gradients these kernels do not compute")
@@ -217,7 +162,8 @@ def _gradients(call: Call, walk, own, others, rows, facts):
     order = _heavy_first(count, call.owners)
     grid = {"owner": order.size // call.owners, "head": own[0].shape[2] * call.shares, "row": own[0].shape[0]}
     deal = dealt(call, count, other.shape[2], others, *grid.values())
-    call = dataclasses.replace(call, deal=deal, early=EARLY and deal is not None)
+    early = EARLY and deal is not None and not call.fetches_rows  # which are kept in registers that are too few then
+    call = dataclasses.replace(call, deal=deal, early=early)
     if call.deal is not None:
         grid, order = {"worker": plan.SMS}, np.int32([0])  # not read: owners follow each other
     arrays = [*own, *others, *rows, order, begin, count, entries.astype(np.int32)]
@@ -417,6 +363,7 @@ class _Block:
             steps = mine.steps
             last = before + steps
             self.unit = self.warpgroup + hidden_zero(steps)
+            self.mine = self.unit if call.early else self.warpgroup  # the same, from what is kept anyway
             loaded = self.loaded.at[self.unit if call.deal is not None else 0]
             self.make_rows(mine, loaded) if call.makes_rows else compat.wait(loaded)
             sums = self.walk(place, before, last)
@@ -478,7 +425,7 @@ class _Block:
                 return sums
 
             def turn(slot, sums, ends):
-                marks = self.marks[slot] >> (self.unit if call.units > 1 else 0)
+                marks = self.marks[slot] >> (self.mine if call.units > 1 else 0)
                 looks = lambda *given: lax.cond(marks & 1 == 1, copies[1], copies[0], *given)
                 if not call.skips:
                     return looks(sums, slot, ends)
@@ -554,8 +501,6 @@ class _Block:
         else:
             kept = row(0), row(1)
             lse, delta = lambda: kept[0], lambda: kept[1]
-            if call.early:
-                compat.reads_done()
 
         def step(slot, hides, sums, ends, start=None):
             """start: first key of the half that is seen; None: all are."""
@@ -592,7 +537,7 @@ class _Block:
 
     def hide(self, slot, p, others):
         """p with 0 at hidden pairs; others: which of the step's."""
-        own, other = self.own_facts.at[self.unit], self.other_facts.at[slot]
+        own, other = self.own_facts.at[self.mine], self.other_facts.at[slot]
         vectors = {"own": lambda n: lambda: compat.load_rows(own.at[n])}
         vectors["other"] = lambda n: lambda: compat.load_columns(other.at[n, others])
         values = {}

@@ -1,12 +1,74 @@
-"""A list of tiles, as a warpgroup of the gradient kernels of block-sparse attention reads it."""
+"""What the gradient kernels of block-sparse attention know of a call, and a list as a warpgroup reads it."""
+
+import dataclasses
 
 import jax.numpy as jnp
 from jax import lax
 
-HALVES = 2  # of a block, one for each warpgroup
+from pallas_kernels.block_sparse_attention.deal import Deal
+from pallas_kernels.block_sparse_attention.plan import Visibility
+
+ROWS = 64  # of a warpgroup
+WARPGROUPS = 2  # that compute, in a thread block
 # What a list may say of a tile, bit by bit: whether it is full for each half of its owner, then whether these see
 # nothing of its first half, or of a tile of 64, then the same of the second half.
-MARKS = 3 * HALVES
+MARKS = 3 * WARPGROUPS
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static half of a call."""
+
+    scale: float
+    soft_cap: float | None
+    seen: Visibility | None
+    inputs: tuple  # names of what `seen` needs of queries, and of keys
+    own: int  # tokens of an owner's block
+    other: int  # tokens of a listed block
+    step: int  # tokens that are fetched at a time, a part of `other`
+    stages: int
+    deep: bool  # scores take more registers than usual on their way to p
+    keys_own: bool  # the owners are blocks of keys
+    ratio: int  # query heads to a key head
+    makes_rows: bool = False  # the kernel makes lse and delta of its rows, and writes them
+    skips: bool = False  # lists say that halves see nothing of some tiles
+    pieces: tuple = (1, 1)  # parts into which the query heads of a key head, and each list, are cut
+    deal: Deal | None = None  # how thread blocks go through several items; None: each has one
+    early: bool = False  # with a deal: an owner's tiles may be fetched while the results of the one before are stored
+
+    @property
+    def units(self) -> int:
+        """Warpgroups of an owner."""
+        return self.own // ROWS
+
+    @property
+    def owners(self) -> int:
+        """Owners of a thread block; each has its own list and tiles, one warpgroup could not keep the chip busy."""
+        return WARPGROUPS // self.units
+
+    @property
+    def parts(self) -> int:
+        """Steps in a listed block."""
+        return self.other // self.step
+
+    @property
+    def shares(self) -> int:
+        """Thread blocks of a block of keys."""
+        return self.pieces[0] * self.pieces[1]
+
+    @property
+    def levels(self) -> int:
+        """bfloat16 numbers of a result: of shares two, of 16 bits together, which take no register more than one."""
+        return 2 if self.shares > 1 else 1
+
+    @property
+    def fetches_rows(self) -> bool:
+        """Whether facts of an owner's rows are fetched with its tiles."""
+        return not (self.keys_own or self.makes_rows)
+
+    def names(self, own: bool) -> tuple[str, ...]:
+        """Inputs of the mask for the owners or for what they list."""
+        return self.inputs[own == self.keys_own]
 
 
 class List:
@@ -66,9 +128,9 @@ class List:
         known = entry & ((1 << MARKS) - 1)
         if not self.call.skips or self.call.parts == 1:
             return known
-        own = (1 << HALVES) - 1
-        empty = (known >> HALVES * (1 + self.part(step))) & own
-        return (known & own) + (empty << HALVES)
+        own = (1 << WARPGROUPS) - 1
+        empty = (known >> WARPGROUPS * (1 + self.part(step))) & own
+        return (known & own) + (empty << WARPGROUPS)
 
     def slot(self, step):
         """Where in shared memory the tiles of a step lie, of those of the whole thread block."""

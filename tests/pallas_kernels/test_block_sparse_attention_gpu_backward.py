@@ -204,7 +204,7 @@ def test_a_call_that_cannot_run_is_refused_with_one_line():
 # Ahead of time for an H100, through ptxas, on a machine without a GPU.
 
 
-def compiled(spilled, visible, data=(), soft_cap=None, sizes=(128, 128), marks=False):
+def compiled(spilled, visible, data=(), soft_cap=None, sizes=(128, 128), marks=False, makes=True):
     array = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
     integers = lambda length: array(1, 1, length, dtype=jnp.int32)
     time, tiles = 1024, 1024 // sizes[0]
@@ -214,7 +214,8 @@ def compiled(spilled, visible, data=(), soft_cap=None, sizes=(128, 128), marks=F
         integers(tiles**2),
         array(1, 1, tiles**2, dtype=jnp.int32 if marks else jnp.bool_),
     )
-    q, rows = array(2, time, 4, 128), array(2, 4, 2, time, dtype=jnp.float32)
+    q, row = array(2, time, 4, 128), array(2, 4, time, dtype=jnp.float32)
+    rows = (q, row, row) if makes else array(2, 4, 2, time, dtype=jnp.float32)
     k = array(2, time, 2, 128)
     data = [{name: array(2, time, dtype=jnp.int32)} for name in data] or [{}, {}]
 
