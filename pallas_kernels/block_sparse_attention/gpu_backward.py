@@ -70,8 +70,8 @@ def backward(
     queries and of keys, each 64 or 128, which T and S are multiples of. walk: (begin, count [b, h, owners], other,
     full [b, h, n]) of blocks of queries: owner o reads the key blocks other[begin[o] : begin[o] + count[o]]; b is B or
     1, h is Hk or 1; no pair of a `full` tile is hidden. full may be int32 instead: 1 and 2 for the first and the second
-    half of an owner of 128 to which the tile is full, 4 and 8 for those that see nothing of its first half (of a tile of
-    64: of all of it), 16 and 32 for those that see nothing of its second half, added. turned: the same of blocks of
+    half of an owner of 128 to which the tile is full, 4 and 8 for those that see nothing of its first half (of all of
+    it, if it has 64), 16 and 32 for those that see nothing of its second half, added. turned: the same of blocks of
     keys, which list blocks of turned_queries (None: sizes[0]) queries. visible: None if no pair is hidden, else
     visible(i, j, values) as in `gpu.forward`, with values from q_data {name: [B or 1, T]} and k_data {name: [B or 1,
     S]}, int32. soft_cap: None, or s is replaced by soft_cap tanh(s / soft_cap). slopes: must be None.

@@ -234,7 +234,7 @@ def test_kernels_with_a_data_mask_compile_for_an_h100_without_spills(spilled):
 
 def test_kernels_that_go_through_several_lists_compile_for_an_h100_and_spill_next_to_nothing(spilled, monkeypatch):
     made = deals(monkeypatch, 16)
-    found = compiled(spilled, causal)
+    found = compiled(spilled, causal, marks=True)
     assert [x.items for x in made] == [64, 32]
     # Registers of the loop over lists, none of them in the loop over tiles, when written.
     assert found["block_sparse_attention_dkv"] <= 16 and found["block_sparse_attention_dq"] <= 32
@@ -252,10 +252,9 @@ def test_kernels_of_blocks_of_64_compile_for_an_h100_without_spills(spilled):
 
 
 @pytest.mark.slow
-def test_kernels_with_a_soft_cap_compile_for_an_h100_and_spill_next_to_nothing(spilled):
+def test_kernels_with_a_soft_cap_compile_for_an_h100_without_spills(spilled):
     found = compiled(spilled, causal, soft_cap=30.0)
-    assert found["block_sparse_attention_dq"] == 0
-    assert found["block_sparse_attention_dkv"] <= 8  # 2 registers, before and after the loop, when written
+    assert found == {"block_sparse_attention_dkv": 0, "block_sparse_attention_dq": 0}
 
 
 def test_warpgroups_ask_for_no_more_registers_than_a_thread_block_has():
