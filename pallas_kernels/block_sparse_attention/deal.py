@@ -5,6 +5,7 @@ To start a thread block and to fill its shared memory took some 6 microseconds o
 """
 
 import dataclasses
+import heapq
 
 import numpy as np
 
@@ -15,6 +16,7 @@ LONG = 64  # blocks of 128 tokens of a list, beyond which a thread block takes o
 UNSURE = 32  # the same of lists whose lengths are not known while tracing
 STARTING = 128  # tokens of a list that take as long as beginning and ending it
 UNEVEN = 1.1  # most that a thread block's work may be of the mean
+LISTED = 64  # items a thread block, up to which it is listed who takes which where the lists' lengths are known
 TOGETHER = 16 << 20  # bytes of what is listed that are walked at a time, so that L2 keeps them
 
 
@@ -26,6 +28,8 @@ class Deal:
     heads: int
     rows: int
     together: int  # heads that are walked at a time
+    # The items of each thread block, [turns, thread blocks], -1 after its last; None: every so many-th.
+    order: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
     @property
     def items(self) -> int:
@@ -42,6 +46,23 @@ class Deal:
         owner = rem(div(within, n(self.together)) + lap * n(round(0.618 * self.owners)), n(self.owners))
         laps = n(self.heads // self.together)
         return owner, rem(lap, laps) * n(self.together) + rem(within, n(self.together)), div(lap, laps)
+
+
+def _shared_out(deal, loads):
+    """Items [turns, thread blocks], -1 after the last: always to the thread block that has the least to do.
+
+    Of the owners that are walked together the longest lists come first, so that the last items are short.
+    """
+    lap = np.arange(deal.items) // (deal.owners * deal.together)
+    heap, taken = [(0, worker) for worker in range(plan.SMS)], [[] for _ in range(plan.SMS)]
+    for item in np.lexsort((-loads, lap)).tolist():
+        load, worker = heap[0]
+        heapq.heapreplace(heap, (load + int(loads[item]), worker))
+        taken[worker].append(item)
+    order = np.full((max(map(len, taken)) + 1, plan.SMS), -1, np.int32)
+    for worker, items in enumerate(taken):
+        order[: len(items), worker] = items
+    return order
 
 
 def dealt(call, count, entries, others, owners, heads, rows):
@@ -68,6 +89,10 @@ def dealt(call, count, entries, others, owners, heads, rows):
     owner = owner[:, None] * call.owners + np.arange(call.owners)
     lengths = np.pad(count, ((0, 0), (0, 0), (0, -count.shape[2] % call.owners)))
     which = (row * (count.shape[0] > 1))[:, None], (head * count.shape[1] // heads)[:, None], owner
-    tokens = lengths[which].max(1) * call.other * (call.ratio if call.keys_own else 1)
-    loads = np.bincount(index % plan.SMS, tokens + STARTING)
+    work = lengths[which].max(1) * call.other * (call.ratio if call.keys_own else 1) + STARTING
+    if deal.items <= LISTED * plan.SMS:
+        deal = dataclasses.replace(deal, order=_shared_out(deal, work))
+        loads = np.where(deal.order >= 0, work[deal.order], 0).sum(0)
+    else:
+        loads = np.bincount(index % plan.SMS, work)
     return deal if loads.max() <= UNEVEN * loads.mean() else None

@@ -165,7 +165,7 @@ def _gradients(call: Call, walk, own, others, rows, facts):
     early = EARLY and deal is not None and not call.fetches_rows  # which are kept in registers that are too few then
     call = dataclasses.replace(call, deal=deal, early=early)
     if call.deal is not None:
-        grid, order = {"worker": plan.SMS}, np.int32([0])  # not read: owners follow each other
+        grid, order = {"worker": plan.SMS}, np.int32([[0]]) if deal.order is None else deal.order
     arrays = [*own, *others, *rows, order, begin, count, entries.astype(np.int32)]
     if call.seen is not None:
         names += ["own_facts", "other_facts"]
@@ -251,13 +251,24 @@ class _Block:
             compat.registers(COMPUTING, more=True)
             self.compute()
 
+    def item(self, turn):
+        """What the thread block takes at a turn."""
+        worker = lax.axis_index("worker")
+        return turn * plan.SMS + worker if self.call.deal.order is None else self.given["order"][turn, worker]
+
     def turns(self, body, start):
-        """Runs body(turn, carry) -> carry for each item of the thread block."""
-        deal = self.call.deal
+        """Runs body(turn, item, carry) -> (next item or None, carry) for each item of the thread block."""
+        deal, first = self.call.deal, jnp.int32(0)
         if deal is None:
-            return body(0, start)
-        step = lambda carry: (carry[0] + plan.SMS, body(*carry))
-        return lax.while_loop(lambda carry: carry[0] < deal.items, step, (lax.axis_index("worker"), start))[1]
+            return body(0, 0, start)[1]
+        more = lambda item: item < deal.items if deal.order is None else item >= 0
+
+        def step(carry):
+            turn, item, rest = carry
+            following, rest = body(turn, item, rest)
+            return turn + 1, self.item(turn + 1) if following is None else following, rest
+
+        return lax.while_loop(lambda carry: more(carry[1]), step, (first, self.item(first), start))[2]
 
     def row_of(self, ref, mine):
         return mine.row if ref.shape[0] > 1 else 0
@@ -265,7 +276,7 @@ class _Block:
     def fetch(self):
         call = self.call
 
-        def turn(item, before):
+        def turn(number, item, before):
             lists = [List(self, place, item, before[place]) for place in range(call.owners)]
             units = [(unit, lists[unit // call.units]) for unit in range(WARPGROUPS)]
             for unit, mine in units:
@@ -280,7 +291,7 @@ class _Block:
                     # Tiles of the list first, as many as find room: the item before may still need its own.
                     for unit, mine in units:
                         room = call.stages - call.early  # the last step's tile leaves its own after the owner's
-                        at = jnp.where(item < plan.SMS, 0, jnp.minimum(mine.steps, room))
+                        at = jnp.where(number == 0, 0, jnp.minimum(mine.steps, room))
                         pl.when(n == at)(functools.partial(self.fetch_own, mine, unit))
                 for mine in lists:
                     if call.owners == 1 and call.deal is None:
@@ -292,7 +303,7 @@ class _Block:
             for mine in lists[1:]:
                 steps = jnp.maximum(steps, mine.steps)
             lax.fori_loop(0, steps + (call.deal is not None), step, None)
-            return tuple(mine.before + mine.steps for mine in lists)
+            return None, tuple(mine.before + mine.steps for mine in lists)
 
         self.turns(turn, (0 if call.deal is None else jnp.int32(0),) * call.owners)
         for slot in range(call.owners * call.stages):  # no arrival is left behind
@@ -358,7 +369,7 @@ class _Block:
         # 0, which the compiler does not know: what is found with it is not found before the loop over items and kept.
         hidden_zero = lambda count: 0 if call.deal is None else jnp.minimum(count, 0)
 
-        def turn(item, before):
+        def turn(number, item, before):
             mine = List(self, place, item)
             steps = mine.steps
             last = before + steps
@@ -368,7 +379,9 @@ class _Block:
             self.make_rows(mine, loaded) if call.makes_rows else compat.wait(loaded)
             sums = self.walk(place, before, last)
             # Again, so that nothing has to be kept through the loop.
-            mine = List(self, place, item + hidden_zero(last))
+            number += hidden_zero(last)
+            following = self.item(number + 1) if call.deal is not None else None
+            mine = List(self, place, item if call.deal is None else self.item(number))
             unit = self.warpgroup + hidden_zero(last)
             sums = [total * scale for total, scale in zip(sums, (call.scale, 1.0))]
             for level in range(call.levels):
@@ -381,7 +394,7 @@ class _Block:
             elif call.deal is not None:
                 compat.stores_read()  # and what was read by loads was so before the stores were published
                 compat.arrive(self.used.at[unit])
-            return last
+            return following, last
 
         self.turns(turn, 0 if call.deal is None else jnp.int32(0))
         compat.stores_done()

@@ -149,6 +149,7 @@ def test_thread_blocks_that_go_through_several_lists_make_the_same_gradients(mon
             marked=True,
         )
     else:  # pairs of blocks, of which one is missing
+        monkeypatch.setattr(deal, "LISTED", 0)
         segments = np.repeat(np.array([[1, 2, 0]], np.int32), (80, 90, 22), axis=1)
         check((1, 192, 192, 2, 2, 64, 64), (64, 64), packed, (segments, segments), makes=True)
     assert [x.items for x in made] == ([6, 3] if blocks == 128 else [4, 4])
@@ -161,6 +162,16 @@ def test_items_are_dealt_once_each_and_long_lists_evenly():
     assert owner.max() == 32 and head.max() == 15 and row.max() == 7
     loads = np.bincount(np.arange(items.items) % plan.SMS, owner + 1)
     assert loads.max() < 1.1 * loads.mean()
+
+
+def test_items_are_listed_once_each_and_shared_out_evenly_where_lengths_are_known():
+    items = deal.Deal(owners=32, heads=16, rows=8, together=8)
+    work = items.place(np.arange(items.items))[0] * 128 + 192
+    order = deal._shared_out(items, work)
+    assert sorted(order[order >= 0].tolist()) == list(range(items.items))
+    assert not (order[-1] >= 0).any() and not ((order[:-1] < 0) & (order[1:] >= 0)).any()
+    loads = np.where(order >= 0, work[order], 0).sum(0)
+    assert loads.max() < 1.01 * loads.mean()
 
 
 def test_walks_are_cut_where_their_thread_blocks_are_few_and_long():
