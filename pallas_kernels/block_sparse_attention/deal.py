@@ -1,4 +1,4 @@
-"""How the gradient kernels of block-sparse attention deal their work to thread blocks that take several lists each.
+"""How kernels of block-sparse attention deal their work to thread blocks that take several lists each.
 
 To start a thread block and to fill its shared memory took some 6 microseconds on an H100, as much as two tiles of 128 x
 128. One that goes from list to list has the next one's tiles fetched while it ends the last.
@@ -28,8 +28,7 @@ class Deal:
     heads: int
     rows: int
     together: int  # heads that are walked at a time
-    # The items of each thread block, [turns, thread blocks], -1 after its last; None: every so many-th.
-    order: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    order: np.ndarray | None = dataclasses.field(default=None, compare=False)  # `shared_out`; None: every so many-th
 
     @property
     def items(self) -> int:
@@ -48,20 +47,21 @@ class Deal:
         return owner, rem(lap, laps) * n(self.together) + rem(within, n(self.together)), div(lap, laps)
 
 
-def _shared_out(deal, loads):
-    """Items [turns, thread blocks], -1 after the last: always to the thread block that has the least to do.
+def shared_out(loads, together, workers):
+    """Items [thread blocks, turns], each list ending with -1 or several: always to that which has the least to do.
 
-    Of the owners that are walked together the longest lists come first, so that the last items are short.
+    loads: work of each item; of so many that are walked together those with most come first, so that the last are
+    short.
     """
-    lap = np.arange(deal.items) // (deal.owners * deal.together)
-    heap, taken = [(0, worker) for worker in range(plan.SMS)], [[] for _ in range(plan.SMS)]
+    lap = np.arange(loads.size) // together
+    heap, taken = [(0, worker) for worker in range(workers)], [[] for _ in range(workers)]
     for item in np.lexsort((-loads, lap)).tolist():
         load, worker = heap[0]
         heapq.heapreplace(heap, (load + int(loads[item]), worker))
         taken[worker].append(item)
-    order = np.full((max(map(len, taken)) + 1, plan.SMS), -1, np.int32)
+    order = np.full((workers, max(map(len, taken)) + 1), -1, np.int32)
     for worker, items in enumerate(taken):
-        order[: len(items), worker] = items
+        order[worker, : len(items)] = items
     return order
 
 
@@ -91,8 +91,8 @@ def dealt(call, count, entries, others, owners, heads, rows):
     which = (row * (count.shape[0] > 1))[:, None], (head * count.shape[1] // heads)[:, None], owner
     work = lengths[which].max(1) * call.other * (call.ratio if call.keys_own else 1) + STARTING
     if deal.items <= LISTED * plan.SMS:
-        deal = dataclasses.replace(deal, order=_shared_out(deal, work))
-        loads = np.where(deal.order >= 0, work[deal.order], 0).sum(0)
+        deal = dataclasses.replace(deal, order=shared_out(work, owners * deal.together, plan.SMS))
+        loads = np.where(deal.order >= 0, work[deal.order], 0).sum(1)
     else:
         loads = np.bincount(index % plan.SMS, work)
     return deal if loads.max() <= UNEVEN * loads.mean() else None

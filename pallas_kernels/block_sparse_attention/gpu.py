@@ -14,10 +14,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
+from pallas_kernels.block_sparse_attention import deal
 from pallas_kernels.block_sparse_attention.plan import SMS, Visibility
 
 ROWS = 64  # queries of a warpgroup
@@ -74,8 +76,13 @@ def forward(
     if workers is None:
         workers = call.items if full.shape[-1] > LONG * call.blocks else min(call.items, SMS)
     call = dataclasses.replace(call, workers=workers, stages=stages_for(units, step, width, value, len(k_data)))
+    order = shared_out(call, walk[1], bk)
+    if order is not None:
+        call = dataclasses.replace(call, turns=order.shape[1] - 1)
     given = {"q": q, "k": k, "v": v, "begin": begin, "count": count, "entries": other * 2 + full}
     given |= {"q_data": q_data, "k_data": k_data}
+    if order is not None:
+        given["order"] = jnp.asarray(order)
     if slopes is not None:
         given["slopes"] = slopes.astype(jnp.float32) * LOG2_E
     if own is not None and call.parts == 1 and bq > ROWS:
@@ -99,6 +106,15 @@ def forward(
         warpgroups=units,
         name="block_sparse_attention_forward",
     )(*leaves)
+
+
+def shared_out(call, count, keys):
+    """`deal.shared_out` of a call's items, where the lengths of lists [b, h, nq] are known and items not too many."""
+    if not isinstance(count, np.ndarray) or not call.workers < call.items <= deal.LISTED * call.workers:
+        return None
+    row, heads, block = call.place(np.arange(call.items))
+    lists = [row * (count.shape[0] > 1), heads // call.group * (count.shape[1] > 1)]
+    return deal.shared_out(count[(*lists, block)] * keys + deal.STARTING, 2 * call.workers, call.workers)
 
 
 def shared_memory(call, width, value, k_data):
@@ -147,6 +163,7 @@ class Call:
     by_head: bool
     workers: int = 1  # thread blocks
     stages: int = 2  # tiles of keys, and of values, in shared memory
+    turns: int | None = None  # of a thread block, where it is listed which items each takes
 
     def part(self, ref, row, tokens, head):
         """Tokens of a head, [n, K], of an array of queries, keys, values or outputs."""
@@ -165,7 +182,13 @@ class Call:
     @property
     def rounds(self) -> int:
         """Items that a thread block goes through, at most."""
-        return -(-self.items // self.workers)
+        return self.turns or -(-self.items // self.workers)
+
+    def place(self, index):
+        """(row, first head, block of queries) of an item."""
+        heads, row = self.heads // self.together, index // self.blocks
+        # With causal lists the longest come first.
+        return row // heads, row % heads * self.together, self.blocks - 1 - index % self.blocks
 
 
 class Item:
@@ -174,14 +197,17 @@ class Item:
     def __init__(self, call: Call, given, turn):
         self.call, self.given = call, given
         worker = lax.axis_index("worker")
-        # To and fro, so that where lists grow from item to item all workers get the same.
-        worker = jnp.where(turn % 2 == 1, call.workers - 1 - worker, worker)
-        index = turn * call.workers + worker
-        self.real = index < call.items
-        index = jnp.minimum(index, call.items - 1)
-        self.block = call.blocks - 1 - index % call.blocks  # with causal lists the longest come first
-        heads = call.heads // call.together
-        self.row, self.heads = index // call.blocks // heads, index // call.blocks % heads * call.together
+        if call.turns is not None:
+            index = given["order"][worker, turn]
+            self.real = index >= 0
+            index = jnp.maximum(index, 0)
+        else:
+            # To and fro, so that where lists grow from item to item all workers get the same.
+            worker = jnp.where(turn % 2 == 1, call.workers - 1 - worker, worker)
+            index = turn * call.workers + worker
+            self.real = index < call.items
+            index = jnp.minimum(index, call.items - 1)
+        self.row, self.heads, self.block = call.place(index)
         self.key_head = self.heads // call.group
         lists = given["begin"].shape
         self.list = self.row if lists[0] > 1 else 0, self.key_head if lists[1] > 1 else 0
@@ -300,7 +326,7 @@ class Block:
 
             compat.publish()
             queries, head = pl.ds(item.first(unit), ROWS), item.head(unit)
-            ragged = item.real if call.items % call.workers else None
+            ragged = item.real if call.turns is not None or call.items % call.workers else None
             compat.store(y, call.part(self.y, item.row, queries, head), ragged)
             compat.store(lse, self.lse.at[item.row, head, queries], ragged)
             return before + item.count

@@ -254,7 +254,7 @@ class _Block:
     def item(self, turn):
         """What the thread block takes at a turn."""
         worker = lax.axis_index("worker")
-        return turn * plan.SMS + worker if self.call.deal.order is None else self.given["order"][turn, worker]
+        return turn * plan.SMS + worker if self.call.deal.order is None else self.given["order"][worker, turn]
 
     def turns(self, body, start):
         """Runs body(turn, item, carry) -> (next item or None, carry) for each item of the thread block."""

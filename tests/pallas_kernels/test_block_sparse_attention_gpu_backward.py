@@ -165,12 +165,11 @@ def test_items_are_dealt_once_each_and_long_lists_evenly():
 
 
 def test_items_are_listed_once_each_and_shared_out_evenly_where_lengths_are_known():
-    items = deal.Deal(owners=32, heads=16, rows=8, together=8)
-    work = items.place(np.arange(items.items))[0] * 128 + 192
-    order = deal._shared_out(items, work)
-    assert sorted(order[order >= 0].tolist()) == list(range(items.items))
-    assert not (order[-1] >= 0).any() and not ((order[:-1] < 0) & (order[1:] >= 0)).any()
-    loads = np.where(order >= 0, work[order], 0).sum(0)
+    work = deal.Deal(owners=32, heads=16, rows=8, together=8).place(np.arange(4096))[0] * 128 + 192
+    order = deal.shared_out(work, 256, plan.SMS)
+    assert sorted(order[order >= 0].tolist()) == list(range(4096))
+    assert not (order[:, -1] >= 0).any() and not ((order[:, :-1] < 0) & (order[:, 1:] >= 0)).any()
+    loads = np.where(order >= 0, work[order], 0).sum(1)
     assert loads.max() < 1.01 * loads.mean()
 
 
