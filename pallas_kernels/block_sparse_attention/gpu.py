@@ -48,6 +48,7 @@ def forward(
     by_head=False,
     own=None,
     workers=None,
+    order=None,
 ):
     """Attention of queries to the blocks of keys that their block lists: (y [B, T, H, V], lse [B, H, T] float32).
 
@@ -60,23 +61,23 @@ def forward(
 
     by_head: q, k, v and y are [B, H, T, K] instead. own: `plan.own_lists` of the walk, for blocks of 128 queries whose
     halves see different tiles, or None. workers: into how many thread blocks to deal the work, None to choose.
+    order: `listed` of the call, where the walk is traced that was known.
     """
-    order = (0, 2, 1, 3) if by_head else (0, 1, 2, 3)
-    batch, time, heads, width = (q.shape[axis] for axis in order)
-    _, keys, key_heads, value = (v.shape[axis] for axis in order)
+    axes = (0, 2, 1, 3) if by_head else (0, 1, 2, 3)
+    batch, time, heads, width = (q.shape[axis] for axis in axes)
+    _, keys, key_heads, value = (v.shape[axis] for axis in axes)
     bq, bk = sizes
     group = heads // key_heads
     q_data, k_data, seen = dict(q_data or {}), dict(k_data or {}), None
     if visible is not None:
         seen, q_data, k_data = Visibility(visible, q_data, k_data).prepared(q_data, k_data, time, keys)
     begin, count, other, full = (jnp.asarray(x, jnp.int32) for x in walk)
-    units = 2 if bq > ROWS or group % 2 == 0 else 1
+    units = units_of(bq, group)
     step = 64 if len(q_data) + len(k_data) > MANY else bk
     call = Call(units, bq, step, bk // step, batch, heads, group, time // bq, seen, scale, soft_cap, by_head)
-    if workers is None:
-        workers = call.items if full.shape[-1] > LONG * call.blocks else min(call.items, SMS)
+    workers = workers_of(call, full.shape[-1], workers if order is None else order.shape[0])
     call = dataclasses.replace(call, workers=workers, stages=stages_for(units, step, width, value, len(k_data)))
-    order = shared_out(call, walk[1], bk)
+    order = shared_out(call, walk[1], bk) if order is None else order
     if order is not None:
         call = dataclasses.replace(call, turns=order.shape[1] - 1)
     given = {"q": q, "k": k, "v": v, "begin": begin, "count": count, "entries": other * 2 + full}
@@ -106,6 +107,24 @@ def forward(
         warpgroups=units,
         name="block_sparse_attention_forward",
     )(*leaves)
+
+
+def units_of(rows, group):
+    """Computing warpgroups of a thread block."""
+    return 2 if rows > ROWS or group % 2 == 0 else 1
+
+
+def workers_of(call, entries, workers=None):
+    """Thread blocks, for so many entries of a row's lists."""
+    return workers or (call.items if entries > LONG * call.blocks else min(call.items, SMS))
+
+
+def listed(q, k, walk, sizes):
+    """Which items of a call thread blocks take, [thread blocks, turns]; None where that is not listed. q: [B, T, H, K]."""
+    group = q.shape[2] // k.shape[2]
+    call = Call(units_of(sizes[0], group), sizes[0], sizes[1], 1, q.shape[0], q.shape[2], group, walk[0].shape[2])
+    call = dataclasses.replace(call, workers=workers_of(call, walk[3].shape[-1]))
+    return shared_out(call, walk[1], sizes[1])
 
 
 def shared_out(call, count, keys):
@@ -157,10 +176,10 @@ class Call:
     heads: int
     group: int  # query heads to a key head
     blocks: int  # of queries
-    seen: Visibility | None
-    scale: float
-    soft_cap: float | None
-    by_head: bool
+    seen: Visibility | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+    by_head: bool = False
     workers: int = 1  # thread blocks
     stages: int = 2  # tiles of keys, and of values, in shared memory
     turns: int | None = None  # of a thread block, where it is listed which items each takes

@@ -135,7 +135,8 @@ def run(lay, config, q, k, v, slopes, data, lists, sizes, target="gpu", index=No
 def _local(config, q, k, v, slopes, data, lists, sizes, target, steps):
     """The call on one device."""
     call, walks = _prepared(config, lists, sizes, target, steps)
-    return _attend(call, q, k, v, slopes, data, walks)
+    order = _modules(target)[1].listed(q, k, walks[0], sizes) if target == "gpu" else None
+    return _attend(call, q, k, v, slopes, data, (*walks, order))
 
 
 def gradients(config, q, k, v, data, lists, sizes, lse, delta, dy):
@@ -251,6 +252,8 @@ def _attend(call, q, k, v, slopes, data, walks):
     options = _options(call, data) | {"slopes": slopes}
     if isinstance(walks[2], block_halves.Halves):
         options["own"] = walks[2].own
+    if walks[3] is not None:
+        options["order"] = walks[3]
     y, lse = _modules(call.target)[1].forward(_filled(q, bq), _filled(k, bk), _filled(v, bk), walks[0], **options)
     return y[:, :time], lse[:, :, :time]
 
