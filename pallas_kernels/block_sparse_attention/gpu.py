@@ -120,7 +120,7 @@ def workers_of(call, entries, workers=None):
 
 
 def listed(q, k, walk, sizes):
-    """Which items of a call thread blocks take, [thread blocks, turns]; None where that is not listed. q: [B, T, H, K]."""
+    """Which items of a call thread blocks take, [thread blocks, turns], of q [B, T, H, K]; None: that is not listed."""
     group = q.shape[2] // k.shape[2]
     call = Call(units_of(sizes[0], group), sizes[0], sizes[1], 1, q.shape[0], q.shape[2], group, walk[0].shape[2])
     call = dataclasses.replace(call, workers=workers_of(call, walk[3].shape[-1]))
