@@ -501,7 +501,8 @@ def reads_done():
 
     The fence of `publish` without its barrier, for which registers may be too few.
     """
-    if interpreting():
+    if interpreting():  # which looks for a fence between such reads and writes
+        publish()
         return
     from jaxlib.mlir.dialects import nvvm
 
@@ -536,10 +537,7 @@ def stores_done():
 
 def arrive(barrier_ref, predicate=None):
     """Arrives at a barrier, if the predicate says so."""
-    if predicate is None or not interpreting():
-        gpu().barrier_arrive(barrier_ref, predicate=predicate)
-    else:
-        pl.when(predicate)(lambda: gpu().barrier_arrive(barrier_ref))
+    gpu().barrier_arrive(barrier_ref, predicate=predicate)
 
 
 def wait(barrier_ref):

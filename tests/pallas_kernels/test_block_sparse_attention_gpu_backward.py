@@ -136,7 +136,7 @@ def deals(monkeypatch, processors):
 
 @needs_mosaic
 @pytest.mark.parametrize("blocks", [128, 64])
-def test_thread_blocks_that_go_through_several_lists_make_the_same_gradients(monkeypatch, blocks):
+def test_thread_blocks_that_go_through_several_lists_make_the_same_gradients(monkeypatch, capfd, blocks):
     made = deals(monkeypatch, 2)
     if blocks == 128:  # lists of which one is empty, and halves of a ring
         check(
@@ -153,6 +153,7 @@ def test_thread_blocks_that_go_through_several_lists_make_the_same_gradients(mon
         segments = np.repeat(np.array([[1, 2, 0]], np.int32), (80, 90, 22), axis=1)
         check((1, 192, 192, 2, 2, 64, 64), (64, 64), packed, (segments, segments), makes=True)
     assert [x.items for x in made] == ([6, 3] if blocks == 128 else [4, 4])
+    assert "RACE" not in "".join(capfd.readouterr())
 
 
 def test_items_are_dealt_once_each_and_long_lists_evenly():
