@@ -136,11 +136,12 @@ def attention(
     elif name in kernels:
         y, lse = scored.by_rules(rules, q, k, v, sink_logits, tokens, order, name)
     elif name in libraries:
-        library = partial(softmax_library.run, name, lay, rules, ids=tokens[0] if order == "runs" else None)
-        if implementation is None and kernels["gpu"] is None and softmax_library.splits(name, rules, q, k, v):
-            ours = lambda *arrays: scored.by_rules(rules, *arrays, sink_logits, tokens, order, "gpu")[0]
-            return softmax_library.either(ours, library, q, k, v)
-        return library(q, k, v)
+        by = lambda name: partial(softmax_library.run, name, lay, rules, ids=tokens[0] if order == "runs" else None)
+        if implementation is not None or name != "cudnn":
+            return by(name)(q, k, v)
+        other = softmax_library.for_values(forms, rules, q, k, v)
+        ours = lambda *arrays: scored.by_rules(rules, *arrays, sink_logits, tokens, order, "gpu")[0]
+        return softmax_library.either(ours if other == "gpu" else by(other or name), by(name), q, k, v)
     elif name == "chunked":
         y, lse = chunked(rules, q, k, v, sink_logits, *tokens, order=order, block=block)
     else:

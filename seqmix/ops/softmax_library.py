@@ -29,6 +29,7 @@ NAMES = ("cudnn", "tokamax", "splash")
 TILE = 128  # of splash: numbers of queries and keys are multiples of it
 BLOCKS = 512, 256, 128  # queries and keys that splash works on at once, the largest that fits
 SHORT, NARROW = (1025, 4096), 4  # tokens, and times the window: where our own kernels were measured to be faster
+MIDDLE = 16384  # tokens, up to which tokamax's values were the fastest
 WASTEFUL = 8  # times the window: from there on chunks are reckoned faster than tokamax, forward and backward
 WIDEST = {"cudnn": 256, "tokamax": 128, "splash": 256}  # K and V
 DTYPES = dict.fromkeys(NAMES, (jnp.bfloat16, jnp.float16)) | {"splash": (jnp.bfloat16,)}
@@ -82,13 +83,16 @@ def yields(rules, q, k, v) -> bool:
     return time <= SHORT[1] if window is None else time >= NARROW * window
 
 
-def splits(name, rules, q, k, v) -> bool:
-    """Whether values alone are better made by our own kernels, and those that have gradients by the library `name`.
+def for_values(forms, rules, q, k, v) -> str | None:
+    """What of `forms` makes values alone, where cuDNN makes those that have gradients; None: cuDNN too.
 
-    As measured on an H100 in long causal rows: there our forward kernel is the faster, and cuDNN's backward one.
+    forms: what can run (None), or why it cannot. As measured on an H100 in long causal rows: there cuDNN has the
+    fastest backward kernel, tokamax or we the fastest forward one.
     """
-    whole = rules.causal and _window(rules, q.shape[1], k.shape[1]) is None
-    return name == "cudnn" and whole and q.shape[1] > SHORT[1] and _timed(rules, q, k, v)
+    if _window(rules, q.shape[1], k.shape[1]) is not None or q.shape[1] <= SHORT[1] or not _timed(rules, q, k, v):
+        return None
+    names = ("tokamax", "gpu") if q.shape[1] <= MIDDLE else ("gpu",)
+    return next((name for name in names if forms[name] is None), None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -209,10 +209,11 @@ def test_own_kernels_come_first_where_they_were_measured_to_be_faster():
     assert first(2048) and first(4096) and first(window=1024) and first(32768, window=512)
     assert not first(1024) and not first(8192) and not first(window=1025) and not first(1024, window=64)
     assert not first(causal=False) and not first(key_heads=1) and not first(width=64) and not first(soft_cap=5.0)
-    values = partial(asked, partial(softmax_library.splits, "cudnn"))
-    assert values(8192) and values(8192, window=8192) and not values(4096) and not values(8192, window=4096)
-    assert not values(8192, causal=False) and not values(8192, key_heads=1) and not values(8192, soft_cap=5.0)
-    assert not asked(partial(softmax_library.splits, "tokamax"), 8192)
+    values = partial(asked, partial(softmax_library.for_values, {"tokamax": None, "gpu": None}))
+    assert values(8192) == values(16384, window=16384) == "tokamax" and values(32768) == "gpu"
+    assert values(4096) is values(8192, window=4096) is values(8192, causal=False) is None
+    assert values(8192, key_heads=1) is values(8192, soft_cap=5.0) is None
+    assert asked(partial(softmax_library.for_values, {"tokamax": "absent", "gpu": None}), 8192) == "gpu"
 
 
 def test_values_alone_come_from_one_function_and_those_with_gradients_from_the_other():
