@@ -41,6 +41,8 @@ def main(argv=None):
         wanted = [case for case in wanted if re.search(args.match, case.label)]
         if not wanted:
             raise ValueError(f"--match: expected a pattern that a case of --list has, got {args.match!r}")
+        if args.peers and not args.list and (platform := results.platform()) != "gpu":
+            raise ValueError(f"--peers: expected an NVIDIA GPU, where they run, the device is a {platform}")
         if args.case is not None and not 0 <= args.case < len(wanted):
             raise ValueError(f"--case: expected 0 to {len(wanted) - 1}, got {args.case}")
         if args.list:

@@ -182,7 +182,7 @@ class Mixer:
         name = type(self).__name__
         self._check_width()
         for argument, value in {"x": x, "segment_ids": segment_ids, "positions": positions}.items():
-            if value is not None and not is_array(value):
+            if (value is not None or argument == "x") and not is_array(value):
                 raise ValueError(f"{argument}: expected an array for {name}, got {type(value).__name__}")
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x: expected shape (B, T, D={self.d_model}) for {name}, got {tuple(x.shape)}")

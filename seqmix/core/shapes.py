@@ -113,7 +113,16 @@ def power_of_two(name: str, value):
 
 
 def floating(**given):
-    """Raises ValueError that names the first array, of those that are not None, whose dtype is not floating."""
+    """Raises ValueError that names the first array, not None, whose dtype is not floating, of 16 bits or more."""
     for name, array in given.items():
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{name}: expected a floating dtype, got {array.dtype}")
+        if array is not None and array.dtype.itemsize < 2:
+            raise ValueError(f"{name}: expected a floating dtype of 16 bits or more, got {array.dtype}")
+
+
+def filled(**given):
+    """Raises ValueError that names the first array with a dimension of size 0."""
+    for name, array in given.items():
+        if 0 in array.shape:
+            raise ValueError(f"{name}: expected at least one of every dimension, got shape {tuple(array.shape)}")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.flops import matmul
-from seqmix.core.shapes import check_arrays, dims, factor, floating, positive, power_of_two
+from seqmix.core.shapes import check_arrays, dims, factor, filled, floating, positive, power_of_two
 from seqmix.ops import delta_context
 from seqmix.ops.delta_chunked import delta_rule_chunked, rank_one_chunked
 from seqmix.ops.delta_reference import delta_rule_reference, rank_one_reference
@@ -188,9 +188,8 @@ def prepare(d, floats, segment_ids, chunk, scale):
     to make of sizes `d` and arrays `floats` by name.
     """
     floating(**floats)
-    if d.T < 1:
-        raise ValueError("q: expected at least one token, got T=0")
-    if min(d.H, d.Hk) < 1 or d.H % d.Hk:
+    filled(**{name: floats[name] for name in "qkv"})
+    if d.H % d.Hk:
         raise ValueError(f"v: expected a number of heads divisible by Hk={d.Hk}, got H={d.H}")
     power_of_two("chunk", chunk)
     factor("scale", scale)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.flops import matmul
-from seqmix.core.shapes import boolean, dims, factor, finite, floating, power_of_two
+from seqmix.core.shapes import boolean, check_arrays, dims, factor, filled, finite, floating, power_of_two
 from seqmix.ops import linear_chunked, linear_context, linear_kernels, linear_reference
 from seqmix.ops.dispatch import pick
 from seqmix.ops.linear_reference import decay_spec
@@ -40,9 +40,9 @@ def linear_attention(
       q, k: [B, T, Hk, K], floating; Hk divides H (grouped heads are never repeated in memory).
       v: [B, T, H, V], floating.
       log_decay: None (no decay), [H] (constant), [B, T, H] (per head) or [B, T, H, K] (per channel of k), floating,
-        <= 0. Any size is right; no bound is assumed.
-      write: None (1) or [B, T, H], floating, >= 0: the weight of what a token writes, such as Mamba-2's time step;
-        without normalize only. It is v * write, but v need not be multiplied in memory.
+        <= 0 (not checked). Any size is right; no bound is assumed.
+      write: None (1) or [B, T, H], floating, >= 0 (not checked): the weight of what a token writes, such as Mamba-2's
+        time step; without normalize only. It is v * write, but v need not be multiplied in memory.
       scale: factor on q.
       state: what earlier tokens left, as returned: [B, H, K, V], or with normalize the pair (S, z) with
         z [B, H, K]. None: zeros.
@@ -66,7 +66,7 @@ def linear_attention(
     Raises: ValueError for shapes, dtypes, options or an implementation that do not fit.
 
     Source: Katharopoulos et al. 2006.16236 (equations 16-20); RetNet 2307.08621, GLA 2312.06635, Mamba-2 2405.21060
-    and Lightning 2401.04658 are it with their decays.
+    and Lightning 2405.17381 are it with their decays.
     """
     d, acc = _check(q, k, v, log_decay, write, state, segment_ids, normalize, eps, causal, chunk, scale)
     runs = None if segment_ids is None else packing.runs(segment_ids)
@@ -126,12 +126,13 @@ def _check(q, k, v, log_decay, write, state, segment_ids, normalize, eps, causal
     specs = {"q": "B T Hk K", "k": "B T Hk K", "v": "B T H V", "log_decay": decay_spec(log_decay)}
     specs |= {"write": "B T H", "state": "B H K V", "state_z": "B H K"}
     state, state_z = state if pair else (state, None)
+    if pair:
+        check_arrays(state=state, state_z=state_z)
     arrays = dict(q=q, k=k, v=v, log_decay=log_decay, write=write, state=state, state_z=state_z)
     d = dims(specs, **arrays)
     floating(**arrays)
-    if d.T < 1:
-        raise ValueError("q: expected at least one token, got T=0")
-    if min(d.H, d.Hk) < 1 or d.H % d.Hk:
+    filled(q=q, k=k, v=v)
+    if d.H % d.Hk:
         raise ValueError(f"v: expected a number of heads divisible by Hk={d.Hk}, got H={d.H}")
     if segment_ids is not None:
         packing.check(segment_ids, d.B, d.T)

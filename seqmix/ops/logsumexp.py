@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqmix.core import packing
-from seqmix.core.shapes import check_arrays, dims, floating
+from seqmix.core.shapes import check_arrays, dims, filled, floating
 from seqmix.ops.scan import linear_scan
 
 _LOWEST = -1e30  # the greatest of no scores: exp of it less any score is 0, and nothing overflows
@@ -36,8 +36,7 @@ def logsumexp_scan(scores, values, *, state=None, segment_ids=None, chunk: int =
     """
     d = dims({"scores": "B T H", "values": "B T H V"}, scores=scores, values=values)
     floating(scores=scores, values=values)
-    if d.T < 1:
-        raise ValueError("scores: expected at least one token, got none")
+    filled(scores=scores, values=values)
     if segment_ids is not None:
         packing.check(segment_ids, d.B, d.T)
     acc = jnp.promote_types(jnp.promote_types(scores.dtype, values.dtype), jnp.float32)

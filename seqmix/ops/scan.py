@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqmix.core import packing
-from seqmix.core.shapes import boolean, check_arrays, positive
+from seqmix.core.shapes import boolean, check_arrays, filled, positive
 from seqmix.ops import dispatch, scan_context, scan_kernels
 from seqmix.ops.mesh import layout
 from seqmix.ops.scan_chunked import Way, chunked
@@ -68,8 +68,8 @@ def linear_scan(
 def _check(x, log_a, state, segment_ids, chunk):
     check_arrays(x=x, log_a=log_a, **({} if state is None else {"state": state}))
     for name, array in (("x", x), ("log_a", log_a)):
-        if not jnp.issubdtype(array.dtype, jnp.inexact):
-            raise ValueError(f"{name}: expected a floating or complex dtype, got {array.dtype}")
+        if not jnp.issubdtype(array.dtype, jnp.inexact) or array.dtype.itemsize < 2:
+            raise ValueError(f"{name}: expected a floating (16 bits or more) or complex dtype, got {array.dtype}")
     if x.ndim < 2 or x.shape[1] < 1:
         raise ValueError(f"x: expected shape (B, T, ...) with T >= 1, got {tuple(x.shape)}")
     aligned = (1,) * (x.ndim - log_a.ndim) + tuple(log_a.shape)
@@ -82,6 +82,7 @@ def _check(x, log_a, state, segment_ids, chunk):
         raise ValueError(f"state: expected a real dtype as of x and log_a, got {state.dtype}")
     if segment_ids is not None:
         packing.check(segment_ids, *x.shape[:2])
+    filled(x=x)
     positive("chunk", chunk)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqmix.core import packing
-from seqmix.core.shapes import check_arrays, dims, floating, positive
+from seqmix.core.shapes import check_arrays, dims, filled, floating, positive
 from seqmix.ops import dispatch, scan_context
 from seqmix.ops.mesh import layout
 from seqmix.ops.scan_chunked import incoming_states
@@ -69,8 +69,7 @@ def selective_scan(
     floating(u=u, dt=dt, A=A, B=B, C=C, D=D, state=state)
     if d.G < 1 or d.D % d.G:
         raise ValueError(f"B: expected groups that divide D={d.D}, got {d.G}")
-    if d.T < 1:
-        raise ValueError("u: expected at least one token, got none")
+    filled(u=u)
     if segment_ids is not None:
         packing.check(segment_ids, d.B, d.T)
     positive("chunk", chunk)
