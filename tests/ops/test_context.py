@@ -1,6 +1,7 @@
 """Time cut over a mesh changes nothing: values and every gradient of the state-passing ops, packed rows included."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +213,15 @@ def test_parts_of_a_stretch_give_what_it_gives(monkeypatch, name, ids, parts):
             got = pull(function, args, ids)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_a_gpu_cuts_a_stretch_in_parts_where_rows_and_heads_are_few_and_chunks_many(monkeypatch):
+    with sharding.use_mesh(sharding.make_mesh(context=4, model=2)):
+        count = lambda b, t, h: delta_context.parts(layout(b, t, h), SimpleNamespace(B=b, T=t, H=h), 64)
+        assert count(1, 32768, 32) == 1  # on a CPU
+        monkeypatch.setattr(delta_context.targets, "capability", lambda: (9, 0))
+        assert [count(1, 32768, 32), count(1, 8192, 8), count(1, 4096, 8), count(8, 32768, 32)] == [4, 4, 2, 1]
+        assert count(1, 32768 + 256, 32) == 1  # parts would end within chunks
 
 
 def test_a_stretch_of_several_blocks_of_chunks_is_one(monkeypatch):
