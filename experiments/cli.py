@@ -4,10 +4,17 @@ import argparse
 import difflib
 import sys
 
+SHOWN = 8  # most values of a default that --help lists
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        default = action.default
+        if default is None or default is False or default in ("", (), []):
+            return action.help
+        if isinstance(default, tuple | list):  # as they are typed; a long list is said in words by the help
+            return f"{action.help} (default: {','.join(map(str, default))})" if len(default) <= SHOWN else action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

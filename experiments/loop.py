@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import distributed, optim, spikes
+from experiments import distributed, gpu_options, optim, spikes
 from seqmix.core import flops, param, sharding
 
 
@@ -126,7 +126,7 @@ class Trainer:
         replicated = NamedSharding(self.mesh, PartitionSpec())
         step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, replicated))
         with sharding.use_mesh(self.mesh):
-            return step.lower(state, batch).compile()
+            return gpu_options.compiled(step.lower(state, batch), self.mesh)
 
     def evaluate(self, params, dataset, batches, beat=lambda: None):
         """Means over so many validation batches (0: all): {"loss", "tokens"} with "bits_per_byte" for text, with

@@ -16,7 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
-from experiments import checkpoint, distributed
+from experiments import checkpoint, distributed, signals
 
 STOPPED = 75
 RESUMABLE = f"stopped, resumable: run the same command (exit code {STOPPED})"
@@ -28,30 +28,23 @@ class Stop:
     """What SIGTERM and SIGINT do. While `waits`, the first one sets `asked`, which the loop sees after its
     step; otherwise, and the second time, the process ends at once.
 
-    A thread acts on them, since Python's own handlers do not run while the main thread compiles.
+    A thread acts on them (`signals.watch`).
     """
 
-    def __init__(self):
+    def __init__(self, workdir):
+        self.workdir = workdir
         self.asked = self.waits = False
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)  # the byte in the pipe is what counts
-        threading.Thread(target=self._watch, args=(read,), daemon=True).start()
+        signals.watch(self._act, signal.SIGTERM, signal.SIGINT)
 
-    def _watch(self, read):
-        while True:
-            number = os.read(read, 1)[0]
-            if number not in (signal.SIGTERM, signal.SIGINT):
-                continue
-            name = signal.Signals(number).name
-            if self.asked or not self.waits:
-                cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # which the live line hides
-                print(f"{cursor}{name}: {RESUMABLE}", file=sys.stderr, flush=True)
-                os._exit(STOPPED)
-            self.asked = True
-            print(f"{name}: saving at the next step", file=sys.stderr, flush=True)
+    def _act(self, number):
+        name = signal.Signals(number).name
+        if self.asked or not self.waits:
+            cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # which the live line hides
+            kept = f"what it saved is in {self.workdir}"
+            print(f"{cursor}{name}: training {RESUMABLE}; {kept}", file=sys.stderr, flush=True)
+            os._exit(STOPPED)
+        self.asked = True
+        print(f"{name}: saving at the next step", file=sys.stderr, flush=True)
 
 
 class Watchdog:

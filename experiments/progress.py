@@ -166,6 +166,13 @@ class Progress:
             self.bar = None
 
 
+def _speed(rate, unit):
+    """So many a second, or the seconds of one where it takes longer than that."""
+    if rate >= 1:
+        return f"{_short(rate)} {unit}/s"
+    return f"{1 / rate:.1f} s/{unit.removesuffix('s')}" if rate else f"0 {unit}/s"
+
+
 class Work:
     """The share of some work that is done, its speed and the time left, on stderr: a live line on a terminal, a
     line every `seconds` elsewhere. `unit` is what is counted; `before` of `total` was done by an earlier process.
@@ -186,7 +193,7 @@ class Work:
         whole = self.before + done
         share = int(100 * whole / max(self.total, 1))
         text = f"{self.title} {share}%  {_short(whole)} of {_short(self.total)} {self.unit}"
-        text += f"  {_short(rate)} {self.unit}/s  {more}"
+        text += f"  {_speed(rate, self.unit)}  {more}"
         text += f"  {clock(now - self.begun)}" if last else f"  ETA {clock((self.total - whole) / max(rate, 1e-9))}"
         clear = "\r\x1b[K" if self.live else ""
         print(f"{clear}{text}", end="" if self.live and not last else "\n", file=sys.stderr, flush=True)

@@ -18,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from experiments import cli, flags, progress, recall_table, serialize
+from experiments import cli, flags, progress, recall_table, serialize, signals
+from experiments.sweep.local import CHILD
 from seqmix import catalog
 
 EVERY = 100  # steps between points of the curves
@@ -49,7 +50,8 @@ def main(argv=None):
     progress.say(f"{len(cells)} cells, {len(cells) - len(missing)} already done, {args.jobs} at a time")
     if missing and not visible_gpus():
         progress.say(SLOW.format(cells=len(missing), runs=len(args.rates) * len(args.seeds)))
-    failed = compute(out, args, missing)
+    with signals.last_words(lambda: f"recall stopped; the cells that are done are in {out}, the same command goes on"):
+        failed = compute(out, args, missing)
     rows = others + [row for cell in cells if (row := read(out, args, *cell))]
     if rows:
         recall_table.write(out, rows)
@@ -194,7 +196,9 @@ def spawn(out, args, mixer, width, gpus, slots):
     env |= {"CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else {}
     try:
         with open(out / f"{mixer}_{width}.log", "w") as file:
-            subprocess.run([sys.executable, "-m", "experiments.recall", *words], stdout=file, stderr=file, env=env)
+            end_with = [sys.executable, "-S", str(CHILD), str(os.getpid()), ""]  # the kernel kills it with this process
+            command = [*end_with, sys.executable, "-m", "experiments.recall", *words]
+            subprocess.run(command, stdout=file, stderr=file, env=env)
     finally:
         slots.put(gpu)
 

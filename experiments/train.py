@@ -92,7 +92,7 @@ def train(cfg, workdir, prepared, stop, clock):
         state, done = _loop(run, state, start)
         if not done:
             curves.close()
-            progress.say(process.RESUMABLE)
+            progress.say(f"training {process.RESUMABLE}; what it saved is in {workdir}")
             return process.STOPPED
         finish.finish(run, state.get("ema", state["params"]), starts)
     finally:
@@ -266,7 +266,7 @@ def main(argv):
     if not distributed.first():
         progress.mute()
     with process.failing(workdir):
-        return _run(cfg, workdir, args.allow_data_change, process.Stop(), spent)
+        return _run(cfg, workdir, args.allow_data_change, process.Stop(workdir), spent)
 
 
 def _run(cfg, workdir, allow_data_change, stop, spent):

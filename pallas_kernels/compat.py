@@ -351,11 +351,13 @@ def accumulate(body, *starts):
 def as_operand(value, spare=None):
     """A float32 tile rounded to bf16, as the left operand of `matmul`.
 
-    The interpreter takes that operand from shared memory only: there it goes through `spare`, a tile of its shape.
+    The interpreter takes that operand from shared memory only: there it goes through `spare`, a tile of its shape or
+    of more columns.
     """
     value = value.astype(jnp.bfloat16)
     if not interpreting():
         return value
+    spare = spare.at[:, pl.ds(0, value.shape[1])]
     spare[...] = value
     gpu().commit_smem()
     return spare
@@ -403,6 +405,12 @@ def barriers(count, arrivals=1):
 def fetch(source, target, barrier_ref):
     """Starts the copy, by TMA, of global memory to shared memory; it arrives at the barrier."""
     gpu().copy_gmem_to_smem(source, target, barrier_ref)
+
+
+def prefetch(source):
+    """Starts the copy of global memory to L2, for a `fetch` to come."""
+    if not interpreting():
+        gpu().async_prefetch(source)
 
 
 def registers(count, more):
@@ -493,7 +501,8 @@ def reads_done():
 
     The fence of `publish` without its barrier, for which registers may be too few.
     """
-    if interpreting():
+    if interpreting():  # which looks for a fence between such reads and writes
+        publish()
         return
     from jaxlib.mlir.dialects import nvvm
 
@@ -526,8 +535,9 @@ def stores_done():
     gpu().wait_smem_to_gmem(0)
 
 
-def arrive(barrier_ref):
-    gpu().barrier_arrive(barrier_ref)
+def arrive(barrier_ref, predicate=None):
+    """Arrives at a barrier, if the predicate says so."""
+    gpu().barrier_arrive(barrier_ref, predicate=predicate)
 
 
 def wait(barrier_ref):

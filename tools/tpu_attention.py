@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from seqmix.core import sharding
 from seqmix.ops import attention
+from tools import needs
 from tools.tpu_bundles import TOPOLOGIES
 
 B, T, H, K, V = 8, 256, 4, 128, 64
@@ -49,6 +50,7 @@ def hlo(devices, axes, packed, options):
 
 
 def main():
+    needs.libtpu("tools.tpu_attention")
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 

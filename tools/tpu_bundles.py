@@ -24,7 +24,7 @@ import tempfile
 
 import jax
 
-from tools import tpu_cases
+from tools import needs, tpu_cases
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 # No question to a cloud's metadata, no lock against other processes, no TPU looked for.
@@ -96,14 +96,24 @@ def utilization(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chips", default=",".join(TOPOLOGIES))
-    parser.add_argument("--cases", default="")
+    parser.add_argument("--chips", default=",".join(TOPOLOGIES), help="v5e, v5p, v6e, joined by commas (default: all)")
+    parser.add_argument("--cases", default="", help="names joined by commas (default: all)")
     parser.add_argument("--tile", default="", help="tokens of a chunk and heads of a step, or tokens and channels")
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help=f"keep the counts in {KEPT.relative_to(ROOT)}")
     for name in ("--compile", "--folder"):  # of the process that compiles
         parser.add_argument(name, default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    needs.libtpu("tools.tpu_bundles")
     names = [name for name in options.cases.split(",") if name] or list(tpu_cases.cases())
+    for flag, given, known in (
+        ("--cases", names, tpu_cases.cases()),
+        ("--chips", options.chips.split(","), TOPOLOGIES),
+    ):
+        for name in given:
+            if name not in known:
+                needs.refuse(f"{flag}: expected names among {', '.join(known)}, got {name!r}")
+    if not re.fullmatch(r"(\d+(,\d+)*)?", options.tile):
+        needs.refuse(f"--tile: expected integers joined by commas, got {options.tile!r}")
     if options.compile:
         tile = tuple(int(part) for part in options.tile.split(",") if part)
         return compile_cases(options.compile, names, tile or None, pathlib.Path(options.folder))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from seqmix import ops
 from seqmix.core import sharding
 from seqmix.ops import masks
+from tools import needs
 
 B, T, H, K, V = 8, 1024, 8, 128, 64
 TOPOLOGY = "v5e:2x4"
@@ -64,6 +65,7 @@ def hlo(mesh, function, *arguments):
 
 
 def main():
+    needs.libtpu("tools.tpu_mesh")
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 

@@ -5,7 +5,8 @@
 A suite is a list of cases; each gives rows, which are written to DIR/<card>_<suite>.json as they come, with the
 command, versions and card. At the end come a table (.md, and printed) and, with matplotlib, a picture (.png, .svg). A
 case that fails is a row that says why. With --jobs=N cases compile side by side, and measure in turn. Exit codes: 0
-done, 1 a case failed (the others are kept), 2 a mistake in the command.
+done, 1 a case failed (the others are kept), 2 a mistake in the command, 143 ended by SIGTERM and 130 by Ctrl-C, after a
+line that says what is kept.
 """
 
 import argparse
@@ -13,12 +14,15 @@ import concurrent.futures
 import difflib
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
 
-from experiments import cli, progress
+from experiments import cli, progress, signals
 from experiments.bench import results, suites, tune, turns
+
+OUT = "runs/bench"
 
 
 def main(argv=None):
@@ -26,7 +30,8 @@ def main(argv=None):
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         if args.command == "tune":
-            return tune.run(args)
+            with signals.last_words(lambda: "bench tune stopped; the calls that it named are in the tables"):
+                return tune.run(args)
         if args.jobs > 1 or args.case is not None:  # before jax is asked for the devices
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # one device's memory is for all of them
         suite = suites.load(args.suite)
@@ -36,6 +41,8 @@ def main(argv=None):
         wanted = [case for case in wanted if re.search(args.match, case.label)]
         if not wanted:
             raise ValueError(f"--match: expected a pattern that a case of --list has, got {args.match!r}")
+        if args.peers and not args.list and (platform := results.platform()) != "gpu":
+            raise ValueError(f"--peers: expected an NVIDIA GPU, where they run, the device is a {platform}")
         if args.case is not None and not 0 <= args.case < len(wanted):
             raise ValueError(f"--case: expected 0 to {len(wanted) - 1}, got {args.case}")
         if args.list:
@@ -44,7 +51,9 @@ def main(argv=None):
     except ValueError as error:
         return cli.refuse(error)
     if args.compile_only:
-        return compiled(wanted, args)
+        kept = "what was compiled is in JAX's cache of programs where there is one (JAX_COMPILATION_CACHE_DIR)"
+        with signals.last_words(lambda: f"bench run --compile-only stopped; {kept}, and the same command goes on"):
+            return compiled(wanted, args)
     if args.case is not None:
         wanted = wanted[args.case : args.case + 1]
         os.environ[turns.PLACE] = str(cases.index(wanted[0]))
@@ -54,19 +63,36 @@ def main(argv=None):
         return cli.refuse(f"--out: expected a folder that can be written, got {args.out!r} ({error.strerror})")
     if kept.device.platform == "cpu" and not getattr(suite, "SMALL", False):
         progress.say("the device is a CPU: the cases are sized for a GPU of 80 GB and will take long")
+    line = lambda: stopped(suite, kept)
     try:
-        failed = (turns.run if args.jobs > 1 else run)(suite, wanted, args, kept)
+        if args.jobs > 1:
+            failed = turns.run(suite, wanted, args, kept)
+        else:
+            with signals.last_words(line):
+                failed = run(suite, wanted, args, kept)
     except KeyboardInterrupt:
         if kept.rows and args.case is None:
             kept.finish()
-        measured = f"what was measured is in {kept.path}" if kept.rows else "nothing was measured"
-        print(f"stopped; {measured}", file=sys.stderr)
+        print(line(), file=sys.stderr)
         return 130
+    except SystemExit as error:  # SIGTERM, after `turns` has ended its processes
+        if error.code != 128 + signal.SIGTERM:
+            raise
+        print(f"SIGTERM: {line()}", file=sys.stderr)
+        return error.code
     if args.case is None:
         kept.finish()
     for label, reason in failed:
         print(f"failed: {label}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def stopped(suite, kept):
+    """What is said of a run that ends before its last case."""
+    if not kept.rows:
+        return f"bench run of {suite.NAME} stopped; nothing was measured, the same command begins anew"
+    rest = "--only and --match (of --list) name the cases that are left"
+    return f"bench run of {suite.NAME} stopped; rows so far ({len(kept.rows)}) are in {kept.path}; {rest}"
 
 
 def parse(argv):
@@ -78,15 +104,16 @@ def parse(argv):
     )
     add = parser.add_argument
     add("--suite", choices=tuple(suites.SUITES), help=commands)
-    add("--out", default="runs/bench", help="folder of the results")
-    add("--only", type=_words, default=(), help="parts (of --list, before the colon), joined by commas; () is all")
+    add("--out", help=f"folder of the results (default: {OUT})")
+    parts = "parts of the suite (of --list, before the colon), joined by commas; all of them without it"
+    add("--only", type=_words, default=(), help=parts)
     add("--match", type=_pattern, default="", help="cases with this regular expression in their names (of --list)")
     add("--peers", action="store_true", help="time the PyTorch peers that can be imported, in the same run")
     add(
         "--jobs",
         type=int,
-        default=1,
-        help="cases at once, each in a process; one at a time measures (not of train)",
+        help="cases at once, each in a process; one at a time measures (not of train); with"
+        " --compile-only programs compiled at once (default: 1, and there a quarter of the cores)",
     )
     add("--case", type=int, help=argparse.SUPPRESS)  # of --jobs
     add("--list", action="store_true", help="name the cases and end")
@@ -100,17 +127,23 @@ def parse(argv):
             ("--match", args.match),
             ("--peers", args.peers),
             ("--list", args.list),
+            ("--out", args.out),
         ):
             if given:
                 raise ValueError(f"{flag}: belongs to run, tune takes --only alone")
+    if args.compile_only and args.out is not None:
+        raise ValueError(f"--out: expected none with --compile-only, which measures nothing, got {args.out!r}")
+    if args.out == "":
+        raise ValueError("--out: expected a folder, got none")
+    args.out = OUT if args.out is None else args.out
+    args.threads = max(1, (os.cpu_count() or 1) // 4) if args.jobs is None else args.jobs  # of --compile-only
+    args.jobs = 1 if args.jobs is None else args.jobs
     if args.jobs < 1:
         raise ValueError(f"--jobs: expected at least 1, got {args.jobs}")
     if args.jobs > 1 and args.suite in (None, turns.ALONE):
         raise ValueError(f"--jobs: {args.suite or args.command} runs one case after the other, got {args.jobs}")
     if args.compile_only and (args.command, args.suite) != ("run", "scaling"):
         raise ValueError(f"--compile-only: expected --suite=scaling, got {args.suite or args.command}")
-    if not args.out:
-        raise ValueError("--out: expected a folder, got none")
     return args
 
 
@@ -142,7 +175,7 @@ def _pattern(text):
 def compiled(cases, args):
     """Compiles the programs of the cases, several at once, for a later run to find in JAX's compilation cache."""
     failed = 0
-    with concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(args.threads) as pool:
         waiting = {pool.submit(lambda case: list(case.run(args)), case): case.label for case in cases}
         for index, done in enumerate(concurrent.futures.as_completed(waiting)):
             error = done.exception()

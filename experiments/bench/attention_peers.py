@@ -6,7 +6,7 @@ from experiments.bench.timing import torch_ms
 
 
 def times(name, batch, length):
-    """{peer: times} of a pattern, by triton's do_bench: cuDNN and flash where they know it, flex_attention for all."""
+    """{peer: times} of a pattern: cuDNN and flash where they know it, flex_attention for all."""
     import torch
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel

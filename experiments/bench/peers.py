@@ -38,7 +38,7 @@ def _first(call, *inputs):
 
 
 def times(name, draw, b, t):
-    """{label: times} of the peers at a shape, by triton's do_bench."""
+    """{label: times} of the peers at a shape."""
     import jax
     import torch
 

@@ -11,6 +11,11 @@ import jax
 from experiments import files, progress
 
 
+def platform():
+    """Of the first device: "gpu", "tpu" or "cpu"."""
+    return jax.devices()[0].platform
+
+
 class File:
     """The rows of a suite in DIR/<card>_<suite>.json, rewritten after each one; an old file is kept as .json.1, ...."""
 

@@ -217,7 +217,9 @@ class Local:
             for line in run.log.read_text(errors="replace").splitlines()[-LINES:]:
                 print(f"    {line}")
         if self.signals:
-            print("stopped, resumable: run the same command", file=sys.stderr)
+            done = f"{len(self.finished)} of {self.source.total} runs are finished"
+            kept = f"what the others saved is in {self.root}"
+            print(f"sweep stopped, resumable: run the same command; {done}, {kept}", file=sys.stderr)
             return STOPPED
         print(f"finished {len(self.finished)} of {self.source.total} runs in {self.root}", flush=True)
         return 1 if self.failed else 0

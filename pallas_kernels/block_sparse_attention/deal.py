@@ -1,10 +1,11 @@
-"""How the gradient kernels of block-sparse attention deal their work to thread blocks that take several lists each.
+"""How kernels of block-sparse attention deal their work to thread blocks that take several lists each.
 
 To start a thread block and to fill its shared memory took some 6 microseconds on an H100, as much as two tiles of 128 x
 128. One that goes from list to list has the next one's tiles fetched while it ends the last.
 """
 
 import dataclasses
+import heapq
 
 import numpy as np
 
@@ -15,6 +16,7 @@ LONG = 64  # blocks of 128 tokens of a list, beyond which a thread block takes o
 UNSURE = 32  # the same of lists whose lengths are not known while tracing
 STARTING = 128  # tokens of a list that take as long as beginning and ending it
 UNEVEN = 1.1  # most that a thread block's work may be of the mean
+LISTED = 64  # items a thread block, up to which it is listed who takes which where the lists' lengths are known
 TOGETHER = 16 << 20  # bytes of what is listed that are walked at a time, so that L2 keeps them
 
 
@@ -26,6 +28,7 @@ class Deal:
     heads: int
     rows: int
     together: int  # heads that are walked at a time
+    order: np.ndarray | None = dataclasses.field(default=None, compare=False)  # `shared_out`; None: every so many-th
 
     @property
     def items(self) -> int:
@@ -42,6 +45,24 @@ class Deal:
         owner = rem(div(within, n(self.together)) + lap * n(round(0.618 * self.owners)), n(self.owners))
         laps = n(self.heads // self.together)
         return owner, rem(lap, laps) * n(self.together) + rem(within, n(self.together)), div(lap, laps)
+
+
+def shared_out(loads, together, workers):
+    """Items [thread blocks, turns], each list ending with -1 or several: always to that which has the least to do.
+
+    loads: work of each item; of so many that are walked together those with most come first, so that the last are
+    short.
+    """
+    lap = np.arange(loads.size) // together
+    heap, taken = [(0, worker) for worker in range(workers)], [[] for _ in range(workers)]
+    for item in np.lexsort((-loads, lap)).tolist():
+        load, worker = heap[0]
+        heapq.heapreplace(heap, (load + int(loads[item]), worker))
+        taken[worker].append(item)
+    order = np.full((workers, max(map(len, taken)) + 1), -1, np.int32)
+    for worker, items in enumerate(taken):
+        order[worker, : len(items)] = items
+    return order
 
 
 def dealt(call, count, entries, others, owners, heads, rows):
@@ -68,6 +89,10 @@ def dealt(call, count, entries, others, owners, heads, rows):
     owner = owner[:, None] * call.owners + np.arange(call.owners)
     lengths = np.pad(count, ((0, 0), (0, 0), (0, -count.shape[2] % call.owners)))
     which = (row * (count.shape[0] > 1))[:, None], (head * count.shape[1] // heads)[:, None], owner
-    tokens = lengths[which].max(1) * call.other * (call.ratio if call.keys_own else 1)
-    loads = np.bincount(index % plan.SMS, tokens + STARTING)
+    work = lengths[which].max(1) * call.other * (call.ratio if call.keys_own else 1) + STARTING
+    if deal.items <= LISTED * plan.SMS:
+        deal = dataclasses.replace(deal, order=shared_out(work, owners * deal.together, plan.SMS))
+        loads = np.where(deal.order >= 0, work[deal.order], 0).sum(1)
+    else:
+        loads = np.bincount(index % plan.SMS, work)
     return deal if loads.max() <= UNEVEN * loads.mean() else None

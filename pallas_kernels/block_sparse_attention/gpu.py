@@ -14,10 +14,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
+from pallas_kernels.block_sparse_attention import deal
 from pallas_kernels.block_sparse_attention.plan import SMS, Visibility
 
 ROWS = 64  # queries of a warpgroup
@@ -46,6 +48,7 @@ def forward(
     by_head=False,
     own=None,
     workers=None,
+    order=None,
 ):
     """Attention of queries to the blocks of keys that their block lists: (y [B, T, H, V], lse [B, H, T] float32).
 
@@ -58,24 +61,29 @@ def forward(
 
     by_head: q, k, v and y are [B, H, T, K] instead. own: `plan.own_lists` of the walk, for blocks of 128 queries whose
     halves see different tiles, or None. workers: into how many thread blocks to deal the work, None to choose.
+    order: `listed` of the call, where the walk is traced that was known.
     """
-    order = (0, 2, 1, 3) if by_head else (0, 1, 2, 3)
-    batch, time, heads, width = (q.shape[axis] for axis in order)
-    _, keys, key_heads, value = (v.shape[axis] for axis in order)
+    axes = (0, 2, 1, 3) if by_head else (0, 1, 2, 3)
+    batch, time, heads, width = (q.shape[axis] for axis in axes)
+    _, keys, key_heads, value = (v.shape[axis] for axis in axes)
     bq, bk = sizes
     group = heads // key_heads
     q_data, k_data, seen = dict(q_data or {}), dict(k_data or {}), None
     if visible is not None:
         seen, q_data, k_data = Visibility(visible, q_data, k_data).prepared(q_data, k_data, time, keys)
     begin, count, other, full = (jnp.asarray(x, jnp.int32) for x in walk)
-    units = 2 if bq > ROWS or group % 2 == 0 else 1
+    units = units_of(bq, group)
     step = 64 if len(q_data) + len(k_data) > MANY else bk
     call = Call(units, bq, step, bk // step, batch, heads, group, time // bq, seen, scale, soft_cap, by_head)
-    if workers is None:
-        workers = call.items if full.shape[-1] > LONG * call.blocks else min(call.items, SMS)
+    workers = workers_of(call, full.shape[-1], workers if order is None else order.shape[0])
     call = dataclasses.replace(call, workers=workers, stages=stages_for(units, step, width, value, len(k_data)))
+    order = shared_out(call, walk[1], bk) if order is None else order
+    if order is not None:
+        call = dataclasses.replace(call, turns=order.shape[1] - 1)
     given = {"q": q, "k": k, "v": v, "begin": begin, "count": count, "entries": other * 2 + full}
     given |= {"q_data": q_data, "k_data": k_data}
+    if order is not None:
+        given["order"] = jnp.asarray(order)
     if slopes is not None:
         given["slopes"] = slopes.astype(jnp.float32) * LOG2_E
     if own is not None and call.parts == 1 and bq > ROWS:
@@ -99,6 +107,33 @@ def forward(
         warpgroups=units,
         name="block_sparse_attention_forward",
     )(*leaves)
+
+
+def units_of(rows, group):
+    """Computing warpgroups of a thread block."""
+    return 2 if rows > ROWS or group % 2 == 0 else 1
+
+
+def workers_of(call, entries, workers=None):
+    """Thread blocks, for so many entries of a row's lists."""
+    return workers or (call.items if entries > LONG * call.blocks else min(call.items, SMS))
+
+
+def listed(q, k, walk, sizes):
+    """Which items of a call thread blocks take, [thread blocks, turns], of q [B, T, H, K]; None: that is not listed."""
+    group = q.shape[2] // k.shape[2]
+    call = Call(units_of(sizes[0], group), sizes[0], sizes[1], 1, q.shape[0], q.shape[2], group, walk[0].shape[2])
+    call = dataclasses.replace(call, workers=workers_of(call, walk[3].shape[-1]))
+    return shared_out(call, walk[1], sizes[1])
+
+
+def shared_out(call, count, keys):
+    """`deal.shared_out` of a call's items, where the lengths of lists [b, h, nq] are known and items not too many."""
+    if not isinstance(count, np.ndarray) or not call.workers < call.items <= deal.LISTED * call.workers:
+        return None
+    row, heads, block = call.place(np.arange(call.items))
+    lists = [row * (count.shape[0] > 1), heads // call.group * (count.shape[1] > 1)]
+    return deal.shared_out(count[(*lists, block)] * keys + deal.STARTING, 2 * call.workers, call.workers)
 
 
 def shared_memory(call, width, value, k_data):
@@ -141,12 +176,13 @@ class Call:
     heads: int
     group: int  # query heads to a key head
     blocks: int  # of queries
-    seen: Visibility | None
-    scale: float
-    soft_cap: float | None
-    by_head: bool
+    seen: Visibility | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+    by_head: bool = False
     workers: int = 1  # thread blocks
     stages: int = 2  # tiles of keys, and of values, in shared memory
+    turns: int | None = None  # of a thread block, where it is listed which items each takes
 
     def part(self, ref, row, tokens, head):
         """Tokens of a head, [n, K], of an array of queries, keys, values or outputs."""
@@ -165,7 +201,13 @@ class Call:
     @property
     def rounds(self) -> int:
         """Items that a thread block goes through, at most."""
-        return -(-self.items // self.workers)
+        return self.turns or -(-self.items // self.workers)
+
+    def place(self, index):
+        """(row, first head, block of queries) of an item."""
+        heads, row = self.heads // self.together, index // self.blocks
+        # With causal lists the longest come first.
+        return row // heads, row % heads * self.together, self.blocks - 1 - index % self.blocks
 
 
 class Item:
@@ -174,14 +216,17 @@ class Item:
     def __init__(self, call: Call, given, turn):
         self.call, self.given = call, given
         worker = lax.axis_index("worker")
-        # To and fro, so that where lists grow from item to item all workers get the same.
-        worker = jnp.where(turn % 2 == 1, call.workers - 1 - worker, worker)
-        index = turn * call.workers + worker
-        self.real = index < call.items
-        index = jnp.minimum(index, call.items - 1)
-        self.block = call.blocks - 1 - index % call.blocks  # with causal lists the longest come first
-        heads = call.heads // call.together
-        self.row, self.heads = index // call.blocks // heads, index // call.blocks % heads * call.together
+        if call.turns is not None:
+            index = given["order"][worker, turn]
+            self.real = index >= 0
+            index = jnp.maximum(index, 0)
+        else:
+            # To and fro, so that where lists grow from item to item all workers get the same.
+            worker = jnp.where(turn % 2 == 1, call.workers - 1 - worker, worker)
+            index = turn * call.workers + worker
+            self.real = index < call.items
+            index = jnp.minimum(index, call.items - 1)
+        self.row, self.heads, self.block = call.place(index)
         self.key_head = self.heads // call.group
         lists = given["begin"].shape
         self.list = self.row if lists[0] > 1 else 0, self.key_head if lists[1] > 1 else 0
@@ -300,7 +345,7 @@ class Block:
 
             compat.publish()
             queries, head = pl.ds(item.first(unit), ROWS), item.head(unit)
-            ragged = item.real if call.items % call.workers else None
+            ragged = item.real if call.turns is not None or call.items % call.workers else None
             compat.store(y, call.part(self.y, item.row, queries, head), ragged)
             compat.store(lse, self.lse.at[item.row, head, queries], ragged)
             return before + item.count

@@ -10,9 +10,10 @@ memory: every result is the same in every run.
 
 A warpgroup owns 64 rows of its block and keeps their gradients in registers as float32; p and ds go from registers
 straight into the next product. One more warpgroup reads the list and fetches tiles by TMA. Where a list says so, the
-warpgroup of one half of a block passes over a tile of which the other half sees some. Where lists are short, a thread
-block goes from one to the next, and has the next one's tiles fetched meanwhile. Blocks of keys that are too few to fill
-the chip are shared out: each takes some of the heads, or a part of the list, to sums that XLA adds up.
+warpgroup of one half of a block passes over a tile, or half a tile, of which the other half sees some. Where lists are
+short, a thread block goes from one to the next, and has the next one's tiles fetched meanwhile: the owner's too, from
+the last step on. Blocks of keys that are too few to fill the chip are shared out: each takes some of the heads, or a
+part of the list, to sums that XLA adds up.
 """
 
 import dataclasses
@@ -26,68 +27,21 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention import plan
-from pallas_kernels.block_sparse_attention.deal import Deal, dealt
+from pallas_kernels.block_sparse_attention.deal import dealt
+from pallas_kernels.block_sparse_attention.listed import MARKS, ROWS, WARPGROUPS, Call, List
 from pallas_kernels.block_sparse_attention.plan import BLOCKS, LOG2_E, Visibility, pieces
 
-ROWS = 64  # of a warpgroup
-WARPGROUPS = 2  # that compute, in a thread block
 # Registers of a thread. Three warpgroups start with 168 each; were these more together, the last would wait forever.
 FETCHING, COMPUTING = 24, 240
-# What a list may say of a tile, bit by bit: whether it is full for each warpgroup of a block, whether empty for each.
-MARKS = 2 * WARPGROUPS
 DEEP = 12  # operations of a mask, above which a tile of 128 keys needs too many registers
 VECTOR = 6  # as many operations as that a vector of keys, beyond one, takes in registers
 SHARED_BYTES = 225 * 1024
 SHORT = 8192  # tokens whose indices may be a constant of the program
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The static half of a call."""
-
-    scale: float
-    soft_cap: float | None
-    seen: Visibility | None
-    inputs: tuple  # names of what `seen` needs of queries, and of keys
-    own: int  # tokens of an owner's block
-    other: int  # tokens of a listed block
-    step: int  # tokens that are fetched at a time, a part of `other`
-    stages: int
-    deep: bool  # scores take more registers than usual on their way to p
-    keys_own: bool  # the owners are blocks of keys
-    ratio: int  # query heads to a key head
-    skips: bool = False  # lists say that halves see nothing of some tiles
-    pieces: tuple = (1, 1)  # parts into which the query heads of a key head, and each list, are cut
-    deal: Deal | None = None  # how thread blocks go through several items; None: each has one
-
-    @property
-    def units(self) -> int:
-        """Warpgroups of an owner."""
-        return self.own // ROWS
-
-    @property
-    def owners(self) -> int:
-        """Owners of a thread block; each has its own list and tiles, one warpgroup could not keep the chip busy."""
-        return WARPGROUPS // self.units
-
-    @property
-    def parts(self) -> int:
-        """Steps in a listed block."""
-        return self.other // self.step
-
-    @property
-    def shares(self) -> int:
-        """Thread blocks of a block of keys."""
-        return self.pieces[0] * self.pieces[1]
-
-    @property
-    def levels(self) -> int:
-        """bfloat16 numbers of a result: of shares two, of 16 bits together, which take no register more than one."""
-        return 2 if self.shares > 1 else 1
-
-    def names(self, own: bool) -> tuple[str, ...]:
-        """Inputs of the mask for the owners or for what they list."""
-        return self.inputs[own == self.keys_own]
+# Whether a thread block that goes from list to list fetches the next owner's tiles from the last step on, and stores
+# what it found through shared memory of its own meanwhile.
+EARLY = True
+SPLITS = True  # whether a warpgroup takes the half of a tile of 128 keys alone that it sees, where lists say so
+COLUMNS = 64  # of a result that are stored at a time then
 
 
 def backward(
@@ -111,15 +65,18 @@ def backward(
     """Gradients (dq, dk, dv) of block-sparse attention in the shapes of q, k and v, bfloat16.
 
     q [B, T, H, K], k [B, S, Hk, K], v [B, S, Hk, V], dy [B, T, H, V] bfloat16; head h reads key head h // (H // Hk).
-    rows: [B, H, 2, T] float32, as `plan.rows` of lse and delta and `rows_gpu.rows` make them. sizes: tokens of a block
-    of queries and of keys, each 64 or 128, which T and S are multiples of. walk: (begin, count [b, h, owners], other,
+    rows: [B, H, 2, T] float32, as `plan.rows` of lse and delta and `rows_gpu.rows` make them, or, of which the kernel
+    of dq makes them, (y [B, T, H, V] bfloat16, lse and its cotangent [B, H, T] float32). sizes: tokens of a block of
+    queries and of keys, each 64 or 128, which T and S are multiples of. walk: (begin, count [b, h, owners], other,
     full [b, h, n]) of blocks of queries: owner o reads the key blocks other[begin[o] : begin[o] + count[o]]; b is B or
     1, h is Hk or 1; no pair of a `full` tile is hidden. full may be int32 instead: 1 and 2 for the first and the second
-    half of an owner of 128 to which the tile is full, 4 and 8 for those that see nothing of it, added. turned: the same
-    of blocks of keys, which list blocks of turned_queries (None: sizes[0]) queries. visible: None if no pair is hidden,
-    else visible(i, j, values) as in `gpu.forward`, with values from q_data {name: [B or 1, T]} and k_data {name: [B or
-    1, S]}, int32. soft_cap: None, or s is replaced by soft_cap tanh(s / soft_cap). slopes: must be None. Raises
-    ValueError.
+    half of an owner of 128 to which the tile is full, 4 and 8 for those that see nothing of its first half (of all of
+    it, if it has 64), 16 and 32 for those that see nothing of its second half, added. turned: the same of blocks of
+    keys, which list blocks of turned_queries (None: sizes[0]) queries. visible: None if no pair is hidden, else
+    visible(i, j, values) as in `gpu.forward`, with values from q_data {name: [B or 1, T]} and k_data {name: [B or 1,
+    S]}, int32. soft_cap: None, or s is replaced by soft_cap tanh(s / soft_cap). slopes: must be None.
+
+    Raises ValueError.
     """
     if slopes is not None:
         raise ValueError("slopes: expected None, got slopes, whose gradients these kernels do not compute")
@@ -133,13 +90,17 @@ def backward(
         inputs = tuple(_asked(seen, *side) for side in (("queries", "i"), ("keys", "j")))
         facts = [_facts(*side) for side in zip(inputs, data, lengths)]
     shared = dict(scale=scale, soft_cap=soft_cap, seen=seen, inputs=inputs, ratio=q.shape[2] // k.shape[2])
-    dq = _gradients(_cut(shared, sizes, False, q, v), walk, (q, dy), (k, v), rows, facts)[0]
+    call = _cut(shared, sizes, False, q, v)
+    if isinstance(rows, tuple):
+        dq, rows = _gradients(dataclasses.replace(call, makes_rows=True), walk, (q, dy), (k, v), rows, facts)
+    else:
+        (dq,) = _gradients(call, walk, (q, dy), (k, v), (rows,), facts)
     call = _cut(shared, (turned_queries or sizes[0], sizes[1]), True, q, v)
     owners = turned[0].shape[2]
     blocks = -(-owners // call.owners) * k.shape[2] * k.shape[0]
     if plan.CUT_WALKS and soft_cap is None:  # else registers are too few
         call = dataclasses.replace(call, pieces=pieces(blocks, call.ratio, turned[2].shape[2] // owners * call.parts))
-    dk, dv = _gradients(call, turned, (k, v), (q, dy), rows, facts)
+    dk, dv = _gradients(call, turned, (k, v), (q, dy), (rows,), facts)
     return dq, dk, dv
 
 
@@ -186,7 +147,7 @@ def _heavy_first(count, multiple):
 
 
 def _gradients(call: Call, walk, own, others, rows, facts):
-    """What a kernel adds up: [dq], or [dk, dv]."""
+    """What a kernel adds up: [dq], or [dk, dv]; and rows, if it makes them."""
     begin, count, other, marks = walk
     full = (1 << WARPGROUPS) - 1
     if marks.dtype != bool and (call.soft_cap is not None or call.seen is None):  # too few registers to pass over tiles
@@ -195,20 +156,26 @@ def _gradients(call: Call, walk, own, others, rows, facts):
         marks = marks * full
     else:
         call = dataclasses.replace(call, skips=True)
-    names = ["a", "b", "other_a", "other_b", "rows", "order", "begin", "count", "entries"]
+    of_rows = ["y", "lse", "dlse"] if call.makes_rows else ["rows"]
+    names = ["a", "b", "other_a", "other_b", *of_rows, "order", "begin", "count", "entries"]
     entries = (other << MARKS) + marks  # number of the block, and what is known of it
     order = _heavy_first(count, call.owners)
     grid = {"owner": order.size // call.owners, "head": own[0].shape[2] * call.shares, "row": own[0].shape[0]}
-    call = dataclasses.replace(call, deal=dealt(call, count, other.shape[2], others, *grid.values()))
+    deal = dealt(call, count, other.shape[2], others, *grid.values())
+    known = isinstance(count, np.ndarray)  # else it took longer on an H100, 0.99 ms for 0.97 in documents
+    early = EARLY and deal is not None and known and not call.fetches_rows  # which take registers that are too few then
+    call = dataclasses.replace(call, deal=deal, early=early)
     if call.deal is not None:
-        grid, order = {"worker": plan.SMS}, np.int32([0])  # not read: owners follow each other
-    arrays = [*own, *others, rows, order, begin, count, entries.astype(np.int32)]
+        grid, order = {"worker": plan.SMS}, np.int32([[0]]) if deal.order is None else deal.order
+    arrays = [*own, *others, *rows, order, begin, count, entries.astype(np.int32)]
     if call.seen is not None:
         names += ["own_facts", "other_facts"]
         arrays += facts[::-1] if call.keys_own else facts
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (own if call.keys_own else own[:1])]
     if call.shares > 1:
         outs = [jax.ShapeDtypeStruct((call.shares, call.levels, *x.shape), x.dtype) for x in outs]
+    if call.makes_rows:
+        outs.append(jax.ShapeDtypeStruct((*rows[1].shape[:2], 2, rows[1].shape[2]), jnp.float32))
 
     def body(*refs):
         given = dict(zip(names, refs))
@@ -224,7 +191,7 @@ def _gradients(call: Call, walk, own, others, rows, facts):
         compat.tile(slots, call.step, a),
         compat.tile(slots, call.step, b),
         compat.vector(slots, 2, call.step) if call.keys_own else compat.vector(WARPGROUPS, 2, ROWS),
-        compat.barriers(alone, WARPGROUPS // alone * (2 + (not call.keys_own) + hides)),
+        compat.barriers(alone, WARPGROUPS // alone * (2 + call.fetches_rows + hides)),
         compat.barriers(slots, 2 + call.keys_own + 2 * hides),
         compat.barriers(slots, call.units),
     ]
@@ -238,6 +205,8 @@ def _gradients(call: Call, walk, own, others, rows, facts):
         scratch += [compat.tile(WARPGROUPS, ROWS, call.step)] * 2
     if call.deal is not None:
         scratch.append(compat.barriers(WARPGROUPS))
+    if call.early:
+        scratch.append(compat.tile(WARPGROUPS, ROWS, COLUMNS))
     found = compat.kernel(
         body,
         grid=tuple(grid.values()),
@@ -263,6 +232,7 @@ class _Block:
         self.call, self.given, self.results = call, given, results
         self.a, self.b, self.other_a, self.other_b, self.rows = a, b, other_a, other_b, rows
         self.loaded, self.ready, self.free = loaded, ready, free
+        *more, self.staged = more if call.early else (*more, None)
         *more, self.used = more if call.deal is not None else (*more, None)
         self.warpgroup = compat.warpgroup(WARPGROUPS)
         self.own_facts, self.other_facts, self.marks = more[:3] if call.seen is not None else (None,) * 3
@@ -282,13 +252,24 @@ class _Block:
             compat.registers(COMPUTING, more=True)
             self.compute()
 
+    def item(self, turn):
+        """What the thread block takes at a turn."""
+        worker = lax.axis_index("worker")
+        return turn * plan.SMS + worker if self.call.deal.order is None else self.given["order"][worker, turn]
+
     def turns(self, body, start):
-        """Runs body(turn, carry) -> carry for each item of the thread block."""
-        deal = self.call.deal
+        """Runs body(turn, item, carry) -> (next item or None, carry) for each item of the thread block."""
+        deal, first = self.call.deal, jnp.int32(0)
         if deal is None:
-            return body(0, start)
-        step = lambda carry: (carry[0] + plan.SMS, body(*carry))
-        return lax.while_loop(lambda carry: carry[0] < deal.items, step, (lax.axis_index("worker"), start))[1]
+            return body(0, 0, start)[1]
+        more = lambda item: item < deal.items if deal.order is None else item >= 0
+
+        def step(carry):
+            turn, item, rest = carry
+            following, rest = body(turn, item, rest)
+            return turn + 1, self.item(turn + 1) if following is None else following, rest
+
+        return lax.while_loop(lambda carry: more(carry[1]), step, (first, self.item(first), start))[2]
 
     def row_of(self, ref, mine):
         return mine.row if ref.shape[0] > 1 else 0
@@ -296,18 +277,22 @@ class _Block:
     def fetch(self):
         call = self.call
 
-        def turn(item, before):
-            lists = [_List(self, place, item, before[place]) for place in range(call.owners)]
+        def turn(number, item, before):
+            lists = [List(self, place, item, before[place]) for place in range(call.owners)]
             units = [(unit, lists[unit // call.units]) for unit in range(WARPGROUPS)]
-            if call.deal is None:
-                for unit, mine in units:
+            for unit, mine in units:
+                if call.deal is None:
                     self.fetch_own(mine, unit)
+                elif call.early:
+                    for source in self.own_tiles(mine, unit, "aby" if call.makes_rows else "ab"):
+                        compat.prefetch(source)
 
             def step(n, _):
                 if call.deal is not None:
                     # Tiles of the list first, as many as find room: the item before may still need its own.
                     for unit, mine in units:
-                        at = jnp.where(item < plan.SMS, 0, jnp.minimum(mine.steps, call.stages))
+                        room = call.stages - call.early  # the last step's tile leaves its own after the owner's
+                        at = jnp.where(number == 0, 0, jnp.minimum(mine.steps, room))
                         pl.when(n == at)(functools.partial(self.fetch_own, mine, unit))
                 for mine in lists:
                     if call.owners == 1 and call.deal is None:
@@ -319,7 +304,7 @@ class _Block:
             for mine in lists[1:]:
                 steps = jnp.maximum(steps, mine.steps)
             lax.fori_loop(0, steps + (call.deal is not None), step, None)
-            return tuple(mine.before + mine.steps for mine in lists)
+            return None, tuple(mine.before + mine.steps for mine in lists)
 
         self.turns(turn, (0 if call.deal is None else jnp.int32(0),) * call.owners)
         for slot in range(call.owners * call.stages):  # no arrival is left behind
@@ -328,13 +313,21 @@ class _Block:
             for unit in range(WARPGROUPS):
                 compat.wait(self.used.at[unit])
 
+    def own_tokens(self, mine, unit):
+        """Those of a warpgroup, which may be known in the kernel alone."""
+        return pl.ds(mine.start + (unit if self.call.owners == 1 else 0) * ROWS, ROWS)
+
+    def own_tiles(self, mine, unit, names="ab"):
+        """What a warpgroup needs of its rows, in global memory."""
+        at = mine.row, self.own_tokens(mine, unit), mine.own_head
+        return [self.given[name].at[at] for name in names]
+
     def fetch_own(self, mine, unit):
         """The 64 rows of a warpgroup."""
         call, given = self.call, self.given
-        tokens = pl.ds(mine.start + unit % call.units * ROWS, ROWS)
-        at = mine.row, tokens, mine.own_head
-        copies = [(given["a"].at[at], self.a), (given["b"].at[at], self.b)]
-        if not call.keys_own:
+        tokens = self.own_tokens(mine, unit)
+        copies = [*zip(self.own_tiles(mine, unit), (self.a, self.b))]
+        if call.fetches_rows:
             copies.append((given["rows"].at[mine.row, mine.own_head, :, tokens], self.rows))
         if call.seen is not None:
             facts = given["own_facts"]
@@ -363,7 +356,7 @@ class _Block:
         for source, target in copies:
             compat.fetch(source, target.at[slot], self.ready.at[slot])
         if call.seen is not None:
-            self.marks[slot] = entry & ((1 << MARKS) - 1)
+            self.marks[slot] = mine.marks(entry, n)
             compat.arrive(self.ready.at[slot])
 
     def compute(self):
@@ -377,14 +370,19 @@ class _Block:
         # 0, which the compiler does not know: what is found with it is not found before the loop over items and kept.
         hidden_zero = lambda count: 0 if call.deal is None else jnp.minimum(count, 0)
 
-        def turn(item, before):
-            steps = _List(self, place, item).steps
+        def turn(number, item, before):
+            mine = List(self, place, item)
+            steps = mine.steps
             last = before + steps
             self.unit = self.warpgroup + hidden_zero(steps)
-            compat.wait(self.loaded.at[self.unit if call.deal is not None else 0])
+            self.mine = self.unit if call.early else self.warpgroup  # the same, from what is kept anyway
+            loaded = self.loaded.at[self.unit if call.deal is not None else 0]
+            self.make_rows(mine, loaded) if call.makes_rows else compat.wait(loaded)
             sums = self.walk(place, before, last)
             # Again, so that nothing has to be kept through the loop.
-            mine = _List(self, place, item + hidden_zero(last))
+            number += hidden_zero(last)
+            following = self.item(number + 1) if call.deal is not None else None
+            mine = List(self, place, item if call.deal is None else self.item(number))
             unit = self.warpgroup + hidden_zero(last)
             sums = [total * scale for total, scale in zip(sums, (call.scale, 1.0))]
             for level in range(call.levels):
@@ -392,13 +390,38 @@ class _Block:
                     compat.stores_read()
                 lead = () if call.shares == 1 else (mine.share, level)
                 sums = self.store(mine, unit, sums, lead)
-            if call.deal is not None:
+            if call.early:
+                compat.arrive(self.used.at[unit], mine.steps == 0)  # else that was so in the last step
+            elif call.deal is not None:
                 compat.stores_read()  # and what was read by loads was so before the stores were published
                 compat.arrive(self.used.at[unit])
-            return last
+            return following, last
 
         self.turns(turn, 0 if call.deal is None else jnp.int32(0))
         compat.stores_done()
+
+    def make_rows(self, mine, loaded):
+        """Makes lse in log2 and delta of a warpgroup's rows, as `rows_gpu.rows` does, once their tiles are there."""
+        tokens = self.own_tokens(mine, self.unit)
+        at = mine.row, mine.own_head, tokens
+        (y,) = self.own_tiles(mine, self.unit, "y")
+        y = compat.load_tile(y, shared=False)  # before the wait, as dy is on its way
+        lse, shift = (compat.load_rows_of(self.given[name].at[at]) for name in ("lse", "dlse"))
+        some = jnp.abs(lse) < jnp.inf
+        compat.wait(loaded)
+        dy = compat.load_tile(self.b.at[self.unit])
+        delta = jnp.sum(y.astype(jnp.float32) * dy.astype(jnp.float32), axis=1) - shift
+        lse, delta = jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0.0)
+        for n, vector in enumerate((lse, delta)):
+            self.rows[self.unit, n] = vector
+        compat.publish()
+        target = self.results[-1].at[mine.row, mine.own_head, :, tokens]
+        compat.store(self.rows.at[self.unit], target, None if self.call.owners == 1 else mine.exists)
+
+    def own_done(self, ends):
+        """Where ends says that this is the last step: nothing will be read of the owner's tiles any more."""
+        if self.call.early:
+            compat.arrive(self.used.at[self.unit], ends)
 
     def walk(self, place, first, last):
         """The sums after the list's tiles, whose numbers in the thread block are from first to last."""
@@ -407,21 +430,32 @@ class _Block:
         sums = [compat.zeros((ROWS, width)) for width in widths]
         step = self.keys_step if call.keys_own else self.queries_step()
         if call.seen is None:
-            turn = lambda slot, sums: step(slot, False, sums)
+            turn = lambda slot, sums, ends: step(slot, False, sums, ends)
         else:  # two copies of the step: a branch around the mask alone costs registers while products are running
-            copies = [lambda sums, slot, hides=hides: step(slot, hides, sums) for hides in (True, False)]
+            copies = [lambda sums, *at, hides=hides: step(at[0], hides, sums, *at[1:]) for hides in (True, False)]
 
-            def turn(slot, sums):
-                marks = self.marks[slot] >> (self.warpgroup if call.units > 1 else 0)
-                looks = lambda sums, slot: lax.cond(marks & 1 == 1, copies[1], copies[0], sums, slot)
+            def over(sums, slot, ends):
+                self.own_done(ends)
+                return sums
+
+            def turn(slot, sums, ends):
+                marks = self.marks[slot] >> (self.mine if call.units > 1 else 0)
+                looks = lambda *given: lax.cond(marks & 1 == 1, copies[1], copies[0], *given)
                 if not call.skips:
-                    return looks(sums, slot)
-                return lax.cond((marks >> WARPGROUPS) & 1 == 1, lambda sums, slot: sums, looks, sums, slot)
+                    return looks(sums, slot, ends)
+                empty, *second = ((marks >> n * WARPGROUPS) & 1 for n in range(1, 1 + call.step // ROWS))
+                if not second:
+                    return lax.cond(empty == 1, over, looks, sums, slot, ends)
+                if not SPLITS:
+                    return lax.cond(empty & second[0] == 1, over, looks, sums, slot, ends)
+                half = lambda *given: copies[0](*given, empty * ROWS)
+                some = lambda *given: lax.cond(empty & second[0] == 1, over, half, *given)
+                return lax.cond(empty | second[0] == 1, some, looks, sums, slot, ends)
 
         def visit(n, sums):
             slot = place * call.stages + lax.rem(n, call.stages)
             compat.wait(self.ready.at[slot])
-            sums = turn(slot, sums)
+            sums = turn(slot, sums, n == last - 1)
             compat.arrive(self.free.at[slot])
             return sums
 
@@ -430,17 +464,23 @@ class _Block:
     def store(self, mine, unit, sums, lead):
         """Writes the sums, rounded to bfloat16, to a part of the results; what that leaves of them."""
         call, left = self.call, []
-        tokens = pl.ds(mine.start + (unit if call.owners == 1 else 0) * ROWS, ROWS)
+        at = *lead, mine.row, self.own_tokens(mine, unit), mine.own_head
+        exists = None if call.owners == 1 else mine.exists
         for total, staged, out in zip(sums, (self.a, self.b), self.results):
             rounded = total.astype(jnp.bfloat16)
             left.append(total - rounded.astype(jnp.float32))
-            staged[unit] = rounded
-            compat.publish()
-            source, target = staged.at[unit], out.at[(*lead, mine.row, tokens, mine.own_head)]
-            compat.store(source, target, None if call.owners == 1 else mine.exists)
+            for start in range(0, rounded.shape[1], COLUMNS) if call.early else ():
+                compat.stores_read()
+                self.staged[unit] = rounded[:, start : start + COLUMNS]
+                compat.publish()
+                compat.store(self.staged.at[unit], out.at[(*at, pl.ds(start, COLUMNS))], exists)
+            if not call.early:
+                staged[unit] = rounded
+                compat.publish()
+                compat.store(staged.at[unit], out.at[at], exists)
         return left
 
-    def keys_step(self, slot, hides, sums):
+    def keys_step(self, slot, hides, sums, ends):
         """dk and dv of 64 keys after one more tile of queries; tiles here are [keys, queries]."""
         call = self.call
         k, v = self.a.at[self.unit], self.b.at[self.unit]
@@ -460,6 +500,7 @@ class _Block:
             gradient = read(3, int(early))
             delta = compat.spread_columns(compat.load_columns(rows.at[1]), shape)
             compat.reads_done()  # of the rows' facts, before the slot is free
+            self.own_done(ends)
             add(0, compat.as_operand(graded * (gradient - delta), self.spares[1]), q)
 
         return compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:2]
@@ -467,30 +508,38 @@ class _Block:
     def queries_step(self):
         """dq of 64 queries after one more tile of keys: the step, with what stays the same loaded."""
         call = self.call
-        q, dy, rows = (x.at[self.unit] for x in (self.a, self.b, self.rows))
-        shape = (ROWS, call.step)
-        lse, delta = compat.load_rows(rows.at[0]), compat.load_rows(rows.at[1])
+        q, dy = (x.at[self.unit] for x in (self.a, self.b))
+        row = lambda n: compat.load_rows(self.rows.at[self.unit, n])
+        if call.makes_rows:  # not kept: registers are few
+            lse, delta = lambda: row(0), lambda: row(1)
+        else:
+            kept = row(0), row(1)
+            lse, delta = lambda: kept[0], lambda: kept[1]
 
-        def step(slot, hides, sums):
-            k, v = self.other_a.at[slot], self.other_b.at[slot]
+        def step(slot, hides, sums, ends, start=None):
+            """start: first key of the half that is seen; None: all are."""
+            keys = pl.ds(*(0, call.step) if start is None else (pl.multiple_of(start, ROWS), ROWS))
+            k, v, shape = self.other_a.at[slot, keys], self.other_b.at[slot, keys], (ROWS, keys.size)
 
             def products(add, read):
                 add(1, q, compat.transposed(k))
                 add(2, dy, compat.transposed(v))
-                _, graded = self.weights(read(1, 1), compat.spread_rows(lse, shape), slot, hides)
+                _, graded = self.weights(read(1, 1), compat.spread_rows(lse(), shape), slot, hides, keys)
                 if hides:
                     compat.reads_done()
-                ds = graded * (read(2, 0) - compat.spread_rows(delta, shape))
+                gradient = read(2, 0)
+                self.own_done(ends)
+                ds = graded * (gradient - compat.spread_rows(delta(), shape))
                 add(0, compat.as_operand(ds, self.spares[0]), k)
 
             return compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:1]
 
         return step
 
-    def weights(self, products, lse, slot, hides):
+    def weights(self, products, lse, slot, hides, others=slice(None)):
         """p of a tile from q k^T and log2 sums, 0 where hidden; and p times the derivative of the soft cap."""
         call = self.call
-        hide = (lambda p: self.hide(slot, p)) if hides else lambda p: p
+        hide = (lambda p: self.hide(slot, p, others)) if hides else lambda p: p
         if call.soft_cap is None:
             p = hide(jnp.exp2(products * (call.scale * LOG2_E) - lse))
             return p, p
@@ -500,68 +549,14 @@ class _Block:
         p = hide(jnp.exp2((top - lse) - below * (2 * top)))
         return p, 4 * p * (below - below * below)
 
-    def hide(self, slot, p):
-        """p with 0 at hidden pairs."""
-        own, other = self.own_facts.at[self.warpgroup], self.other_facts.at[slot]
+    def hide(self, slot, p, others):
+        """p with 0 at hidden pairs; others: which of the step's."""
+        own, other = self.own_facts.at[self.mine], self.other_facts.at[slot]
         vectors = {"own": lambda n: lambda: compat.load_rows(own.at[n])}
-        vectors["other"] = lambda n: lambda: compat.load_columns(other.at[n])
+        vectors["other"] = lambda n: lambda: compat.load_columns(other.at[n, others])
         values = {}
         for side, names in (("own", self.call.names(True)), ("other", self.call.names(False))):
             values |= {name: vectors[side](n) for n, name in enumerate(names)}
         i, j = (values.pop(name, None) for name in "ij")
         sizes = p.shape[::-1] if self.call.keys_own else p.shape
         return jnp.where(self.call.seen(i, j, values, sizes, turned=self.call.keys_own), p, 0.0)
-
-
-class _List:
-    """An owner of a thread block and its list, as one warpgroup reads it, at a turn, after `before` steps of others.
-
-    Read wherever it is needed: what is known before the warpgroups' ways part would be spilled.
-    """
-
-    def __init__(self, block, place, item, before=0):
-        call, given, deal = block.call, block.given, block.call.deal
-        self.call, self.place, self.before = call, place, before
-        if deal is None:
-            owner, head, self.row = (lax.axis_index(name) for name in ("owner", "head", "row"))
-            owner = given["order"][owner * call.owners + place]
-        else:
-            owner, head, self.row = deal.place(item, lax.div, lax.rem)
-            owner = owner * call.owners + place
-        # With several shares of a walk, they are the faster part of the index.
-        self.own_head, self.share = (f(head, jnp.int32(call.shares)) for f in (lax.div, lax.rem))
-        if call.owners > 1:
-            last = given["count"].shape[2] - 1
-            self.exists = owner >= 0 if deal is None else owner <= last
-            owner = jnp.clip(owner, 0, last)
-        head = self.own_head if call.keys_own else self.own_head // call.ratio
-        b, h = given["begin"].shape[:2]
-        lead = (self.row if b > 1 else 0), (head if h > 1 else 0)
-        self.start = owner * call.own
-        self.heads = call.ratio // call.pieces[0] if call.keys_own else 1  # query heads that are walked, from `head` on
-        self.head = self.own_head * call.ratio
-        self.begin, count = given["begin"][*lead, owner], given["count"][*lead, owner]
-        if call.pieces[0] > 1:
-            self.head += lax.rem(self.share, jnp.int32(call.pieces[0])) * self.heads
-        if call.pieces[1] > 1:
-            part = lax.div(self.share, jnp.int32(call.pieces[0]))
-            first, last = (lax.div(count * n, jnp.int32(call.pieces[1])) for n in (part, part + 1))
-            self.begin, count = self.begin + first, last - first
-        self.steps = count * (self.heads * call.parts)
-        if call.owners > 1:
-            self.steps = jnp.where(self.exists, self.steps, 0)
-        self.entries = given["entries"].at[*lead]
-
-    def entry(self, step):
-        """What is listed for a step: the block's number, times 16, and its marks."""
-        last = self.entries.shape[-1] - 1  # where an empty list may begin past
-        return self.entries[jnp.minimum(self.begin + step // (self.heads * self.call.parts), last)]
-
-    def other_start(self, entry, step):
-        """First token of a step."""
-        part = (step // self.heads) % self.call.parts
-        return (entry >> MARKS) * self.call.other + part * self.call.step
-
-    def slot(self, step):
-        """Where in shared memory the tiles of a step lie, of those of the whole thread block."""
-        return self.place * self.call.stages + lax.rem(step, self.call.stages)

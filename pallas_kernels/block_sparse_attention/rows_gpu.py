@@ -1,4 +1,4 @@
-"""What the gradient kernels of block-sparse attention read of each row of queries, made on Hopper GPUs.
+"""What gradients of attention read of each row of queries, made on Hopper GPUs where no kernel of dq makes it.
 
     delta_i = sum_v dy_iv y_iv - dlse_i, beside lse_i in log2
 

@@ -3,8 +3,11 @@
 Shapes: B batch, T time, D = d_model. The table in WORKSPACE.md gives the whole contract.
 """
 
+import dataclasses
 import functools
 import numbers
+import types
+import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmix.core import packing, param
-from seqmix.core.shapes import is_array
+from seqmix.core.shapes import boolean, described, did_you_mean, factor, is_array
 
 NEED_WEIGHTS = ("forward", "prefill", "step", "project", "mixing_matrix")  # methods that are given all of them
 
@@ -27,6 +30,29 @@ def _with_weights(method):
         return method(self, params, *args, **kwargs)
 
     return call
+
+
+def _check_field(name, kind, value):
+    """Raises ValueError for a value that a field declared as this kind cannot have, whatever the mixer."""
+    if value is None and types.NoneType in typing.get_args(kind):
+        return
+    if kind in (float, float | None):
+        factor(name, value)
+    elif kind in (bool, bool | None):
+        boolean(name, value)
+    elif kind in (int, int | None):
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name}: expected an integer, got {described(value)}")
+    elif _is_foreign(value, typing.get_args(kind) or (kind,)):
+        raise ValueError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {described(value)}")
+    elif not isinstance(value, typing.Hashable):
+        raise ValueError(f"{name}: expected a value that can be hashed, such as a tuple, got {type(value).__name__}")
+
+
+def _is_foreign(value, kinds) -> bool:
+    """Whether a value is of none of these kinds, all of them classes, integers apart."""
+    plain = all(isinstance(kind, type) and kind not in (int, typing.Any) for kind in kinds)
+    return plain and not isinstance(value, kinds)
 
 
 def _is_axes(node) -> bool:
@@ -48,12 +74,17 @@ class Mixer:
     selects_over_time: ClassVar[bool] = False  # the published selection sees the future
     align: ClassVar[int] = 1  # packing and splits are exact at multiples of it
     context_form: ClassVar[str] = "none"  # over a context axis: state, ring, heads, gather or none
+    implementations: ClassVar[tuple[str, ...]] = ()  # what the field `implementation` may name; (): its op refuses
     fft: ClassVar[bool] = False  # causal up to rounding only: mixes by an FFT
 
     def __new__(cls, *args, **fields):
-        width = fields.get("d_model", 0)
-        if not isinstance(width, numbers.Integral):
-            raise ValueError(f"{cls.__name__}.d_model: expected an integer, got {width!r}")
+        for field in dataclasses.fields(cls):
+            if field.name in fields:
+                _check_field(f"{cls.__name__}.{field.name}", field.type, fields[field.name])
+        name, known = fields.get("implementation"), cls.implementations
+        if name is not None and known and name not in known:
+            expected = f"{cls.__name__}.implementation: expected one of {', '.join(known)}"
+            raise ValueError(f"{expected}, got {name!r}{did_you_mean(name, known)}")
         return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs):
@@ -151,7 +182,7 @@ class Mixer:
         name = type(self).__name__
         self._check_width()
         for argument, value in {"x": x, "segment_ids": segment_ids, "positions": positions}.items():
-            if value is not None and not is_array(value):
+            if (value is not None or argument == "x") and not is_array(value):
                 raise ValueError(f"{argument}: expected an array for {name}, got {type(value).__name__}")
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x: expected shape (B, T, D={self.d_model}) for {name}, got {tuple(x.shape)}")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from seqmix.core import sharding
+from seqmix.core.shapes import is_array
 
 
 def normal(stddev: float):
@@ -88,14 +89,27 @@ def entry(tree, path):
 
 
 def check(tree, params, owner: str):
-    """Raises ValueError that names the first declared weight which `params`, nested like the tree, has no array of."""
-    for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param):
+    """Raises ValueError that names the first declared weight which `params`, nested like the tree, has no array of
+    that shape of, or else the first of `params` that is not declared.
+    """
+    declared = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_param):
         held = entry(params, path)
         if held is None:
             raise ValueError(f"params: expected the weights of {owner}, found no {path_name(path)}")
         if is_param(held):
             got = f"the declaration of {path_name(path)} (param.materialise makes arrays of them)"
             raise ValueError(f"params: expected the weights of {owner}, got {got}")
+        if not is_array(held):
+            name, got = path_name(path), type(held).__name__
+            raise ValueError(f"params: expected the weights of {owner}, arrays, got {got} as {name}")
+        if tuple(held.shape) != tuple(leaf.shape):
+            expected = f"the weights of {owner}, {path_name(path)} of shape {tuple(leaf.shape)}"
+            raise ValueError(f"params: expected {expected}, got {tuple(held.shape)}")
+        declared.add(path_name(path))
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        if path_name(path) not in declared:
+            raise ValueError(f"params: expected the weights of {owner} and no others, got {path_name(path)}")
 
 
 def materialise(tree, key):

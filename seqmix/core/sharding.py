@@ -6,6 +6,7 @@ tracing, so one jitted function must not be used under two sets of rules.
 
 import contextlib
 import contextvars
+import functools
 import math
 
 import jax
@@ -129,3 +130,24 @@ def constrain(x, *axes):
     if len(axes) != x.ndim:
         raise ValueError(f"axes: expected {x.ndim} names for shape {x.shape}, got {axes}")
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh, rules, strict=False)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(weight, held, used):
+    """A weight that lies by the logical names `held`, where those of `used` put it; its gradient lies by `held` again.
+
+    Between the devices that share it a gradient is then reduced and scattered. The transpose of `constrain` would ask
+    for all of it on each of them first, which sends twice as much.
+    """
+    return constrain(weight, *used)
+
+
+def _gathered_forward(weight, held, used):
+    return constrain(weight, *used), None
+
+
+def _gathered_backward(held, used, _, gradient):
+    return (constrain(gradient, *held),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from seqmix.core import param
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
-from seqmix.core.sharding import constrain
+from seqmix.core.sharding import constrain, gathered
 from seqmix.models import checks, stack
 from seqmix.models.blocks import gated_mlp, merged_aux, mlp_params, scale_out
+from seqmix.models.embedding import TABLE, lookup
 from seqmix.models.loss import chunked_cross_entropy, unembed
 from seqmix.parts.norms import norm_params, rms_norm
 
@@ -199,16 +200,12 @@ class LM:
         return loss, aux | metrics
 
     def _embed(self, params, tokens):
-        # Gathered over fsdp like any weight before the look-up; sharded columns would move every activation.
-        # In float32, so that the scatter-add of the backward pass accumulates there.
         with jax.named_scope("embedding"):
-            table = constrain(params["embedding"]["table"], "vocab", None)
-            x = jnp.take(table, tokens, axis=0, mode="clip").astype(self.compute_dtype)
-            return constrain(x, "batch", "time", None)
+            return lookup(params["embedding"]["table"], tokens, self.compute_dtype)
 
     def _readout(self, params):
         table = params["embedding" if self.tie_embeddings else "head"]["table"]
-        return constrain(table, "vocab", None)
+        return gathered(table, TABLE, ("vocab", None))
 
     # Decoding
 

@@ -5,6 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from seqmix.core.sharding import constrain
+from seqmix.ops.mesh import layout
+
 MASKED_LOGIT = -1e30  # what the logits of padded table rows are set to: exp of it is 0 in every float dtype
 
 
@@ -88,6 +91,8 @@ def _over_chunks(hidden, table, targets, mask, options, gradients):
     batch, time, width = hidden.shape
     pad = -time % n
     rows = table.astype(hidden.dtype)
+    lay = layout(batch, time)
+    shares = 1 if lay is None else lay.ways("batch")
 
     def split(a):
         a = jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2))
@@ -103,12 +108,17 @@ def _over_chunks(hidden, table, targets, mask, options, gradients):
             return (sums, None), None
         slope = (weight * (1 + 2 * z_loss * lse))[..., None] * jnp.exp(logits - lse[..., None])
         slope = (slope - jnp.where(hit, weight[..., None], 0)).astype(h.dtype)
-        grown = jnp.einsum("bcv,bcd->vd", slope, h, preferred_element_type=d_table.dtype)
+        each = (a.reshape(shares, -1, *a.shape[1:]) for a in (slope, h))
+        grown = jnp.einsum("sbcv,sbcd->svd", *each, preferred_element_type=d_table.dtype)
         return (sums, d_table + grown), jnp.einsum("bcv,vd->bcd", slope, rows)
 
     zero = jnp.zeros((), jnp.promote_types(hidden.dtype, jnp.float32))
-    start = (zero, zero), jnp.zeros(table.shape, table.dtype) if gradients else None
+    start = (zero, zero), None
+    if gradients:  # a sum for each share of the batch: between devices they are added up once, not chunk by chunk
+        d_table = jnp.zeros((shares, *table.shape), table.dtype)
+        start = (zero, zero), constrain(d_table, "batch", "vocab", None)
     ((nll, z), d_table), d_hidden = jax.lax.scan(body, start, (split(hidden), split(targets), split(mask)))
     if gradients:
         d_hidden = jnp.moveaxis(d_hidden, 0, 2).reshape(batch, -1, width)[:, :time]
+        d_table = jnp.sum(d_table, axis=0)
     return (nll + z_loss * z, nll, z), (d_hidden, d_table)

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmix.core import packing
-from seqmix.core.shapes import dims, finite
+from seqmix.core.shapes import boolean, dims, finite, floating, positive
 from seqmix.ops import block_groups, block_lists, block_sparse_context, block_sparse_kernels, heads, token_block_kernels
 from seqmix.ops.block_sparse_chunked import Config, chunked
 from seqmix.ops.block_sparse_reference import reference
 from seqmix.ops.dispatch import pick
-from seqmix.ops.mask_algebra import EMPTY, Mask, check_data, library, positive
+from seqmix.ops.mask_algebra import EMPTY, Mask, check_data, library
 from seqmix.ops.mask_data import Segments
 from seqmix.ops.mesh import layout
 
@@ -73,24 +73,48 @@ def block_sparse_attention(
       ValueError: for shapes, dtypes and numbers that are not as above, and a block listed twice where the list is
         a numpy array.
     """
+    return_lse = boolean("return_lse", return_lse)
+    found = by_name(
+        "block_sparse_attention",
+        *(q, k, v),
+        **dict(mask=mask, blocks=blocks, sizes=sizes, data=data, segment_ids=segment_ids, scale=scale),
+        **dict(soft_cap=soft_cap, slopes=slopes, context=context, implementation=implementation),
+    )
+    return found if return_lse else found[0]
+
+
+def by_name(
+    op,
+    q,
+    k,
+    v,
+    *,
+    mask=None,
+    blocks=None,
+    sizes=SIZES,
+    data=None,
+    segment_ids=None,
+    scale=None,
+    soft_cap=None,
+    slopes=None,
+    context=None,
+    implementation=None,
+):
+    """(y, lse) of `block_sparse_attention`, whose errors name the op `op` that is made of it."""
     _check(q, k, v, slopes, segment_ids, mask, blocks)
-    scale = finite("scale", q.shape[-1] ** -0.5 if scale is None else scale)
-    soft_cap = None if soft_cap is None else finite("soft_cap", soft_cap)
-    if soft_cap is not None and soft_cap <= 0:
-        raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
+    scale, soft_cap = score_numbers(q, scale, soft_cap)
     mask, data = with_segments(mask, data, segment_ids)
     data = checked_data(mask, q.shape[1], k.shape[1], data, q.shape[0])
     score = {"scale": scale, "soft_cap": soft_cap, "slopes": slopes}
     options = {"blocks": blocks, "sizes": sizes, "context": context, "implementation": implementation}
-    y, lse = attend("block_sparse_attention", q, k, v, mask, data, **score, **options)
-    return (y, lse) if return_lse else y
+    return attend(op, q, k, v, mask, data, **score, **options)
 
 
 def attend(op, q, k, v, mask, data, *, blocks, sizes, scale, soft_cap, slopes, context, implementation):
     """(y, lse) of checked arguments of `block_sparse_attention`, for the op of this name."""
     time, keys, listed = q.shape[1], k.shape[1], k.shape[2]
     k, v = heads.alike(k, v)
-    given, sizes = sizes, clipped(sizes, time, keys)
+    sizes, given = clipped(sizes, time, keys), tuple(int(size) for size in sizes)
     lay = layout(q.shape[0], time, q.shape[2], k.shape[2])
     form = block_sparse_context.choose(lay, mask, time, keys, sizes, blocks is not None, context)
     if form is not None and blocks is None:
@@ -154,11 +178,8 @@ def _check(q, k, v, slopes, segment_ids, mask, blocks):
     if min(d.T, d.S) < 1:
         raise ValueError(f"q, k: expected at least one query and one key, got T={d.T}, S={d.S}")
     heads.check(d)
-    for name, x in {"q": q, "k": k, "v": v, "slopes": slopes}.items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
-    if mask is not None and not isinstance(mask, Mask):
-        raise ValueError(f"mask: expected a mask of ops.masks, got {type(mask).__name__}")
+    floating(q=q, k=k, v=v, slopes=slopes)
+    check_mask(mask)
     if mask is None and blocks is None and segment_ids is None:
         raise ValueError("mask: expected a mask, a list of blocks or segment_ids, got none of them")
     if segment_ids is not None:
@@ -167,8 +188,26 @@ def _check(q, k, v, slopes, segment_ids, mask, blocks):
             raise ValueError(f"segment_ids: expected S={d.S} keys as many as queries, T={d.T}; else use data")
 
 
+def score_numbers(q, scale, soft_cap):
+    """(scale, soft_cap), K**-0.5 for no scale. Raises ValueError for what is no number or, a cap, not positive."""
+    scale = finite("scale", q.shape[-1] ** -0.5 if scale is None else scale)
+    soft_cap = None if soft_cap is None else finite("soft_cap", soft_cap)
+    if soft_cap is not None and soft_cap <= 0:
+        raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
+    return scale, soft_cap
+
+
+def check_mask(mask, data=None):
+    """Raises ValueError for a mask that is none, and for data that are no dict, where they are given."""
+    if mask is not None and not isinstance(mask, Mask):
+        raise ValueError(f"mask: expected a mask of ops.masks, got {type(mask).__name__}")
+    if data is not None and not isinstance(data, dict):
+        raise ValueError(f"data: expected a dict of arrays by name, got {type(data).__name__}")
+
+
 def with_segments(mask, data, segment_ids):
     """The mask and data, with the segments of packed rows where there are ids."""
+    check_mask(mask, data)
     data = dict(data or {})
     if segment_ids is None:
         return mask, data
@@ -196,7 +235,7 @@ def clipped(sizes, time, keys) -> tuple[int, int]:
         raise ValueError(f"sizes: expected (queries, keys) of a block, got {sizes!r}")
     for size in sizes:
         positive("sizes", size)
-    return min(sizes[0], time), min(sizes[1], keys)
+    return min(int(sizes[0]), time), min(int(sizes[1]), keys)
 
 
 def _index(blocks, batch, heads, sizes, time, keys, *, ascending):

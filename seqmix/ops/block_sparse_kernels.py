@@ -135,7 +135,8 @@ def run(lay, config, q, k, v, slopes, data, lists, sizes, target="gpu", index=No
 def _local(config, q, k, v, slopes, data, lists, sizes, target, steps):
     """The call on one device."""
     call, walks = _prepared(config, lists, sizes, target, steps)
-    return _attend(call, q, k, v, slopes, data, walks)
+    order = _modules(target)[1].listed(q, k, walks[0], sizes) if target == "gpu" else None
+    return _attend(call, q, k, v, slopes, data, (*walks, order))
 
 
 def gradients(config, q, k, v, data, lists, sizes, lse, delta, dy):
@@ -179,8 +180,14 @@ def _prepared(config, lists, sizes, target="gpu", steps=None):
     call = Call(config.scale, config.soft_cap, config.mask, seen, sizes, lengths, full, target, steps)
     transposed = block_lists.turned if target == "gpu" else block_lists.transposed
     walks = block_lists.forward(lists), transposed(lists, -(-config.keys // sizes[1]))
-    own = static and seen is not None and target == "gpu"
-    return call, (*walks, block_halves.halves(config.mask, lists, walks[0], sizes, *lengths) if own else None)
+    known = None
+    if seen is not None and target == "gpu":
+        known = (
+            block_halves.halves(config.mask, lists, walks[0], sizes, *lengths)
+            if static
+            else block_halves.of_data(config.mask, *walks, sizes, *lengths)
+        )
+    return call, (*walks, known)
 
 
 def visit(scale, soft_cap, mask, data, q, k, v):
@@ -243,8 +250,10 @@ def _attend(call, q, k, v, slopes, data, walks):
     time = q.shape[1]
     bq, bk = call.sizes
     options = _options(call, data) | {"slopes": slopes}
-    if walks[2] is not None:
+    if isinstance(walks[2], block_halves.Halves):
         options["own"] = walks[2].own
+    if walks[3] is not None:
+        options["order"] = walks[3]
     y, lse = _modules(call.target)[1].forward(_filled(q, bq), _filled(k, bk), _filled(v, bk), walks[0], **options)
     return y[:, :time], lse[:, :, :time]
 
@@ -260,7 +269,7 @@ def _attend_backward(call, saved, cotangents):
     if slopes is None:
         y, dy = (_filled(x, call.sizes[0]) for x in (y, dy))
         lse, dlse = (_filled(x, call.sizes[0], 2, value) for x, value in ((lse, jnp.inf), (dlse, 0)))
-        rows = row_sums(call.target, y, dy, lse, dlse)
+        rows = (y, lse, dlse) if call.target == "gpu" else row_sums(call.target, y, dy, lse, dlse)
         return (*_by_kernel(call, q, k, v, data, walks, rows, dy), None, None, None)
     config = block_sparse_chunked.Config(call.scale, call.soft_cap, call.mask, *call.lengths, call.full)
     call = (config, q, k, v, slopes, data, walks[:2], call.sizes)
@@ -271,13 +280,16 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _by_kernel(call, q, k, v, data, walks, rows, dy):
-    """Gradients of q, k and v by the backward kernels; rows are those of whole blocks of queries."""
+    """Gradients of q, k and v by the backward kernels; rows, as these take them, are of whole blocks of queries."""
     time, keys = q.shape[1], k.shape[1]
     bq, bk = call.sizes
     options, (walk, turned, *more) = _options(call, data), walks
-    if more and more[0] is not None:
-        walk = walk if more[0].marks is None else walk._replace(full=more[0].marks)
-        turned, options["turned_queries"] = more[0].turned, block_halves.HALF
+    known = more[0] if more else None
+    if isinstance(known, block_halves.Marks):
+        walk, turned = walk._replace(full=known.walk), turned._replace(full=known.turned)
+    elif known is not None:
+        walk = walk if known.marks is None else walk._replace(full=known.marks)
+        turned, options["turned_queries"] = known.turned, block_halves.HALF
     arrays = _filled(q, bq), _filled(k, bk), _filled(v, bk), rows, _filled(dy, bq)
     dq, dk, dv = _modules(call.target)[2].backward(*arrays, walk, turned, **options)
     return dq[:, :time], dk[:, :keys], dv[:, :keys]

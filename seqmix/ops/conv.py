@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmix.core import packing
-from seqmix.core.shapes import dims
+from seqmix.core.shapes import boolean, check_arrays, dims
 from seqmix.ops import conv_context, conv_kernels
 from seqmix.ops.mesh import layout
 
@@ -40,11 +40,16 @@ def short_conv(x, weight, bias=None, *, state=None, segment_ids=None, activation
     Raises ValueError for shapes or trees that disagree.
     """
     xs, tree = jax.tree.flatten(x)
+    if not xs:
+        raise ValueError(f"x: expected an array or a tree of them, got {x!r}")
     weights = _leaves("weight", weight, tree)
     biases = _leaves("bias", bias, tree)
     states = _leaves("state", state, tree)
     for leaf in zip(xs, weights, biases, states, strict=True):
         _check(*leaf)
+    twice = boolean("twice", twice)
+    if activation is not None and not callable(activation):
+        raise ValueError(f"activation: expected a function or None, got {activation!r}")
     run_ids = None
     if segment_ids is not None:
         packing.check(segment_ids, *xs[0].shape[:2])
@@ -108,12 +113,15 @@ def _leaves(name, value, tree):
     if value is None:
         return [None] * tree.num_leaves
     leaves, got = jax.tree.flatten(value)
+    if got != tree and tree == jax.tree.structure(0):
+        raise ValueError(f"{name}: expected an array, got {type(value).__name__}")
     if got != tree:
         raise ValueError(f"{name}: expected a tree like x, {tree}, got {got}")
     return leaves
 
 
 def _check(x, weight, bias, state):
+    check_arrays(x=x, weight=weight)
     channels = " ".join(f"C{i}" for i in range(x.ndim - 2))
     spec = {"x": f"B T {channels}", "weight": f"W {channels}", "bias": channels}
     d = dims(spec, x=x, weight=weight, bias=bias)

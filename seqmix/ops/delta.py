@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.flops import matmul
-from seqmix.core.shapes import check_arrays, dims
+from seqmix.core.shapes import check_arrays, dims, factor, filled, floating, positive, power_of_two
 from seqmix.ops import delta_context
 from seqmix.ops.delta_chunked import delta_rule_chunked, rank_one_chunked
 from seqmix.ops.delta_reference import delta_rule_reference, rank_one_reference
@@ -67,8 +67,7 @@ def delta_rule(
     Delta Attention (decays per channel, 2510.26692), DeltaProduct (several steps, 2502.10297).
     """
     check_arrays(q=q, k=k, v=v, beta=beta, erase=k if erase is None else erase)
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps: expected an integer >= 1, got {steps!r}")
+    positive("steps", steps)
     if k.ndim == 4 and steps == 1:
         k, v, beta = (x[:, :, None] for x in (k, v, beta))
         erase = None if erase is None else erase[:, :, None]
@@ -80,7 +79,7 @@ def delta_rule(
         raise ValueError(f"k: expected shape (B, T, steps={steps}, Hk, K), got {tuple(k.shape)}")
     if erase is not None:
         _check_vector("erase", erase, (d.B, d.T, d.n), d)
-    log_decay, run_ids, acc = prepare(d, floats, segment_ids, chunk)
+    log_decay, run_ids, acc = prepare(d, floats, segment_ids, chunk, scale)
     state = jnp.zeros((d.B, d.H, d.K, d.V), acc) if state is None else state.astype(acc)
     args = q, k, v, beta, log_decay, k if erase is None else erase
     options = dict(scale=scale, state=state, run_ids=run_ids)
@@ -130,7 +129,7 @@ def diagonal_plus_rank_one(
     d = dims(specs, **floats)
     _check_vector("left", left, (d.B, d.T), d)
     _check_vector("right", right, (d.B, d.T), d)
-    log_decay, run_ids, acc = prepare(d, floats, segment_ids, chunk)
+    log_decay, run_ids, acc = prepare(d, floats, segment_ids, chunk, scale)
     state = jnp.zeros((d.B, d.H, d.K, d.V), acc) if state is None else state.astype(acc)
     args = q, k, v, left, right, log_decay
     options = dict(scale=scale, state=state, run_ids=run_ids)
@@ -172,26 +171,23 @@ def _flops(batch, length, heads, key_heads, key_dim, value_dim, chunk, per_chann
 
 
 def _check_vector(name, x, lead, d):
+    check_arrays(**{name: x})
     if x.shape not in ((*lead, d.Hk, d.K), (*lead, d.H, d.K)):
         shown = ", ".join(map(str, lead))
         raise ValueError(f"{name}: expected shape ({shown}, Hk={d.Hk} or H={d.H}, K={d.K}), got {tuple(x.shape)}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
+    floating(**{name: x})
 
 
-def prepare(d, floats, segment_ids, chunk):
+def prepare(d, floats, segment_ids, chunk, scale):
     """log_decay [B, T, H, 1 or K] or None, the segments' runs or None, the accumulating dtype, after the checks left
     to make of sizes `d` and arrays `floats` by name.
     """
-    for name, x in floats.items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
-    if d.T < 1:
-        raise ValueError("q: expected at least one token, got T=0")
-    if d.Hk < 1 or d.H % d.Hk:
+    floating(**floats)
+    filled(**{name: floats[name] for name in "qkv"})
+    if d.H % d.Hk:
         raise ValueError(f"v: expected a number of heads divisible by Hk={d.Hk}, got H={d.H}")
-    if not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1):
-        raise ValueError(f"chunk: expected a power of two, got {chunk!r}")
+    power_of_two("chunk", chunk)
+    factor("scale", scale)
     acc = jnp.promote_types(jnp.result_type(floats["q"], floats["k"], floats["v"]), jnp.float32)
     log_decay, run_ids = floats["log_decay"], None
     if log_decay is not None:

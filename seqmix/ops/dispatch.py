@@ -1,7 +1,22 @@
 """Which implementation of an op runs: the best that can, or the named one or an error with the reason."""
 
-import difflib
 import logging
+
+from seqmix.core.shapes import did_you_mean
+
+_KERNELS = "gpu", "tpu", "triton"
+_PLAIN = "chunked", "reference"
+NAMES = {  # what `implementation` can be, of ops that mixers are built on, best first
+    "linear_attention": _KERNELS + _PLAIN,
+    "linear_scan": _KERNELS + _PLAIN,
+    "attention": ("cudnn", "tokamax", "splash", "gpu", "tpu", *_PLAIN),
+    "block_sparse_attention": ("gpu", "tpu", *_PLAIN),
+    "delta_rule": _PLAIN,
+    "diagonal_plus_rank_one": _PLAIN,
+    "log_linear_attention": _PLAIN,
+    "log_linear_delta_rule": _PLAIN,
+    "selective_scan": _PLAIN,
+}
 
 _log = logging.getLogger("seqmix.ops")
 _chosen: dict[str, set[str]] = {}
@@ -19,9 +34,9 @@ def pick(op: str, implementation: str | None, reasons: dict[str, str | None]) ->
         if implementation is None:
             raise ValueError(f"implementation: {op} has none for this call: {reasons}")
     elif not isinstance(implementation, str) or implementation not in reasons:
-        near = difflib.get_close_matches(str(implementation), reasons, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"implementation: expected one of {', '.join(reasons)} for {op}, got {implementation!r}{hint}")
+        expected = f"one of {', '.join(reasons)} for {op}"
+        got = f"{implementation!r}{did_you_mean(implementation, reasons)}"
+        raise ValueError(f"implementation: expected {expected}, got {got}")
     elif reasons[implementation] is not None:
         raise ValueError(f"implementation: {op} cannot run {implementation!r}: {reasons[implementation]}")
     seen = _chosen.setdefault(op, set())

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 
 
 def check(d):
-    """Raises ValueError unless the Hk key heads and the Hv value heads of sizes `d` each divide its H query heads."""
+    """Raises ValueError unless the key heads, and value heads where there are some, of sizes `d` divide its H heads."""
+    if d.H < 1:
+        raise ValueError("q: expected at least one head, got H=0")
     for name, letter in {"k": "Hk", "v": "Hv"}.items():
-        count = getattr(d, letter)
+        count = getattr(d, letter, d.H)
         if count < 1 or d.H % count:
             raise ValueError(f"{name}: expected a number of heads that divides H={d.H}, got {letter}={count}")
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.flops import matmul
-from seqmix.core.shapes import dims, is_array
+from seqmix.core.shapes import boolean, check_arrays, dims, factor, filled, finite, floating, power_of_two
 from seqmix.ops import linear_chunked, linear_context, linear_kernels, linear_reference
 from seqmix.ops.dispatch import pick
 from seqmix.ops.linear_reference import decay_spec
@@ -40,9 +40,9 @@ def linear_attention(
       q, k: [B, T, Hk, K], floating; Hk divides H (grouped heads are never repeated in memory).
       v: [B, T, H, V], floating.
       log_decay: None (no decay), [H] (constant), [B, T, H] (per head) or [B, T, H, K] (per channel of k), floating,
-        <= 0. Any size is right; no bound is assumed.
-      write: None (1) or [B, T, H], floating, >= 0: the weight of what a token writes, such as Mamba-2's time step;
-        without normalize only. It is v * write, but v need not be multiplied in memory.
+        <= 0 (not checked). Any size is right; no bound is assumed.
+      write: None (1) or [B, T, H], floating, >= 0 (not checked): the weight of what a token writes, such as Mamba-2's
+        time step; without normalize only. It is v * write, but v need not be multiplied in memory.
       scale: factor on q.
       state: what earlier tokens left, as returned: [B, H, K, V], or with normalize the pair (S, z) with
         z [B, H, K]. None: zeros.
@@ -66,14 +66,13 @@ def linear_attention(
     Raises: ValueError for shapes, dtypes, options or an implementation that do not fit.
 
     Source: Katharopoulos et al. 2006.16236 (equations 16-20); RetNet 2307.08621, GLA 2312.06635, Mamba-2 2405.21060
-    and Lightning 2401.04658 are it with their decays.
+    and Lightning 2405.17381 are it with their decays.
     """
     d, acc = _check(q, k, v, log_decay, write, state, segment_ids, normalize, eps, causal, chunk, scale)
     runs = None if segment_ids is None else packing.runs(segment_ids)
     lay = layout(d.B, d.T, d.H, d.Hk)
     call = (q, k, v, log_decay, state, runs, write)
-    if not isinstance(return_state, bool):
-        raise ValueError(f"return_state: expected True or False, got {return_state!r}")
+    return_state = boolean("return_state", return_state)
     kind = dict(scale=scale, normalize=normalize)
     if lay is not None and causal:
         kernel = linear_context.kernel(lay, implementation, *call, **kind)
@@ -119,6 +118,7 @@ def linear_attention(
 
 def _check(q, k, v, log_decay, write, state, segment_ids, normalize, eps, causal, chunk, scale):
     """Sizes by letter and the accumulating dtype; raises ValueError for what does not fit."""
+    normalize, causal = boolean("normalize", normalize), boolean("causal", causal)
     pair = isinstance(state, tuple | list) and len(state) == 2
     if state is not None and pair != normalize:
         expected = "the pair (S, z) with normalize" if normalize else "one array without normalize"
@@ -126,28 +126,25 @@ def _check(q, k, v, log_decay, write, state, segment_ids, normalize, eps, causal
     specs = {"q": "B T Hk K", "k": "B T Hk K", "v": "B T H V", "log_decay": decay_spec(log_decay)}
     specs |= {"write": "B T H", "state": "B H K V", "state_z": "B H K"}
     state, state_z = state if pair else (state, None)
+    if pair:
+        check_arrays(state=state, state_z=state_z)
     arrays = dict(q=q, k=k, v=v, log_decay=log_decay, write=write, state=state, state_z=state_z)
     d = dims(specs, **arrays)
-    for name, x in arrays.items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
-    if d.T < 1:
-        raise ValueError("q: expected at least one token, got T=0")
-    if d.Hk < 1 or d.H % d.Hk:
+    floating(**arrays)
+    filled(q=q, k=k, v=v)
+    if d.H % d.Hk:
         raise ValueError(f"v: expected a number of heads divisible by Hk={d.Hk}, got H={d.H}")
     if segment_ids is not None:
         packing.check(segment_ids, d.B, d.T)
-    if eps < 0 or (eps and not normalize):
+    factor("scale", scale)
+    if finite("eps", eps) < 0 or (eps and not normalize):
         raise ValueError(f"eps: expected {'a value >= 0' if normalize else '0 without normalize'}, got {eps}")
     if write is not None and normalize:
         raise ValueError("write: expected None with normalize, got an array")
     if not causal and (log_decay is not None or state is not None):
         given = "log_decay" if log_decay is not None else "state"
         raise ValueError(f"{given}: expected None with causal=False, got an array")
-    if not (is_array(scale) or isinstance(scale, int | float)):
-        raise ValueError(f"scale: expected a number, got {scale!r}")
-    if not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1):
-        raise ValueError(f"chunk: expected a power of two, got {chunk!r}")
+    power_of_two("chunk", chunk)
     return d, jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
 
 

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 
 from seqmix.core.flops import matmul
-from seqmix.core.shapes import dims
+from seqmix.core.shapes import check_arrays, dims
 from seqmix.ops import log_linear_context
 from seqmix.ops.delta import prepare
 from seqmix.ops.dispatch import pick
@@ -138,13 +138,13 @@ def _log_linear(op, q, k, v, beta, level_scales, log_decay, scale, state, segmen
     levels, length = _pair(state)
     specs = {"q": "B T Hk K", "k": "B T Hk K", "v": "B T H V", "beta": "B T H", "level_scales": "B T H NL"}
     specs |= {"log_decay": decay_spec(log_decay), "state": "B H L K V"}
+    check_arrays(level_scales=level_scales)
     floats = dict(q=q, k=k, v=v, level_scales=level_scales, log_decay=log_decay, state=levels)
     if op == "log_linear_delta_rule":
         floats |= dict(beta=beta)
-        if beta is None:
-            raise ValueError("beta: expected an array, got NoneType")
+        check_arrays(beta=beta)
     d = dims(specs, **floats)
-    log_decay, run_ids, acc = prepare(d, floats, segment_ids, chunk)
+    log_decay, run_ids, acc = prepare(d, floats, segment_ids, chunk, scale)
     if not 2 <= d.NL <= 31:
         raise ValueError(f"level_scales: expected between 2 and 31 levels, got {d.NL}")
     if d.T > 1 << (d.NL - 1):
@@ -176,4 +176,6 @@ def _pair(state):
         return None, None
     if not isinstance(state, tuple | list) or len(state) != 2:
         raise ValueError(f"state: expected the pair (levels, length), got {type(state).__name__}")
+    for held in state:
+        check_arrays(state=held)
     return state

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqmix.core import packing
-from seqmix.core.shapes import dims
+from seqmix.core.shapes import check_arrays, dims, filled, floating
 from seqmix.ops.scan import linear_scan
 
 _LOWEST = -1e30  # the greatest of no scores: exp of it less any score is 0, and nothing overflows
@@ -35,12 +35,16 @@ def logsumexp_scan(scores, values, *, state=None, segment_ids=None, chunk: int =
     Source: Aaren (arXiv 2405.13956, section 3.2).
     """
     d = dims({"scores": "B T H", "values": "B T H V"}, scores=scores, values=values)
-    if d.T < 1:
-        raise ValueError("scores: expected at least one token, got none")
+    floating(scores=scores, values=values)
+    filled(scores=scores, values=values)
     if segment_ids is not None:
         packing.check(segment_ids, d.B, d.T)
     acc = jnp.promote_types(jnp.promote_types(scores.dtype, values.dtype), jnp.float32)
     state = empty_logsumexp_state(d.B, d.H, d.V, acc) if state is None else state
+    if not isinstance(state, tuple | list) or len(state) != 3:
+        raise ValueError(f"state: expected three arrays (m, num, den), got {type(state).__name__}")
+    for held in state:
+        check_arrays(state=held)
     m, num, den = (a.astype(acc) for a in state)
     dims({"v": "B T H V", "m": "B H", "num": "B H V", "den": "B H"}, v=values, m=m, num=num, den=den)
 

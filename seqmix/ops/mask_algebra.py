@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqmix.core.shapes import positive
+
 EMPTY, PARTIAL, FULL = 0, 1, 2
 _TILE = 128  # of the counts
 _BATCH = 1 << 22  # pairs evaluated at once
@@ -25,12 +27,6 @@ def grade(some, every):
     """Grades, int8, of rectangles in which some pair, or every pair, is visible."""
     xp = library(some, every)
     return xp.where(every, FULL, xp.where(some, PARTIAL, EMPTY)).astype(np.int8)
-
-
-def positive(name: str, value, least: int = 1):
-    """Raises ValueError unless `value` is an integer >= `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
 class Mask:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from seqmix.core.shapes import boolean
 from seqmix.ops.mask_algebra import EMPTY, Mask, grade, library
 
 
@@ -43,7 +44,7 @@ class Neighbourhood(Mask):
         causal = self.causal if isinstance(self.causal, tuple | list) else (self.causal,) * len(grid)
         if len(causal) != len(grid):
             raise ValueError(f"causal: expected one bool for each axis of grid={grid}, got {causal}")
-        object.__setattr__(self, "causal", tuple(bool(x) for x in causal))
+        object.__setattr__(self, "causal", tuple(boolean("causal", x) for x in causal))
         for length, w, s, r in zip(self.grid, self.window, self.stride, self.dilation, strict=True):
             if s > w:
                 raise ValueError(f"stride: expected at most the window {self.window}, got {self.stride}")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seqmix.ops.mask_algebra import EMPTY, FULL, PARTIAL, And, Mask, Not, Or, grade, library, positive
+from seqmix.core.shapes import boolean, positive
+from seqmix.ops.mask_algebra import EMPTY, FULL, PARTIAL, And, Mask, Not, Or, grade, library
 from seqmix.ops.mask_data import Intervals, Positions, Segments
 from seqmix.ops.mask_grid import Boxed, Neighbourhood
 
@@ -74,6 +75,7 @@ class Window(Mask):
 
     def __post_init__(self):
         positive("size", self.size)
+        boolean("causal", self.causal)
 
     def visible(self, i, j, data=None):
         distance = i - j

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqmix.core import packing
-from seqmix.core.shapes import is_array
+from seqmix.core.shapes import boolean, check_arrays, filled, positive
 from seqmix.ops import dispatch, scan_context, scan_kernels
 from seqmix.ops.mesh import layout
 from seqmix.ops.scan_chunked import Way, chunked
@@ -43,6 +43,7 @@ def linear_scan(
     Source: the recurrence of RG-LRU (arXiv 2402.19427, eq. 4), S5 (2208.04933) and GateLoop (2311.01927).
     """
     _check(x, log_a, state, segment_ids, chunk)
+    reverse = boolean("reverse", reverse)
     acc = jnp.promote_types(jnp.promote_types(x.dtype, log_a.dtype), jnp.float32)
     dtype = acc if jnp.iscomplexobj(log_a) else x.dtype
     log_a = log_a.reshape((1,) * (x.ndim - log_a.ndim) + log_a.shape)
@@ -65,12 +66,10 @@ def linear_scan(
 
 
 def _check(x, log_a, state, segment_ids, chunk):
-    for name, array in (("x", x), ("log_a", log_a), ("state", state)):
-        if not (is_array(array) or (name == "state" and state is None)):
-            raise ValueError(f"{name}: expected an array, got {type(array).__name__}")
+    check_arrays(x=x, log_a=log_a, **({} if state is None else {"state": state}))
     for name, array in (("x", x), ("log_a", log_a)):
-        if not jnp.issubdtype(array.dtype, jnp.inexact):
-            raise ValueError(f"{name}: expected a floating or complex dtype, got {array.dtype}")
+        if not jnp.issubdtype(array.dtype, jnp.inexact) or array.dtype.itemsize < 2:
+            raise ValueError(f"{name}: expected a floating (16 bits or more) or complex dtype, got {array.dtype}")
     if x.ndim < 2 or x.shape[1] < 1:
         raise ValueError(f"x: expected shape (B, T, ...) with T >= 1, got {tuple(x.shape)}")
     aligned = (1,) * (x.ndim - log_a.ndim) + tuple(log_a.shape)
@@ -83,13 +82,8 @@ def _check(x, log_a, state, segment_ids, chunk):
         raise ValueError(f"state: expected a real dtype as of x and log_a, got {state.dtype}")
     if segment_ids is not None:
         packing.check(segment_ids, *x.shape[:2])
-    check_chunk(chunk)
-
-
-def check_chunk(chunk):
-    """Raises ValueError unless `chunk` is a positive number of tokens."""
-    if not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"chunk: expected a positive number of tokens, got {chunk!r}")
+    filled(x=x)
+    positive("chunk", chunk)
 
 
 def _masks(segment_ids, reverse):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmix.ops import block_sparse, block_sparse_context, block_sparse_kernels, heads, masks
-from seqmix.ops.block_sparse import checked_data
+from seqmix.ops.block_sparse import check_mask, checked_data
 from seqmix.ops.dispatch import pick
 from seqmix.ops.mesh import layout, on_shares
 
@@ -36,8 +36,7 @@ def check(q, k, rules, mask, bias, slopes, normalizer, sink_logits, return_lse, 
     """Raises ValueError for what `attention` cannot take, with `rules` beside a mask."""
     if normalizer not in NORMALIZERS:
         raise ValueError(f"normalizer: expected one of {', '.join(NORMALIZERS)}, got {normalizer!r}")
-    if mask is not None and not isinstance(mask, masks.Mask):
-        raise ValueError(f"mask: expected a mask of ops.masks, got {type(mask).__name__}")
+    check_mask(mask, data)
     if mask is not None and (not rules.causal or rules.window is not None or rules.sinks):
         given = {"causal": False} if not rules.causal else {}
         given |= {name: x for name, x in (("window", rules.window), ("sinks", rules.sinks)) if x}

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from seqmix.core import packing
-from seqmix.core.shapes import dims
+from seqmix.core.shapes import check_arrays, dims, filled, floating, positive
 from seqmix.ops import dispatch, scan_context
 from seqmix.ops.mesh import layout
-from seqmix.ops.scan import check_chunk
 from seqmix.ops.scan_chunked import incoming_states
 
 _SPAN = 128  # tokens of a row whose states the backward pass holds at once, if chunks are not longer
@@ -55,6 +54,7 @@ def selective_scan(
     Source: Mamba (arXiv 2312.00752, eq. 2 with the zero-order hold for A); B is discretised by Euler's rule,
     as in the authors' released code. A decay that does not depend on n is cheaper as `linear_attention`.
     """
+    check_arrays(u=u, dt=dt, A=A, B=B, C=C)
     B, C = (m[:, :, None] if m.ndim == 3 else m for m in (B, C))
     spec = {
         "u": "B T D",
@@ -66,16 +66,13 @@ def selective_scan(
         "state": "B D N",
     }
     d = dims(spec, u=u, dt=dt, A=A, B=B, C=C, D=D, state=state)
-    for name, array in {"u": u, "dt": dt, "A": A, "B": B, "C": C}.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"{name}: expected a floating dtype, got {array.dtype}")
-    if d.D % d.G:
+    floating(u=u, dt=dt, A=A, B=B, C=C, D=D, state=state)
+    if d.G < 1 or d.D % d.G:
         raise ValueError(f"B: expected groups that divide D={d.D}, got {d.G}")
-    if d.T < 1:
-        raise ValueError("u: expected at least one token, got none")
+    filled(u=u)
     if segment_ids is not None:
         packing.check(segment_ids, d.B, d.T)
-    check_chunk(chunk)
+    positive("chunk", chunk)
     real = None if segment_ids is None else (segment_ids != 0)[..., None]
     if segment_ids is not None:
         # A step of size 0 neither writes nor decays; the rest is cleared of what may stand at padding.

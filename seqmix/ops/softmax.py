@@ -1,13 +1,13 @@
 """Softmax attention, and how results over parts of the keys are joined."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from seqmix.core import packing
-from seqmix.core.shapes import dims, finite
+from seqmix.core.shapes import boolean, described, dims, finite, floating, positive
 from seqmix.ops import block_sparse_kernels, heads, scored, softmax_context, softmax_library
 from seqmix.ops.dispatch import pick
 from seqmix.ops.mesh import layout
@@ -99,7 +99,8 @@ def attention(
     if context not in (None, *softmax_context.FORMS):
         raise ValueError(f"context: expected None or one of {', '.join(softmax_context.FORMS)}, got {context!r}")
     rules = _rules(q.shape[-1] ** -0.5 if scale is None else scale, causal, window, sinks, soft_cap)
-    _positive("block", block)
+    positive("block", block)
+    return_lse = boolean("return_lse", return_lse)
     tokens, order = _tokens(q.shape[1], k.shape[1], *given)
     if any(x is not None for x in (mask, data, bias, slopes)) or normalizer != "softmax":
         softmax_library.no_scoring(implementation)
@@ -135,7 +136,12 @@ def attention(
     elif name in kernels:
         y, lse = scored.by_rules(rules, q, k, v, sink_logits, tokens, order, name)
     elif name in libraries:
-        return softmax_library.run(name, lay, rules, q, k, v, tokens[0] if order == "runs" else None)
+        by = lambda name: partial(softmax_library.run, name, lay, rules, ids=tokens[0] if order == "runs" else None)
+        if implementation is not None or name != "cudnn":
+            return by(name)(q, k, v)
+        other = softmax_library.for_values(forms, rules, q, k, v)
+        ours = lambda *arrays: scored.by_rules(rules, *arrays, sink_logits, tokens, order, "gpu")[0]
+        return softmax_library.either(ours if other == "gpu" else by(other or name), by(name), q, k, v)
     elif name == "chunked":
         y, lse = chunked(rules, q, k, v, sink_logits, *tokens, order=order, block=block)
     else:
@@ -151,9 +157,12 @@ def merge(parts):
     Every key, and the sink logit, is in one part. y has the dtype of the first. Gradients are finite where
     some parts, or all, see nothing. Raises ValueError for no parts or unequal shapes.
     """
-    parts = list(parts)
+    parts = list(parts) if hasattr(parts, "__iter__") else [parts]
     if not parts:
         raise ValueError("parts: expected at least one (y, lse), got none")
+    for part in parts:
+        if not isinstance(part, tuple | list) or len(part) != 2:
+            raise ValueError(f"parts: expected pairs (y, lse), got {described(part)}")
     for y, lse in parts:
         dims({"first": "B T H V", "y": "B T H V", "lse": "B H T"}, first=parts[0][0], y=y, lse=lse)
     lses = jnp.stack([lse for _, lse in parts])
@@ -196,18 +205,13 @@ def attention_flops(
 
 def _check(q, k, v, sink_logits, *given):
     shapes = {"segment_ids": "B T", "kv_segment_ids": "B S", "q_positions": "B T", "kv_positions": "B S"}
-    for name, x in {"q": q, "k": k, "v": v}.items():
-        if x is None:
-            raise ValueError(f"{name}: expected an array, got None")
     given = dict(zip(shapes, given, strict=True))
     shapes |= {"q": "B T H K", "k": "B S Hk K", "v": "B S Hv V", "sink_logits": "H"}
     d = dims(shapes, q=q, k=k, v=v, sink_logits=sink_logits, **given)
     if min(d.T, d.S) < 1:
         raise ValueError(f"q, k: expected at least one query and one key, got T={d.T}, S={d.S}")
     heads.check(d)
-    for name, x in {"q": q, "k": k, "v": v, "sink_logits": sink_logits}.items():
-        if x is not None and not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
+    floating(q=q, k=k, v=v, sink_logits=sink_logits)
     for name, x in given.items():
         if x is not None and not jnp.issubdtype(x.dtype, jnp.integer):
             raise ValueError(f"{name}: expected integers, got {x.dtype}")
@@ -222,26 +226,19 @@ def _check(q, k, v, sink_logits, *given):
     return d
 
 
-def _positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-
-
 def _rules(scale, causal, window, sinks, soft_cap) -> Rules:
     """`Rules` of checked numbers."""
-    if not isinstance(causal, bool | np.bool_):
-        got = f"shape {tuple(causal.shape)}" if hasattr(causal, "shape") else repr(causal)
-        raise ValueError(f"causal: expected True or False (a mask is given by mask=), got {got}")
+    causal = boolean("causal", causal, "True or False (a mask is given by mask=)")
     if window is not None:
-        _positive("window", window)
-    if not isinstance(sinks, int) or sinks < 0 or (sinks and not causal):
+        positive("window", window)
+    if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0 or (sinks and not causal):
         needs = "0" if not causal else "an integer >= 0"
         raise ValueError(f"sinks: expected {needs} with causal={causal}, got {sinks!r}")
     scale, soft_cap = finite("scale", scale), None if soft_cap is None else finite("soft_cap", soft_cap)
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
     window = None if window is None else int(window)
-    return Rules(scale, bool(causal), window, sinks, soft_cap)
+    return Rules(scale, causal, window, sinks, soft_cap)
 
 
 def _tokens(time, keys, segment_ids, kv_segment_ids, q_positions, kv_positions):

@@ -29,6 +29,7 @@ NAMES = ("cudnn", "tokamax", "splash")
 TILE = 128  # of splash: numbers of queries and keys are multiples of it
 BLOCKS = 512, 256, 128  # queries and keys that splash works on at once, the largest that fits
 SHORT, NARROW = (1025, 4096), 4  # tokens, and times the window: where our own kernels were measured to be faster
+MIDDLE = 16384  # tokens, up to which tokamax's values were the fastest
 WASTEFUL = 8  # times the window: from there on chunks are reckoned faster than tokamax, forward and backward
 WIDEST = {"cudnn": 256, "tokamax": 128, "splash": 256}  # K and V
 DTYPES = dict.fromkeys(NAMES, (jnp.bfloat16, jnp.float16)) | {"splash": (jnp.bfloat16,)}
@@ -76,11 +77,36 @@ def yields(rules, q, k, v) -> bool:
 
     As measured on an H100 with a key head to each query head, of 128 channels, and no soft cap.
     """
-    time, width, alike = q.shape[1], q.shape[3], q.shape[2:] == k.shape[2:] == v.shape[2:]
-    if not (rules.causal and alike and width == 128 and rules.soft_cap is None) or time < SHORT[0]:
+    time, window = q.shape[1], _window(rules, q.shape[1], k.shape[1])
+    if not _timed(rules, q, k, v) or time < SHORT[0]:
         return False
-    window = _window(rules, time, k.shape[1])
     return time <= SHORT[1] if window is None else time >= NARROW * window
+
+
+def for_values(forms, rules, q, k, v) -> str | None:
+    """What of `forms` makes values alone, where cuDNN makes those that have gradients; None: cuDNN too.
+
+    forms: what can run (None), or why it cannot. As measured on an H100 in long causal rows: there cuDNN has the
+    fastest backward kernel, tokamax or we the fastest forward one.
+    """
+    if _window(rules, q.shape[1], k.shape[1]) is not None or q.shape[1] <= SHORT[1] or not _timed(rules, q, k, v):
+        return None
+    names = ("tokamax", "gpu") if q.shape[1] <= MIDDLE else ("gpu",)
+    return next((name for name in names if forms[name] is None), None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def either(values, graded, *arrays):
+    """values(*arrays); where a gradient is asked for, graded(*arrays) with its own."""
+    return values(*arrays)
+
+
+either.defvjp(lambda values, graded, *arrays: jax.vjp(graded, *arrays), lambda values, graded, pull, dy: pull(dy))
+
+
+def _timed(rules, q, k, v):
+    """Whether our kernels were timed beside the libraries for such heads."""
+    return rules.causal and q.shape[2:] == k.shape[2:] == v.shape[2:] and q.shape[3] == 128 and rules.soft_cap is None
 
 
 def _unsupported(name, rules, q, k, v, sink_logits, order, return_lse) -> str | None:

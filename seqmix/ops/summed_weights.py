@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from seqmix.core.shapes import check_arrays, dims, finite
-from seqmix.ops import targets
+from seqmix.core.shapes import boolean, check_arrays, dims, finite
+from seqmix.ops import heads, targets
 from seqmix.ops.dispatch import pick
 from seqmix.ops.mesh import layout
 
@@ -26,9 +26,10 @@ def block_weights(q, k, lse, seen, *, scale, by_keys=False, implementation=None)
         if not jnp.issubdtype(x.dtype, jnp.bool_ if name == "seen" else jnp.floating):
             raise ValueError(f"{name}: expected a {'bool' if name == 'seen' else 'floating'} dtype, got {x.dtype}")
     d = dims({"q": "B T H K", "k": "B S Hk K", "lse": "B H T", "seen": "B T S"}, q=q, k=k, lse=lse, seen=seen)
-    scale = finite("scale", scale)
-    if d.H % d.Hk:
-        raise ValueError(f"k: expected a number of heads that divides H={d.H}, got Hk={d.Hk}")
+    scale, by_keys = finite("scale", scale), boolean("by_keys", by_keys)
+    if min(d.T, d.S) < 1:
+        raise ValueError(f"q, k: expected at least one query and one key, got T={d.T}, S={d.S}")
+    heads.check(d)
     q, k, lse = (jax.lax.stop_gradient(x) for x in (q, k, lse))
     if pick("block_weights", implementation, {"gpu": unsupported(q, k, scale), "chunked": None}) == "gpu":
         found = _by_kernel(q, k, lse, seen, scale)

@@ -4,16 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmix.core.shapes import dims
-from seqmix.ops import block_groups
-from seqmix.ops.block_sparse import block_sparse_attention, checked_data, clipped, with_segments
-from seqmix.ops.mask_algebra import EMPTY, positive
+from seqmix.core.shapes import boolean, check_arrays, dims, floating, positive
+from seqmix.ops import block_groups, heads
+from seqmix.ops.block_sparse import by_name, check_mask, checked_data, clipped, score_numbers, with_segments
+from seqmix.ops.mask_algebra import EMPTY
 from seqmix.ops.masks import Blocks, Causal
 from seqmix.ops.softmax import merge
 
 SIZES = 64, 64
 FEW = 8  # blocks that are looked for one by one
 OPTIONS = "scale", "soft_cap", "slopes", "return_lse", "context", "implementation"  # that go on to the attention
+NAME = "topk_block_attention"
 PLACES = 32  # most blocks that the kernel looks for, in registers
 
 
@@ -30,8 +31,10 @@ def pooled_scores(q, k, sizes=SIZES, *, pool="first", per_head=False):
     Raises ValueError for shapes that do not fit and another pool.
     """
     d = dims({"q": "B T H K", "k": "B S Hk K"}, q=q, k=k)
-    if d.H % d.Hk:
-        raise ValueError(f"k: expected a number of heads that divides H={d.H}, got Hk={d.Hk}")
+    if min(d.T, d.S) < 1:
+        raise ValueError(f"q, k: expected at least one query and one key, got T={d.T}, S={d.S}")
+    heads.check(d)
+    per_head = boolean("per_head", per_head)
     if pool not in ("first", "mean"):
         raise ValueError(f"pool: expected first or mean, got {pool!r}")
     bq, bk = clipped(sizes, d.T, d.S)
@@ -79,8 +82,7 @@ def choose_blocks(
     bq, bk = clipped(sizes, time, keys)
     rows, columns = -(-time // bq), -(-keys // bk)
     d = dims({"scores": f"B h {rows} {columns}"}, scores=scores)
-    if not jnp.issubdtype(scores.dtype, jnp.floating):
-        raise ValueError(f"scores: expected a floating dtype, got {scores.dtype}")
+    floating(scores=scores)
     low = np.arange(rows)[:, None] * bq // bk
     high = (np.minimum((np.arange(rows)[:, None] + 1) * bq, time) - 1) // bk
     block = np.arange(columns)
@@ -154,13 +156,17 @@ def topk_block_attention(
       elsewhere the means of keys cross their borders. Blocks forced by `first` are those of the row.
     """
     d = dims({"q": "B T H K", "k": "B S Hk K", "v": "B S Hk V"}, q=q, k=k, v=v)
+    heads.check(d)
+    floating(q=q, k=k, v=v)
     for name in options:
         if name not in OPTIONS:
-            raise ValueError(
-                f"{name}: expected no such argument (of block_sparse_attention's there are {', '.join(OPTIONS)})"
-            )
+            raise ValueError(f"{name}: topk_block_attention takes no such argument; it takes {', '.join(OPTIONS)}")
+    return_lse = boolean("return_lse", options.pop("return_lse", False))
+    score_numbers(q, options.get("scale"), options.get("soft_cap"))
+    check_mask(mask, data)
     mask = Causal() if mask is None else mask
     scores = pooled_scores(q, k, sizes) if scores is None else scores
+    check_arrays(scores=scores)
     if scores.ndim != 4 or scores.shape[1] not in (d.Hk, d.H):
         raise ValueError(f"scores: expected [B, Hk={d.Hk} or H={d.H}, nq, nk], got {tuple(scores.shape)}")
     chosen = {"sizes": sizes, "mask": mask, "data": data, "segment_ids": segment_ids}
@@ -170,13 +176,14 @@ def topk_block_attention(
         listed = tuple(jnp.repeat(x, d.H // d.Hk, axis=2) for x in (k, v))
     apart = sizes[0] == 1 and mask == Causal() and d.T == d.S >= block_groups.LEAST
     if apart and options.get("implementation") != "reference":
-        return _own_and_others(q, (k, v), listed, blocks, sizes[1], segment_ids=segment_ids, **options)
-    return block_sparse_attention(q, *listed, blocks=blocks, **chosen, **options)
+        y, lse = _own_and_others(q, (k, v), listed, blocks, int(sizes[1]), segment_ids=segment_ids, **options)
+    else:
+        y, lse = by_name(NAME, q, *listed, blocks=blocks, **chosen, **options)
+    return (y, lse) if return_lse else y
 
 
-def _own_and_others(q, keys, listed, blocks, size, *, return_lse=False, **options):
-    """Causal attention, where lists [B, h, T, n] name each token's own block: of the others all keys are visible."""
-    options["return_lse"] = True
+def _own_and_others(q, keys, listed, blocks, size, **options):
+    """(y, lse), causal, where lists [B, h, T, n] name each token's own block: of the others all keys are visible."""
     step = next((n for n in (128, 64) if size % n == 0), None)
     if step is None:
         near = {"mask": Causal() & Blocks(size)}
@@ -184,11 +191,10 @@ def _own_and_others(q, keys, listed, blocks, size, *, return_lse=False, **option
         first = np.arange(0, q.shape[1], step)[:, None] // size * size // step
         tiles = first + np.arange(size // step)
         near = {"mask": Causal(), "blocks": tiles.astype(np.int32), "sizes": (step, step)}
-    parts = [block_sparse_attention(q, *keys, **near, **options)]
+    parts = [by_name(NAME, q, *keys, **near, **options)]
     if blocks.shape[-1] > 1:
         own = (jnp.arange(q.shape[1]) // size)[:, None]
         place = jnp.argmax(blocks == own, axis=-1, keepdims=True)
         others = jnp.where(jnp.arange(blocks.shape[-1] - 1) < place, blocks[..., :-1], blocks[..., 1:])
-        parts.append(block_sparse_attention(q, *listed, blocks=others, sizes=(1, size), **options))
-    y, lse = merge(parts)
-    return (y, lse) if return_lse else y
+        parts.append(by_name(NAME, q, *listed, blocks=others, sizes=(1, size), **options))
+    return merge(parts)

@@ -1,12 +1,11 @@
 """Rotary position embedding, and the ways to stretch it over longer contexts."""
 
-import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 
-from seqmix.core.shapes import dims
+from seqmix.core.shapes import dims, factor, positive
 
 KINDS = ("linear", "ntk", "llama3")
 
@@ -35,15 +34,16 @@ class RotaryScaling:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        if not (math.isfinite(self.factor) and self.factor >= 1):
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            factor(name, getattr(self, name))
+        if self.factor < 1:
             raise ValueError(f"factor: expected a number >= 1, got {self.factor}")
         if not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor: expected 0 < low_freq_factor < high_freq_factor={self.high_freq_factor}, "
                 f"got {self.low_freq_factor}"
             )
-        if self.original_len < 1:
-            raise ValueError(f"original_len: expected a positive integer, got {self.original_len}")
+        positive("original_len", self.original_len)
 
 
 def frequencies(size: int, *, base: float = 10000.0, scaling: RotaryScaling | None = None) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What a mixer cannot take is refused in one line that names it, before anything compiles."""
 
 import dataclasses
+import typing
 
 import jax
 import numpy as np
@@ -71,6 +72,9 @@ def test_a_missing_weight_is_named(case):
         lacking = {key: value for key, value in params.items() if key != name}
         refuses(f"{word}no {name}", m.forward, lacking, x, **inputs)
     refuses(f"^params: .* {type(m).__name__}, got the declaration of ", m.forward, m.params(), x, **inputs)
+    refuses("^params: .* and no others, got spare", m.forward, params | {"spare": x}, x, **inputs)
+    listed = jax.tree.map(lambda w: [1.0], params)
+    refuses("^params: .* arrays, got list as ", m.forward, listed, x, **inputs)
     for none in ({}, None):
         refuses(word, m.forward, none, x, **inputs)
         if m.decodes:
@@ -97,6 +101,21 @@ def test_a_state_of_another_call_is_refused(case):
 def test_a_width_of_another_type_is_named(case):
     for width in ("8", 8.0, None):
         refuses("d_model: expected an integer", lambda w=width: type(case.mixer)(**case.row.small | {"d_model": w}))
+
+
+WRONG = {float: ("x", float("nan"), True), bool: ("no", 1), int: ("8", True), str: (3, True)}
+
+
+@over()
+def test_a_field_of_another_kind_is_named_when_built(case):
+    build, name = type(case.mixer), type(case.mixer).__name__
+    for field in dataclasses.fields(build):
+        kind = (typing.get_args(field.type) or (field.type,))[0]
+        for value in (*WRONG.get(kind, ("x",)), [1]):
+            refuses(f"^{name}.*{field.name}", lambda v=value, f=field: build(**case.row.small | {f.name: v}))
+        if field.name == "implementation":
+            wrong = case.row.small | {"implementation": "chunkd"}
+            refuses(f"^{name}.implementation: .*chunked", lambda v=wrong: build(**v))
 
 
 @over()

@@ -83,3 +83,18 @@ def test_declarations_that_make_no_sense_are_refused():
         Param((2, 3), ("embed",))
     with pytest.raises(ValueError, match="shape: .*0"):
         Param((2, 0), ("embed", "heads"))
+
+
+def test_weights_of_another_tree_are_refused_by_name():
+    declared = {"a": Param((2,), (None,)), "in": {"b": Param((2,), (None,))}}
+    held = {"a": np.ones(2), "in": {"b": np.ones(2)}}
+    param.check(declared, held, "Toy")
+    for given, message in (
+        (held | {"in": {}}, "found no in/b"),
+        (held | {"a": [1.0, 1.0]}, "arrays, got list as a"),
+        (held | {"a": np.ones(3)}, r"a of shape \(2,\), got \(3,\)"),
+        (held | {"c": np.ones(2)}, "and no others, got c"),
+        (held | {"in": held["in"] | {"d": np.ones(2)}}, "and no others, got in/d"),
+    ):
+        with pytest.raises(ValueError, match=f"^params: expected the weights of Toy.*{message}$"):
+            param.check(declared, given, "Toy")

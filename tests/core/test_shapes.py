@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from seqmix.core.shapes import dims
+from seqmix.core.shapes import described, dims
 
 
 def test_sizes_come_back_by_name():
@@ -27,3 +27,8 @@ def test_errors_name_the_argument(spec, shapes, message):
     with pytest.raises(ValueError) as raised:
         dims(spec, **{name: jnp.ones(shape) for name, shape in shapes.items()})
     assert str(raised.value) == message
+
+
+def test_what_came_is_told_in_one_short_line():
+    assert described("x") == "'x'" and described(jnp.ones((2, 3))) == "an array of float32 of shape (2, 3)"
+    assert len(described(list(range(999)))) < 120 and "\n" not in described({"a": "\n" * 9})

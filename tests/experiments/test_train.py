@@ -37,7 +37,7 @@ def test_sigkill_and_restart(tmp_path, flags, unbroken):
 def test_sigterm_saves_and_restart(tmp_path, flags, unbroken):
     code, errors = interrupt(flags, tmp_path / "run", signal.SIGTERM, 6)
     assert code == 75, errors[-2000:]
-    assert "resumable" in errors
+    assert "resumable" in errors and f"what it saved is in {tmp_path}" in errors
     logged = records(tmp_path / "run")[-1][0]
     done = launch("train", *flags, f"--workdir={tmp_path / 'run'}")
     assert f"resumed from step {logged}" in done.stderr

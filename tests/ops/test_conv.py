@@ -213,7 +213,7 @@ def test_flops_are_those_that_xla_counts():
         (dict(bias=jnp.ones(2)), "bias: expected shape"),
         (dict(state=jnp.ones((2, 4, 3))), "state: expected shape"),
         (dict(segment_ids=jnp.ones((2, 4), jnp.int32)), "segment_ids: expected shape"),
-        (dict(weight={"a": jnp.ones((4, 3))}), "weight: expected a tree like x"),
+        (dict(weight={"a": jnp.ones((4, 3))}), "weight: expected an array, got dict"),
     ],
 )
 def test_bad_shapes_are_named_in_one_line(change, message):

@@ -196,7 +196,7 @@ def test_what_is_no_array_or_number_is_refused():
     q = jnp.ones((1, 2, 1, 2))
     with pytest.raises(ValueError, match="segment_ids: expected an array, got list"):
         linear_attention(q, q, q, segment_ids=[[1, 1]])
-    with pytest.raises(ValueError, match="scale: expected a number, got None"):
+    with pytest.raises(ValueError, match="scale: expected a finite number, got None"):
         linear_attention(q, q, q, scale=None)
     with pytest.raises(ValueError, match="log_a: expected an array, got float"):
         linear_scan(q, -0.1)

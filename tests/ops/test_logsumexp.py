@@ -110,7 +110,7 @@ def test_bad_input_is_named():
             scores, values, state=empty_logsumexp_state(2, 2, 4)
         ),
         "segment_ids: expected integers": lambda: logsumexp_scan(scores, values, segment_ids=scores[..., 0]),
-        "scores: expected at least one token": lambda: logsumexp_scan(scores[:, :0], values[:, :0]),
+        "scores: expected at least one of every dimension": lambda: logsumexp_scan(scores[:, :0], values[:, :0]),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()

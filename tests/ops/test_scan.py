@@ -268,7 +268,7 @@ def test_bad_input_is_named():
         r"state: expected shape \(2, 3\)": lambda: linear_scan(x, -x, state=jnp.ones((2, 5))),
         "state: expected a real dtype": lambda: linear_scan(x, -x, state=jnp.ones((2, 3), complex)),
         r"segment_ids: expected shape \(B=2, T=5\)": lambda: linear_scan(x, -x, segment_ids=jnp.ones((2, 4), int)),
-        "chunk: expected a positive": lambda: linear_scan(x, -x, chunk=0),
+        "chunk: expected an integer >= 1": lambda: linear_scan(x, -x, chunk=0),
         "implementation: expected one of gpu, tpu, triton, chunked": lambda: linear_scan(x, -x, implementation="chunk"),
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -230,10 +230,10 @@ def test_bad_input_is_named():
         r"C: expected shape \(B=2, T=5, G=2, N=3\)": dict(C=good["C"][..., :2]),
         "B: expected groups that divide D=4, got 3": dict(B=jnp.ones((2, 5, 3, 3)), C=jnp.ones((2, 5, 3, 3))),
         r"state: expected shape \(B=2, D=4, N=3\)": dict(state=good["state"][:1]),
-        "u: expected at least one token": {k: good[k][:, :0] for k in ("u", "dt", "B", "C")},
+        "u: expected at least one of every dimension": {k: good[k][:, :0] for k in ("u", "dt", "B", "C")},
         "A: expected a floating dtype": dict(A=good["A"] + 1j),
         "segment_ids: expected integers": dict(segment_ids=jnp.ones((2, 5))),
-        "chunk: expected a positive": dict(chunk=0),
+        "chunk: expected an integer >= 1": dict(chunk=0),
         "implementation: expected one of chunked": dict(implementation="gpu"),
     }.items():
         with pytest.raises(ValueError, match=message):

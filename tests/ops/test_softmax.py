@@ -212,8 +212,11 @@ IDS = np.ones((B, 6), np.int32)
 BIAS = draw(5, 1, 6, 7, 7)
 REFUSALS = [
     ({"causal": "no"}, "causal: expected True or False"),
-    ({"causal": np.ones((4, 4), bool)}, "causal: expected True or False (a mask is given by mask=), got shape (4, 4)"),
-    ({"window": True}, "window: expected a positive integer, got True"),
+    (
+        {"causal": np.ones((4, 4), bool)},
+        "causal: expected True or False (a mask is given by mask=), got an array of bool of shape (4, 4)",
+    ),
+    ({"window": True}, "window: expected an integer >= 1, got True"),
     ({"implementation": ["gpu"]}, "implementation: expected one of"),
     (
         {"k": np.ones((B, 6, 3, K)), "v": np.ones((B, 6, 3, V))},
@@ -223,8 +226,8 @@ REFUSALS = [
     ({"v": np.ones((B, 6, 3, V))}, "v: expected a number of heads that divides H=4, got Hv=3"),
     ({"q": np.ones((B, 0, H, K))}, "q, k: expected at least one query"),
     ({"v": np.ones((B, 6, 2, V), int)}, "v: expected a floating dtype, got int"),
-    ({"window": 0}, "window: expected a positive integer, got 0"),
-    ({"block": 0}, "block: expected a positive integer, got 0"),
+    ({"window": 0}, "window: expected an integer >= 1, got 0"),
+    ({"block": 0}, "block: expected an integer >= 1, got 0"),
     ({"sinks": -1}, "sinks: expected an integer >= 0"),
     ({"sinks": 2, "causal": False}, "sinks: expected 0 with causal=False, got 2"),
     ({"soft_cap": -1.0}, "soft_cap: expected a positive number, got -1.0"),

@@ -1,6 +1,7 @@
 """Attention through other libraries: what goes where, what is refused, and that a call's meaning survives the way."""
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -199,12 +200,23 @@ def test_splash_takes_windows_and_soft_caps_without_segments():
 def test_own_kernels_come_first_where_they_were_measured_to_be_faster():
     """Short causal rows and windows of a quarter of them, a key head to each query head, of 128 channels."""
 
-    def first(time=4096, key_heads=4, width=128, **rules):
+    def asked(rule, time=4096, key_heads=4, width=128, **rules):
         q, k = (jax.ShapeDtypeStruct((1, time, heads, width), jnp.bfloat16) for heads in (4, key_heads))
-        return softmax_library.yields(
-            Rules(1.0, **{"causal": True, "window": None, "sinks": 0, "soft_cap": None} | rules), q, k, k
-        )
+        return rule(Rules(1.0, **{"causal": True, "window": None, "sinks": 0, "soft_cap": None} | rules), q, k, k)
+
+    first = partial(asked, softmax_library.yields)
 
     assert first(2048) and first(4096) and first(window=1024) and first(32768, window=512)
     assert not first(1024) and not first(8192) and not first(window=1025) and not first(1024, window=64)
     assert not first(causal=False) and not first(key_heads=1) and not first(width=64) and not first(soft_cap=5.0)
+    values = partial(asked, partial(softmax_library.for_values, {"tokamax": None, "gpu": None}))
+    assert values(8192) == values(16384, window=16384) == "tokamax" and values(32768) == "gpu"
+    assert values(4096) is values(8192, window=4096) is values(8192, causal=False) is None
+    assert values(8192, key_heads=1) is values(8192, soft_cap=5.0) is None
+    assert asked(partial(softmax_library.for_values, {"tokamax": "absent", "gpu": None}), 8192) == "gpu"
+
+
+def test_values_alone_come_from_one_function_and_those_with_gradients_from_the_other():
+    either = partial(softmax_library.either, lambda x, y: 2 * x * y, lambda x, y: 3 * x * y)
+    assert either(1.0, 5.0) == 10 and jax.jit(either)(1.0, 5.0) == 10
+    assert jax.value_and_grad(either, (0, 1))(1.0, 5.0) == (15, (15, 3))

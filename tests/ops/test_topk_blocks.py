@@ -123,7 +123,7 @@ BAD = {
     "scores: expected shape .B, h, 4, 4.": {"count": 2, "scores": np.zeros((2, 2, 4, 3))},
     "scores: expected a floating dtype": {"count": 2, "scores": np.zeros((2, 2, 4, 4), int)},
     "sizes: expected .queries, keys.": {"count": 2, "sizes": 4},
-    "blocks: expected no such argument": {"count": 2, "blocks": np.zeros((4, 1), int)},
+    "blocks: topk_block_attention takes no such argument": {"count": 2, "blocks": np.zeros((4, 1), int)},
 }
 
 

@@ -60,8 +60,8 @@ def check(inputs, mask, sizes, data, *, soft_cap=None, slopes=None, **more):
 
 @needs_mosaic
 def test_grouped_heads_and_a_list_without_blocks_match_float64():
-    """Two heads in a thread block of 64 queries; the first block sees no key."""
-    check(draw(192, 2, 1, 64, 128), masks.Causal(-64), (64, 64), {})
+    """Two heads in a thread block of 64 queries; the first block sees no key. Two thread blocks take listed items."""
+    check(draw(192, 2, 1, 64, 128), masks.Causal(-64), (64, 64), {}, workers=2)
 
 
 @needs_mosaic

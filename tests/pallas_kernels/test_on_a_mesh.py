@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from experiments import gpu_options
 from seqmix import ops
 from seqmix.core import sharding
 from seqmix.ops import masks
@@ -75,6 +76,24 @@ def test_keys_are_on_their_way_while_a_block_is_worked_on(h100s):
     ]
     ways = [{way for way in ("forward", "dq", "dkv") if f"block_sparse_attention_{way}" in text} for text in between]
     assert sorted(ways, key=len) == [{"forward"}, {"dq", "dkv"}]
+
+
+def test_weights_are_on_their_way_while_a_layer_is_worked_on(h100s):
+    """The options of steps on several GPUs: both of a layer's weights in one go, before the loop and then in it."""
+    mesh = sharding.make_mesh(fsdp=2, devices=h100s(2))
+    up = jax.ShapeDtypeStruct((6, 512, 1024), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P(None, "fsdp")))
+    down = jax.ShapeDtypeStruct((6, 1024, 512), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P(None, "fsdp")))
+    x = jax.ShapeDtypeStruct((4096, 512), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P("fsdp")))
+
+    def layer(x, weights):
+        up, down = (sharding.gathered(w, ("embed", None), (None, None)) for w in weights)
+        return jnp.tanh(jnp.tanh(x @ up) @ down), None
+
+    with sharding.use_mesh(mesh):
+        lowered = jax.jit(lambda x, *weights: jax.lax.scan(layer, x, weights)[0]).lower(x, up, down)
+        texts = [lowered.compile(options).as_text() for options in (None, gpu_options.FSDP)]
+    assert gpu_options.options(mesh) == gpu_options.FSDP
+    assert [text.count("all-gather-start(") for text in texts] == [1, 2]
 
 
 def test_a_block_sparse_ring_holds_two_stretches_however_many_there_are(h100s):

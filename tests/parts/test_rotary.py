@@ -79,7 +79,7 @@ REFUSALS = [
     (lambda: RotaryScaling(kind="yarm", factor=2.0), "kind: expected one of linear, ntk, llama3, got 'yarm'"),
     (lambda: RotaryScaling(kind="ntk", factor=0.5), "factor: expected a number >= 1, got 0.5"),
     (lambda: RotaryScaling(kind="llama3", factor=2.0, low_freq_factor=5.0), "low_freq_factor: expected 0 < "),
-    (lambda: RotaryScaling(kind="llama3", factor=2.0, original_len=0), "original_len: expected a positive"),
+    (lambda: RotaryScaling(kind="llama3", factor=2.0, original_len=0), "original_len: expected an integer >= 1"),
     (lambda: frequencies(7), "size: expected an even number of rotated dimensions, got 7"),
     (lambda: frequencies(8, base=1.0), "base: expected a number above 1, got 1.0"),
     (lambda: frequencies(2, scaling=RotaryScaling(kind="ntk", factor=2.0)), "scaling: expected at least 4"),

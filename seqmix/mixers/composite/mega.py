@@ -48,6 +48,7 @@ class Mega(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "ring"
+    implementations: ClassVar[tuple[str, ...]] = "gpu", "tpu", "chunked", "reference"  # of both ops
 
     def __post_init__(self):
         given = {} if self.value_dim is None else {"value_dim": self.value_dim}

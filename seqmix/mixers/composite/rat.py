@@ -46,6 +46,7 @@ class RAT(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "gather"
+    implementations: ClassVar[tuple[str, ...]] = "gpu", "tpu", "chunked", "reference"  # of both ops
 
     def __post_init__(self):
         self.positive(heads=self.heads, groups=self.groups, chunk=self.chunk, block=self.block)

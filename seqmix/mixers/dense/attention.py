@@ -19,6 +19,7 @@ from seqmix.core import packing, param
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.core.sharding import constrain
+from seqmix.ops.dispatch import NAMES
 from seqmix.ops.softmax import attention, attention_flops, merge
 from seqmix.ops.softmax_context import FORMS
 from seqmix.parts import kv_cache
@@ -50,6 +51,7 @@ class Attention(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "ring"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["attention"]
 
     @property
     def decodes(self) -> bool:

@@ -24,6 +24,7 @@ from seqmix.core import packing
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.ops import block_groups
+from seqmix.ops.dispatch import NAMES
 from seqmix.ops.softmax import attention_flops
 from seqmix.parts import chosen_blocks, kv_cache
 from seqmix.parts.chunks import token_places
@@ -46,6 +47,7 @@ class MoBA(Mixer):
     implementation: str | None = None  # of the ops: None, gpu (all of them, from 64 tokens on), chunked, reference
 
     linear_in_v: ClassVar[bool] = True
+    implementations: ClassVar[tuple[str, ...]] = NAMES["block_sparse_attention"]
 
     def __post_init__(self):
         given = {"kv_heads": self.kv_heads, "head_dim": self.head_dim}

@@ -58,11 +58,11 @@ class MoSA(Mixer):
     implementation: str | None = None  # of `attention`: None, chunked, reference
 
     linear_in_v: ClassVar[bool] = True
+    implementations: ClassVar[tuple[str, ...]] = "cudnn", "tokamax", "splash", "gpu", "tpu", "chunked", "reference"
 
     def __post_init__(self):
-        given = {"head_dim": self.head_dim, "window": self.window}
-        given = {name: x for name, x in given.items() if x is not None}
-        self.positive(heads=self.heads, sparsity=self.sparsity, block=self.block, **given)
+        names = "heads", "sparsity", "block", "head_dim", "window"
+        self.positive(**{name: x for name in names if (x := getattr(self, name)) is not None})
         wrong = None
         if not isinstance(self.dense_heads, int) or self.dense_heads < 0:
             wrong = f"dense_heads: expected an integer >= 0, got {self.dense_heads!r}"

@@ -20,7 +20,7 @@ blocks of tokens.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,7 @@ from seqmix.parts.chunks import token_places
 from seqmix.parts.qkv import head_params, head_size, out_param, project
 from seqmix.parts.rotary import rotate
 
-BRANCHES = "compressed", "selected", "window"
-POOLS = "mlp", "mean"
+BRANCHES, POOLS = ("compressed", "selected", "window"), ("mlp", "mean")
 SCORES = 2**26  # of compressed blocks, for the selection, that exist at once in a row
 
 
@@ -70,6 +69,7 @@ class NativeSparseAttention(Mixer):
     rope_base: float = 10000.0  # > 1
     block: int = 512  # queries and keys whose scores exist at once
     implementation: str | None = None  # of the ops: None, gpu, chunked, reference
+    implementations: ClassVar[tuple[str, ...]] = "gpu", "tpu", "chunked", "reference"
 
     def __post_init__(self):
         names = "heads", "size", "count", "local", "compress", "stride", "window", "block", "kv_heads", "head_dim"

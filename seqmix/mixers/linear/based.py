@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
+from seqmix.ops.dispatch import NAMES
 from seqmix.parts.feature_attention import (
     STATE_AXES,
     attend,
@@ -50,6 +51,7 @@ class Based(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["linear_attention"]
 
     def __post_init__(self):
         self.positive(key_dim=self.key_dim)

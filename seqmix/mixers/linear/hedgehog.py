@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
+from seqmix.ops.dispatch import NAMES
 from seqmix.parts import feature_maps
 from seqmix.parts.feature_attention import (
     STATE_AXES,
@@ -49,6 +50,7 @@ class Hedgehog(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["linear_attention"]
 
     def __post_init__(self):
         check_sizes(self)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
+from seqmix.ops.dispatch import NAMES
 from seqmix.parts import feature_maps
 from seqmix.parts.feature_attention import (
     STATE_AXES,
@@ -45,6 +46,7 @@ class LinearAttention(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["linear_attention"]
 
     @property
     def decodes(self) -> bool:

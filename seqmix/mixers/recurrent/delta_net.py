@@ -21,6 +21,7 @@ from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
 from seqmix.ops.delta import delta_rule, delta_rule_flops
 from seqmix.ops.delta_matrix import delta_mixing_matrix
+from seqmix.ops.dispatch import NAMES
 from seqmix.parts import delta_heads
 from seqmix.parts.norms import norm_params
 from seqmix.parts.qkv import head_size, out_param, project, way_out
@@ -42,6 +43,7 @@ class DeltaNet(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["delta_rule"]
 
     def __post_init__(self):
         delta_heads.check(self)

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
+from seqmix.ops.dispatch import NAMES
 from seqmix.ops.linear import linear_attention, linear_attention_flops
 from seqmix.ops.linear_reference import linear_mixing_matrix
 from seqmix.ops.scan import linear_scan
@@ -51,6 +52,7 @@ class GateLoop(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["linear_scan"]
 
     def __post_init__(self):
         self.positive(chunk=self.chunk, **({} if self.heads is None else {"heads": self.heads}))

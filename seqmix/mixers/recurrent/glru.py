@@ -19,6 +19,7 @@ from seqmix.core import param
 from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
+from seqmix.ops.dispatch import NAMES
 from seqmix.ops.linear_reference import linear_mixing_matrix
 from seqmix.ops.scan import linear_scan
 from seqmix.parts.qkv import AXES, head_params, out_param, project
@@ -35,6 +36,7 @@ class GLRU(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["linear_scan"]
 
     def __post_init__(self):
         self.positive(chunk=self.chunk, **({} if self.width is None else {"width": self.width}))

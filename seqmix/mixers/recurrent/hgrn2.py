@@ -25,6 +25,7 @@ from seqmix.core import param
 from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
+from seqmix.ops.dispatch import NAMES
 from seqmix.ops.linear import linear_attention, linear_attention_flops
 from seqmix.ops.linear_reference import linear_mixing_matrix
 from seqmix.parts.norms import norm_params
@@ -46,6 +47,7 @@ class HGRN2(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["linear_attention"]
 
     def __post_init__(self):
         check_sizes(self)

@@ -30,6 +30,7 @@ import numpy as np
 from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
+from seqmix.ops.dispatch import NAMES
 from seqmix.ops.linear import linear_attention, linear_attention_flops
 from seqmix.ops.linear_reference import linear_mixing_matrix
 from seqmix.parts.qkv import (
@@ -63,6 +64,7 @@ class Lightning(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["linear_attention"]
 
     def __post_init__(self):
         check_sizes(self)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
 from seqmix.ops.delta_matrix import delta_mixing_matrix
+from seqmix.ops.dispatch import NAMES
 from seqmix.ops.log_linear import log_linear_delta_rule, log_linear_flops
 from seqmix.ops.log_linear_reference import level_matrix
 from seqmix.parts import delta_heads, levels
@@ -49,6 +50,7 @@ class LogLinearGatedDeltaNet(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["log_linear_delta_rule"]
 
     def __post_init__(self):
         levels.check(self)

@@ -20,6 +20,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from seqmix.core.mixer import Mixer
+from seqmix.ops.dispatch import NAMES
 from seqmix.ops.linear_reference import linear_mixing_matrix
 from seqmix.ops.log_linear import log_linear_attention, log_linear_flops
 from seqmix.ops.log_linear_reference import level_matrix
@@ -50,6 +51,7 @@ class LogLinearMamba2(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["log_linear_attention"]
 
     def __post_init__(self):
         levels.check(self)

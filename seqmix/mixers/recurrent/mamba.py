@@ -25,6 +25,7 @@ from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.core.sharding import constrain
 from seqmix.ops.conv import short_conv, short_conv_flops
+from seqmix.ops.dispatch import NAMES
 from seqmix.ops.linear_reference import linear_mixing_matrix
 from seqmix.ops.selective import selective_scan, selective_scan_flops
 from seqmix.parts.time_steps import check_ranges, dt_bias_init
@@ -55,6 +56,7 @@ class Mamba(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["selective_scan"]
 
     def __post_init__(self):
         given = {} if self.dt_rank is None else {"dt_rank": self.dt_rank}

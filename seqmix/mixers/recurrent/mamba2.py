@@ -22,6 +22,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from seqmix.core.mixer import Mixer
+from seqmix.ops.dispatch import NAMES
 from seqmix.ops.linear import linear_attention, linear_attention_flops
 from seqmix.ops.linear_reference import linear_mixing_matrix
 from seqmix.parts import ssd_heads
@@ -50,6 +51,7 @@ class Mamba2(Mixer):
     decodes: ClassVar[bool] = True
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["linear_attention"]
 
     def __post_init__(self):
         ssd_heads.check(self)

@@ -23,6 +23,7 @@ from seqmix.core.flops import matmul
 from seqmix.core.mixer import Mixer
 from seqmix.core.param import Param
 from seqmix.ops.conv import short_conv, short_conv_flops
+from seqmix.ops.dispatch import NAMES
 from seqmix.ops.linear_reference import linear_mixing_matrix
 from seqmix.ops.scan import linear_scan
 from seqmix.parts.qkv import AXES, head_params, out_param, project
@@ -43,6 +44,7 @@ class RGLRU(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["linear_scan"]
 
     def __post_init__(self):
         given = {} if self.width is None else {"width": self.width}

@@ -32,6 +32,7 @@ from seqmix.core.param import Param
 from seqmix.ops.conv import short_conv
 from seqmix.ops.delta import diagonal_plus_rank_one, diagonal_plus_rank_one_flops
 from seqmix.ops.delta_matrix import rank_one_mixing_matrix
+from seqmix.ops.dispatch import NAMES
 from seqmix.parts.norms import l2_norm
 from seqmix.parts.qkv import AXES, out_param, project
 
@@ -57,6 +58,7 @@ class RWKV7(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "state"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["diagonal_plus_rank_one"]
 
     @property
     def takes(self) -> tuple[str, ...]:

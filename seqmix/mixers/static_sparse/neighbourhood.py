@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from seqmix.core.mixer import Mixer
 from seqmix.ops import masks
 from seqmix.ops.block_sparse import block_sparse_attention, block_sparse_flops
+from seqmix.ops.dispatch import NAMES
 from seqmix.ops.mask_grid import from_boxes, speed_up, to_boxes
 from seqmix.parts.qkv import head_params, head_size, out_param, project
 
@@ -45,6 +46,7 @@ class Neighbourhood(Mixer):
     decodes: ClassVar[bool] = False
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "gather"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["block_sparse_attention"]
 
     @property
     def takes(self) -> tuple[str, ...]:

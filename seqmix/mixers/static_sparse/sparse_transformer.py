@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from seqmix.core.mixer import Mixer
 from seqmix.ops import masks
+from seqmix.ops.dispatch import NAMES
 from seqmix.parts import masked_attention
 from seqmix.parts.qkv import project
 
@@ -47,6 +48,7 @@ class SparseTransformer(Mixer):
 
     linear_in_v: ClassVar[bool] = True
     context_form: ClassVar[str] = "gather"
+    implementations: ClassVar[tuple[str, ...]] = NAMES["block_sparse_attention"]
 
     def __post_init__(self):
         self.positive(stride=self.stride, summary=self.summary)

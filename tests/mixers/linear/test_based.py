@@ -80,7 +80,7 @@ def test_a_stack_alternates_it_with_a_narrow_exact_window(x64):
 
 
 def test_fields_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="Based.key_dim: expected a positive integer, got None"):
+    with pytest.raises(ValueError, match="Based.key_dim: expected an integer, got None"):
         Based(key_dim=None)
     with pytest.raises(ValueError, match="Based.eps"):
         Based(eps=-1e-3)

@@ -58,8 +58,9 @@ def test_constant_gates_make_it_retention():
     @compiled
     def run(p, x):
         here = {"positions": jnp.zeros((2, 9), int)}
-        pairs = (gla, {}), (retnet, here)
-        return [(m.mixing_matrix(p, x, **where), m.forward(p, x, **where)[0]) for m, where in pairs]
+        plain = {name: p[name] for name in retnet.params()}
+        calls = (gla, p, {}), (retnet, plain, here)
+        return [(m.mixing_matrix(p, x, **where), m.forward(p, x, **where)[0]) for m, p, where in calls]
 
     (matrix, y), (retained, want) = run(p, x)
     np.testing.assert_allclose(matrix, retained, atol=1e-12)
