@@ -133,7 +133,8 @@ def begun(q, k, v, log_decay, run_ids, log_write, *, scale, splits=None, need_en
     if plan.splits > 1 or need_end:
         ends = split_states(lanes, k, v, decays, segments, every=need_end)
     if need_end:
-        left = gates.split_decays(decays, segments, plan)
+        # Without the barrier XLA sums the chunks' decays once more for the whole call, in one thread block.
+        left = lax.optimization_barrier(gates.split_decays(decays, segments, plan))
         end, left = summed(ends, left), jnp.sum(left, axis=2)
     ends = ends if plan.splits > 1 else None
     return Begun(time, (lanes, q, k, v, decays, segments), ends, end, left, scale)

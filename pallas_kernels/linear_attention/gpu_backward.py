@@ -124,6 +124,7 @@ def begun(q, k, v, log_decay, run_ids, log_write, dy, *, scale, need_decay=True,
         left = gates.split_decays(decays, segments, plan)
         back_ends = split_states(lanes, q, dy, decays, segments, reverse=True, scale=scale, every=need_start)
     if need_start:
+        left = lax.optimization_barrier(left)  # as forward
         start, whole = summed(back_ends, left, reverse=True), jnp.sum(left, axis=2)
     if plan.splits > 1:
         ends = split_states(
@@ -149,6 +150,8 @@ def _decay_gradient(plan, decays, segments, start, walk, back):
     reads, writes = (jnp.sum(x, axis=0).reshape(shape) for x in (reads, writes))
     lost, gained = (jnp.sum(x.reshape(x.shape[0], *shape[:3], plan.key), axis=(0, 4)) for x in (lost, gained))
     left = jnp.moveaxis(gates.ends_of_chunks(decays, segments, plan), 3, 1)
+    if start is not None:  # else XLA sums within the concatenation that is next, one thread a head's K V numbers
+        start, lost, gained = lax.optimization_barrier((start, lost, gained))
     start = jnp.zeros(shape[:2]) if start is None else start
     kept = kept_through(start, lost, gained, left.reshape(-1, *shape[1:3]) > KEPT_LOG2)
     # What tokens from t on read, and what those before t wrote: one product with a triangle for both.

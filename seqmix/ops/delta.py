@@ -55,7 +55,8 @@ def delta_rule(
         segment_ids: [B, T] integers. A new non-zero id starts from zeros, 0 is padding: it neither writes nor
             decays, and y is 0 there. `state` belongs to a row's first segment, the one returned to its last.
         chunk: steps that the chunked form solves as one system, a power of two.
-        implementation: None (the best for the call), "chunked" or "reference".
+        implementation: None (the best for the call), "chunked" or "reference". Where a GPU has few rows and heads and
+            many chunks, "chunked" goes through parts of time side by side; those have no forward-mode derivative.
 
     Returns:
         (y [B, T, H, V] in the dtype of v, state [B, H, K, V] in the accumulating dtype).
@@ -85,11 +86,8 @@ def delta_rule(
     name = pick("delta_rule", implementation, {"chunked": None, "reference": None})
     plain = name == "reference" or d.T == 1
     form = delta_rule_reference if plain else functools.partial(delta_rule_chunked, chunk=chunk)
-    lay = layout(d.B, d.T, d.H, d.Hk)
-    if lay is not None and lay.time:
-        parts = 1 if plain else delta_context.parts(lay, d, chunk)
-        return delta_context.run(lay, form, d, args, (2, 3, 3, 3, 2, 3), parts=parts, **options)
-    return form(*args, **options)
+    lay, chunk = layout(d.B, d.T, d.H, d.Hk), None if plain else chunk
+    return delta_context.run(lay, form, d, args, (2, 3, 3, 3, 2, 3), chunk=chunk, **options)
 
 
 def diagonal_plus_rank_one(
@@ -138,11 +136,8 @@ def diagonal_plus_rank_one(
     name = pick("diagonal_plus_rank_one", implementation, {"chunked": None, "reference": None})
     plain = name == "reference" or d.T == 1
     form = rank_one_reference if plain else functools.partial(rank_one_chunked, chunk=chunk)
-    lay = layout(d.B, d.T, d.H, d.Hk)
-    if lay is not None and lay.time:
-        parts = 1 if plain else delta_context.parts(lay, d, chunk)
-        return delta_context.run(lay, form, d, args, (2,) * 6, parts=parts, **options)
-    return form(*args, **options)
+    lay, chunk = layout(d.B, d.T, d.H, d.Hk), None if plain else chunk
+    return delta_context.run(lay, form, d, args, (2,) * 6, chunk=chunk, **options)
 
 
 def delta_rule_flops(batch, seq, heads, key_heads, key_dim, value_dim, chunk=64, per_channel=False, steps=1) -> int:

@@ -1,6 +1,7 @@
-"""The delta rule and its relatives with time cut over a mesh: what a stretch does to a state is a matrix [K, K].
+"""The delta rule and its relatives with time cut, over a mesh or on one device: what a stretch does to a state is a
+matrix [K, K].
 
-As it is known anyway, a device can cut its own stretch once more into parts that go side by side, as rows do.
+A device can thus cut its own stretch, or the whole of time, into parts that go side by side, as rows do.
 """
 
 from functools import partial
@@ -8,30 +9,37 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from seqmix.core import packing
+from seqmix.core import packing, sharding
 from seqmix.ops import targets
 from seqmix.ops.context import enter, stretch_bounds, through
 from seqmix.ops.mesh import on_shares
 
 VALUE = 2  # place of v among the arguments of every form
-ROWS, CHUNKS = 64, 8  # rows and heads of a GPU's loop with its parts, at most; chunks of a part, at least
+TILES, TILE = 132, 128  # multiprocessors of an H100 or H200; columns of a state that one of them takes in a step
+CHUNKS = 8  # of a part, at least
 
 
-def run(lay, form, d, args, head_axes, *, state, run_ids, parts=1, **options):
-    """The result of form(*args, state=, run_ids=, **options), with the form on each device's stretch of time.
+def run(lay, form, d, args, head_axes, *, chunk, state, run_ids, **options):
+    """The result of form(*args, state=, run_ids=, **options), with the form on stretches of time.
 
     Args:
-      lay, d: the layout, and the op's sizes by letter.
+      lay, d: the layout or None, and the op's sizes by letter.
       form: one of the references and chunked forms, which write nothing to columns of a state that v does not have.
       args: its arrays [B, T, ...] or None.
       head_axes: of each array, the axis of its Hk or H heads.
-      parts: into how many a device cuts its stretch once more.
+      chunk: of a chunked form, whose loop over chunks `parts` may cut; None of the others.
 
     Columns of a state do not see each other. So K more than v has, the identity at first, end as the product
     of the stretch's transitions, and on the way read what each query sees of an entering state: a stretch is gone
     through once, and what it sees of the state that enters it is a matrix product added to its outputs. Backward that
     product gives the entering state's gradient; with the end's, it is the backward pass of V columns alone.
     """
+    count = 1 if chunk is None else parts(lay, d, chunk)
+    form = partial(form, **options)
+    if count == 1 and (lay is None or not lay.time):
+        return form(*args, state=state, run_ids=run_ids)
+    if lay is None:
+        return _stretch((), form, count, d.V, state, run_ids, *args)
     names = [None if x is None else _names(x, axis, d) for x, axis in zip(args, head_axes, strict=True)]
 
     def local(state, runs, *args):
@@ -39,26 +47,29 @@ def run(lay, form, d, args, head_axes, *, state, run_ids, parts=1, **options):
         args = [
             lay.local_key_heads(x, d.Hk, at) if x is not None and "key_heads" in name else x for x, name, at in given
         ]
-        return _stretch(lay.time, partial(form, **options), parts, d.V, state, runs, *args)
+        return _stretch(lay.time, form, count, d.V, state, runs, *args)
 
     tokens, states = ("batch", "time", "heads", None), ("batch", "heads", None, None)
     return on_shares(lay, local, (state, run_ids, *args), (states, ("batch", "time"), *names), (tokens, states))
 
 
 def parts(lay, d, chunk) -> int:
-    """Into how many parts a device cuts its stretch once more, side by side like rows: a loop over chunks is as much
-    shorter, of steps that take a GPU the time of a few launches however few rows they are of. 1 on other devices.
+    """Into how many parts a device cuts its time, side by side like rows: a loop over chunks is as much shorter, of
+    steps that take a GPU the time of a few launches however few rows they are of. As many as leave a step's V + K
+    columns of all rows a multiprocessor each; 1 on other devices, and where nobody knows what a device holds.
     """
-    if targets.capability() is None:
+    if targets.capability() is None or (lay is None and not sharding.on_one_device()):
         return 1
-    rows, time = d.B // lay.ways("batch") * (d.H // lay.ways("heads")), d.T // lay.ways("time")
-    fits = lambda count: rows * count <= ROWS and time % (count * chunk) == 0 and time >= count * chunk * CHUNKS
+    ways = lambda name: 1 if lay is None else lay.ways(name)
+    tiles = d.B // ways("batch") * (d.H // ways("heads")) * -(-(d.K + d.V) // TILE)
+    chunks = -(-d.T // ways("time") * getattr(d, "n", 1) // chunk)
+    fits = lambda count: tiles * count <= TILES and chunks >= count * CHUNKS
     return max(count for count in (1, 2, 4, 8) if count == 1 or fits(count))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _stretch(axis, form, parts, width, state, runs, *args):
-    """(y, state after all stretches) of this device's stretch; width: V."""
+    """(y, state after all stretches) of this device's stretch; axis: mesh axes that cut time, or (); width: V."""
     return _forward(axis, form, parts, width, state, runs, *args)[0]
 
 
@@ -71,7 +82,8 @@ def _forward(axis, form, parts, width, state, runs, *args):
     ends, factors = ends[..., :width], ends[..., width:]
     entering, last = _enter(axis, parts, ends, factors, state, runs)
     y, pull = jax.vjp(lambda entering: finish(_seen(y, reads, entering)), entering)
-    return (y.reshape(batch, time, *y.shape[2:]), last), (pull, factors, entering, runs, args)
+    y = y.reshape(batch, -1, *y.shape[2:])[:, :time]
+    return (y, last), (pull, factors, entering, runs, args)
 
 
 def _backward(axis, form, parts, width, saved, cotangents):
@@ -92,8 +104,13 @@ _stretch.defvjp(_forward, _backward)
 
 
 def _cut(tree, parts):
-    """Arrays [B, T, ...] as [B * parts, T / parts, ...]."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] * parts, -1, *x.shape[2:]), tree)
+    """Arrays [B, T, ...] as [B * parts, T / parts, ...], zeros behind the last token: they write and decay nothing."""
+
+    def one(x):
+        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % parts)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0] * parts, -1, *x.shape[2:])
+
+    return jax.tree.map(one, tree)
 
 
 def _identity(state):
@@ -105,28 +122,30 @@ def _identity(state):
 def _enter(axis, parts, ends, factors, state, runs):
     """As `enter`, of the parts of all stretches: ends and factors [B * parts, ...], and so the entering states.
 
-    A chain over this device's parts makes of them what they together make of a zero state and of the identity, and
-    what enters each of them then; so one state a device is handed on, whatever the parts.
+    A chain goes over this device's parts. With more devices it makes of them what they together make of a zero state
+    and of the identity, and what enters each of them then; so one state a device is handed on, whatever the parts.
     """
     if parts == 1:
         return enter(axis, ends, factors, _moved, state, runs)
     ends, factors = (jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0) for x in (ends, factors))
     bounds = current = None
     if runs is not None:
-        current = stretch_bounds(runs)[0]
+        current = stretch_bounds(runs)[0] if axis else jnp.ones(runs.shape[0], runs.dtype)
         bounds = [x.reshape(-1, parts).T for x in stretch_bounds(_cut(runs, parts))]
-    none = jnp.zeros_like(factors[0])
-    passed, before = jnp.concatenate([jnp.zeros_like(ends[0]), _identity(state)], -1), []
+    passed, before = state, []
+    if axis:
+        passed = jnp.concatenate([jnp.zeros_like(state), _identity(state)], -1)
+        ends = jnp.concatenate([ends, jnp.zeros_like(factors)], -1)
     for part in range(parts):
-        end = jnp.concatenate([ends[part], none], -1)
         limits = None if runs is None else [x[part] for x in bounds]
-        kept, passed, current = through(passed, current, end, factors[part], limits, _moved)
+        kept, passed, current = through(passed, current, ends[part], factors[part], limits, _moved)
         before.append(kept)
-    width = state.shape[-1]
-    entering, last = enter(axis, passed[..., :width], passed[..., width:], _moved, state, runs)
-    before = jnp.stack(before, 1)
-    entering = before[..., :width] + _moved(before[..., width:], entering[:, None])
-    return entering.reshape(-1, *entering.shape[2:]), last
+    entering = jnp.stack(before, 1)
+    if axis:
+        width = state.shape[-1]
+        first, passed = enter(axis, passed[..., :width], passed[..., width:], _moved, state, runs)
+        entering = entering[..., :width] + _moved(entering[..., width:], first[:, None])
+    return entering.reshape(-1, *entering.shape[2:]), passed
 
 
 def _seen(y, reads, entering):

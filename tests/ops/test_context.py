@@ -201,27 +201,42 @@ def test_four_stretches_of_time_give_what_one_gives(name, packed):
 
 
 @pytest.mark.parametrize(
-    "name, ids, parts", [("delta rule, one key head, two steps", PACKED, 2), ("diagonal plus rank one", None, 4)]
+    "name, ids, ways, parts",
+    [
+        ("delta rule, one key head, two steps", PACKED, {"context": 2}, 2),
+        ("diagonal plus rank one", None, {"context": 2}, 4),
+        ("diagonal plus rank one", PACKED, {}, 3),
+        ("delta rule, all decays", None, {}, 4),
+        ("delta rule, one key head, two steps", PACKED, {"model": 2}, 3),
+    ],
 )
-def test_parts_of_a_stretch_give_what_it_gives(monkeypatch, name, ids, parts):
-    """As a GPU cuts it: with segments, parts of padding alone, that a segment passes, and in which some open."""
-    monkeypatch.setattr(delta_context, "parts", lambda lay, d, chunk: parts)
+def test_parts_of_a_stretch_give_what_it_gives(monkeypatch, name, ids, ways, parts):
+    """As a GPU cuts it, also where parts do not divide it: parts of padding alone, that a segment passes, in which some
+    open. A device's stretch, or the whole of time with and without heads cut.
+    """
     function, args = CASES[name]
     with jax.enable_x64(True):
         want = pull(function, args, ids)
-        with sharding.use_mesh(sharding.make_mesh(context=2, devices=jax.devices()[:2])):
+        monkeypatch.setattr(delta_context, "parts", lambda lay, d, chunk: parts)
+        monkeypatch.setattr(delta_context.targets, "capability", lambda: (9, 0))  # steps of several chunks
+        with sharding.use_mesh(sharding.make_mesh(**ways, devices=jax.devices()[: 2 if ways else 1])):
             got = pull(function, args, ids)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
 
 
-def test_a_gpu_cuts_a_stretch_in_parts_where_rows_and_heads_are_few_and_chunks_many(monkeypatch):
+def test_a_gpu_cuts_time_in_parts_where_rows_and_heads_are_few_and_chunks_many(monkeypatch):
+    def count(b, t, h, k=128, n=1):
+        return delta_context.parts(layout(b, t, h), SimpleNamespace(B=b, T=t, H=h, K=k, V=k, n=n), 64)
+
     with sharding.use_mesh(sharding.make_mesh(context=4, model=2)):
-        count = lambda b, t, h: delta_context.parts(layout(b, t, h), SimpleNamespace(B=b, T=t, H=h), 64)
         assert count(1, 32768, 32) == 1  # on a CPU
         monkeypatch.setattr(delta_context.targets, "capability", lambda: (9, 0))
         assert [count(1, 32768, 32), count(1, 8192, 8), count(1, 4096, 8), count(8, 32768, 32)] == [4, 4, 2, 1]
-        assert count(1, 32768 + 256, 32) == 1  # parts would end within chunks
+        assert [count(1, 32768, 32, 64), count(1, 4096, 8, n=2), count(1, 32768 + 256, 32)] == [8, 4, 4]
+    assert count(1, 8192, 16) == 1  # among several devices, without a mesh
+    with sharding.use_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        assert [count(1, 8192, 16), count(8, 4096, 16), count(16, 2048, 16), count(1, 960, 16)] == [4, 1, 1, 1]
 
 
 def test_a_stretch_of_several_blocks_of_chunks_is_one(monkeypatch):
