@@ -124,6 +124,24 @@ def lanes(width, value):
     return gpu().layout_cast(lax.broadcast_in_dim(value, (width,), ()), lanes_layout(width))
 
 
+@functools.cache
+def streamed_layout():
+    """A [16 n, 32 m] tile in registers: a thread has 4 neighbours of a row, a warp 4 rows by 32 columns.
+
+    For tiles that go from global memory to registers and back, once, and whose sums go over rows.
+    """
+    from jax.experimental.mosaic.gpu.fragmented_array import Tiling
+
+    tiling = Tiling(((16, 32), (4, 32), (4,)))
+    return gpu().Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def load_streamed(ref, axis=None):
+    """A tile in `streamed_layout` from global memory, or a vector along its rows (axis 1 is reduced) or columns (0)."""
+    layout = streamed_layout() if axis is None else streamed_layout().reduce(axis)
+    return gpu().load(ref, layout=layout, optimized=False)
+
+
 def zeros(shape):
     return gpu().layout_cast(jnp.zeros(shape, jnp.float32), tile_layout())
 
@@ -484,6 +502,27 @@ def kernel(body, *, grid, names, out, scratch, warpgroups, name, fetching=True, 
         kernel_name=name,
         **extra,
     )
+
+
+def updating(body, array, *inputs, grid, names, out, name):
+    """(what the kernel writes anew, the array as it leaves it), of one warpgroup a thread block.
+
+    body(array_ref, *input_refs, out_ref) reads and writes the array where it lies. Around the kernel it is a value: XLA
+    copies it before, if anything reads it afterwards.
+    """
+    mgpu = gpu()
+    extra = {"interpret": mgpu.InterpretGPUParams(detect_races=True)} if interpreting() else {}
+    run = pl.kernel(
+        body,
+        out,
+        mesh=mgpu.Mesh(grid=grid, grid_names=names, kernel_name=name),
+        compiler_params=mgpu.CompilerParams(approx_math=True),
+        name=name,
+        **extra,
+    )
+    ref = jax.new_ref(array)
+    made = run(ref, *inputs)
+    return made, jax.freeze(ref)
 
 
 def warpgroup(count):
