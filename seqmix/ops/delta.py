@@ -55,7 +55,8 @@ def delta_rule(
         segment_ids: [B, T] integers. A new non-zero id starts from zeros, 0 is padding: it neither writes nor
             decays, and y is 0 there. `state` belongs to a row's first segment, the one returned to its last.
         chunk: steps that the chunked form solves as one system, a power of two.
-        implementation: None (the best for the call), "chunked" or "reference".
+        implementation: None (the best for the call), "gpu" (a Hopper kernel that reads and writes the state once, for
+            one token and step alone; compiled, not run on a chip), "chunked" or "reference".
 
     Returns:
         (y [B, T, H, V] in the dtype of v, state [B, H, K, V] in the accumulating dtype).

@@ -9,7 +9,7 @@ from seqmix.ops.dispatch import pick
 
 TARGETS = ("gpu", "tpu", "triton")  # best first
 SCATTERED = "needs one device, or rules that cut its arrays over a mesh (core/sharding.use_mesh)"
-LEAST = 64  # tokens; below it (decoding) the plain forms read no more than they must
+LEAST = 64  # tokens; below it the plain forms read no more than they must; for one token, see step_kernels
 
 
 def unsupported(target: str, length: int, least: int = LEAST) -> str | None:
