@@ -505,24 +505,32 @@ def kernel(body, *, grid, names, out, scratch, warpgroups, name, fetching=True, 
 
 
 def updating(body, array, *inputs, grid, names, out, name):
-    """(what the kernel writes anew, the array as it leaves it), of one warpgroup a thread block.
+    """(what the kernel makes, the array as it leaves it), of one warpgroup a thread block.
 
-    body(array_ref, *input_refs, out_ref) reads and writes the array where it lies. Around the kernel it is a value: XLA
-    copies it before, if anything reads it afterwards.
+    body(array_ref, *input_refs, out_ref, new_ref) may find the new array where the old one lies, or elsewhere: it must
+    write all of it, each number after the thread that writes it has read it. XLA keeps both in one place where it can,
+    as in a loop's state, and copies the array before if it is read afterwards. But a kernel that takes slices of
+    stacked arrays, which are a loop's inputs and outputs, has them in two, whatever was said of their place: hence no
+    reference that is changed in place, of which XLA would write the wrong one.
     """
     mgpu = gpu()
     extra = {"interpret": mgpu.InterpretGPUParams(detect_races=True)} if interpreting() else {}
-    run = pl.kernel(
-        body,
-        out,
-        mesh=mgpu.Mesh(grid=grid, grid_names=names, kernel_name=name),
+    try:
+        from jax._src.pallas.mpmd import _mpmd_map as build
+
+        extra["input_output_aliases"] = {0: 1}
+    except ImportError:  # then XLA copies a loop's state for each token
+
+        def build(mesh_and_body, out_types, **options):
+            return pl.kernel(mesh_and_body[0][1], out_types, mesh=mesh_and_body[0][0], **options)
+
+    return build(
+        [(mgpu.Mesh(grid=grid, grid_names=names, kernel_name=name), body)],
+        (out, jax.ShapeDtypeStruct(array.shape, array.dtype)),
         compiler_params=mgpu.CompilerParams(approx_math=True),
         name=name,
         **extra,
-    )
-    ref = jax.new_ref(array)
-    made = run(ref, *inputs)
-    return made, jax.freeze(ref)
+    )(array, *inputs)
 
 
 def warpgroup(count):

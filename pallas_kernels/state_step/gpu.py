@@ -7,7 +7,7 @@
     y  = scale S'^T q
 
 What is to be done is to read and write S, so the kernel is one pass: a thread block of one warpgroup holds COLUMNS
-columns of a head's S, all its rows, in registers, and puts S' where S was. Columns do not see each other. As sums go
+columns of a head's S, all its rows, in registers. Columns do not see each other. As sums go
 over rows, a thread holds 16 bytes of a row (`compat.load_streamed`), 8 threads 128 of it, and of a vector over rows
 K / 16 numbers; the sums go over 4 lanes and the 4 warps.
 
@@ -63,14 +63,15 @@ def step(state, q, k, v, log_decay=None, write=None, read=None, left=None, *, sc
 
     q, k: [B, Hk, K], v: [B, H, V]; log_decay: [H], [B, H] or [B, H, K]; write: [B, H]; read, left: [B, Hk or H, K];
     each bfloat16 or float32, or None where that is a default. Head h takes key head h // (H / Hk). In a program the
-    new state takes the memory of the old one, where nothing else reads that; else XLA copies it before.
+    new state takes the memory of the old one, or, in a loop over stacked states, goes from one stack to the other
+    (`compat.updating`); where the old one is read afterwards, XLA copies it before.
     """
     batch, heads, key, value = state.shape
     given = dict(q=q, k=k, v=v, log_decay=log_decay, write=write, read=read, left=left)
     given = {name: array for name, array in given.items() if array is not None}
 
     def body(state_ref, *refs):
-        *refs, y_ref = refs
+        *refs, y_ref, new_ref = refs
         refs = dict(zip(given, refs, strict=True))
         b, h, column = (lax.axis_index(name) for name in ("batch", "head", "column"))
         here = pl.ds(column * COLUMNS, COLUMNS)
@@ -102,7 +103,7 @@ def step(state, q, k, v, log_decay=None, write=None, read=None, left=None, *, sc
         if write is not None:
             written = written * refs["write"][b, h].astype(jnp.float32)
         tile = tile + rows("k") * along(written)
-        state_ref[b, h, :, here] = tile
+        new_ref[b, h, :, here] = tile
         y_ref[b, h, here] = (scale * jnp.sum(tile * rows("q"), 0)).astype(y_ref.dtype)
 
     return compat.updating(
