@@ -524,13 +524,14 @@ def updating(body, array, *inputs, grid, names, out, name):
         def build(mesh_and_body, out_types, **options):
             return pl.kernel(mesh_and_body[0][1], out_types, mesh=mesh_and_body[0][0], **options)
 
-    return build(
+    run = build(
         [(mgpu.Mesh(grid=grid, grid_names=names, kernel_name=name), body)],
         (out, jax.ShapeDtypeStruct(array.shape, array.dtype)),
         compiler_params=mgpu.CompilerParams(approx_math=True),
         name=name,
         **extra,
-    )(array, *inputs)
+    )
+    return jax.custom_batching.sequential_vmap(run)(array, *inputs)
 
 
 def warpgroup(count):

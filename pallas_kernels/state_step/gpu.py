@@ -7,9 +7,9 @@
     y  = scale S'^T q
 
 What is to be done is to read and write S, so the kernel is one pass: a thread block of one warpgroup holds COLUMNS
-columns of a head's S, all its rows, in registers. Columns do not see each other. As sums go
-over rows, a thread holds 16 bytes of a row (`compat.load_streamed`), 8 threads 128 of it, and of a vector over rows
-K / 16 numbers; the sums go over 4 lanes and the 4 warps.
+columns of a head's S, all its rows, in registers. Columns do not see each other. As sums go over rows, a thread holds
+16 bytes of a row (`compat.load_streamed`), 8 threads 128 of it, and of a vector over rows K / 16 numbers; the sums go
+over 4 lanes and the 4 warps.
 
 With K = 128 a thread holds 64 numbers of S. ptxas gives it 91 to 145 registers, and nothing spills, so 3 to 5 blocks
 are on a multiprocessor: 96 KiB and more of states on their way, where 16 would hide the latency of memory at 3 TB/s. A

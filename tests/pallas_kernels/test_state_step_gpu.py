@@ -82,6 +82,16 @@ def test_values_match_float64_and_have_the_same_bits_again(form):
 
 
 @needs_mosaic
+def test_under_vmap_it_runs_once_for_each():
+    arrays = [x[:, None] for x in draw("added to").values()]
+    with compat.interpret():
+        together = jax.vmap(gpu.step)(*arrays)
+        apart = [gpu.step(*(x[b] for x in arrays)) for b in range(B)]
+    for x, *ones in zip(together, *apart, strict=True):
+        assert np.array_equal(x, jnp.stack(ones))
+
+
+@needs_mosaic
 @pytest.mark.parametrize("form", ["delta rule, a decay a channel", "rank one"])
 def test_no_register_is_spilled(spilled, form):
     call = jax.eval_shape(functools.partial(draw, form, 16, 16))
