@@ -124,6 +124,24 @@ def lanes(width, value):
     return gpu().layout_cast(lax.broadcast_in_dim(value, (width,), ()), lanes_layout(width))
 
 
+@functools.cache
+def streamed_layout():
+    """A [16 n, 32 m] tile in registers: a thread has 4 neighbours of a row, a warp 4 rows by 32 columns.
+
+    For tiles that go from global memory to registers and back, once, and whose sums go over rows.
+    """
+    from jax.experimental.mosaic.gpu.fragmented_array import Tiling
+
+    tiling = Tiling(((16, 32), (4, 32), (4,)))
+    return gpu().Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def load_streamed(ref, axis=None):
+    """A tile in `streamed_layout` from global memory, or a vector along its rows (axis 1 is reduced) or columns (0)."""
+    layout = streamed_layout() if axis is None else streamed_layout().reduce(axis)
+    return gpu().load(ref, layout=layout, optimized=False)
+
+
 def zeros(shape):
     return gpu().layout_cast(jnp.zeros(shape, jnp.float32), tile_layout())
 
@@ -484,6 +502,36 @@ def kernel(body, *, grid, names, out, scratch, warpgroups, name, fetching=True, 
         kernel_name=name,
         **extra,
     )
+
+
+def updating(body, array, *inputs, grid, names, out, name):
+    """(what the kernel makes, the array as it leaves it), of one warpgroup a thread block.
+
+    body(array_ref, *input_refs, out_ref, new_ref) may find the new array where the old one lies, or elsewhere: it must
+    write all of it, each number after the thread that writes it has read it. XLA keeps both in one place where it can,
+    as in a loop's state, and copies the array before if it is read afterwards. But a kernel that takes slices of
+    stacked arrays, which are a loop's inputs and outputs, has them in two, whatever was said of their place: hence no
+    reference that is changed in place, of which XLA would write the wrong one.
+    """
+    mgpu = gpu()
+    extra = {"interpret": mgpu.InterpretGPUParams(detect_races=True)} if interpreting() else {}
+    try:
+        from jax._src.pallas.mpmd import _mpmd_map as build
+
+        extra["input_output_aliases"] = {0: 1}
+    except ImportError:  # then XLA copies a loop's state for each token
+
+        def build(mesh_and_body, out_types, **options):
+            return pl.kernel(mesh_and_body[0][1], out_types, mesh=mesh_and_body[0][0], **options)
+
+    run = build(
+        [(mgpu.Mesh(grid=grid, grid_names=names, kernel_name=name), body)],
+        (out, jax.ShapeDtypeStruct(array.shape, array.dtype)),
+        compiler_params=mgpu.CompilerParams(approx_math=True),
+        name=name,
+        **extra,
+    )
+    return jax.custom_batching.sequential_vmap(run)(array, *inputs)
 
 
 def warpgroup(count):

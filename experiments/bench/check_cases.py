@@ -93,6 +93,38 @@ def per_channel(name):
     return dataclasses.replace(linear_attention(name, CHANNEL[name], "channel"), op="linear_attention per channel")
 
 
+TOKEN = {  # the op, what it takes beside q, k, v and a state, its log decays' shape, and K and V
+    "linear attention, writes, one key head": (ops.linear_attention, ("write",), "bth", 128, 64),
+    "linear attention, decays per channel": (ops.linear_attention, (), "bthk", 128, 128),
+    "delta rule": (ops.delta_rule, ("beta",), None, 128, 128),
+    "delta rule, decays per token": (ops.delta_rule, ("beta",), "bth", 64, 64),
+    "delta rule, decays per channel, erase": (ops.delta_rule, ("beta", "erase"), "bthk", 128, 128),
+    "diagonal plus rank one": (ops.diagonal_plus_rank_one, ("left", "right"), "bthk", 128, 128),
+}
+
+
+def one_token(name):
+    op, more, decay, key, value = TOKEN[name]
+    batch, heads = 20, 16
+    keys = jax.random.split(jax.random.key(5), 8)
+    key_heads = 1 if "one key head" in name else heads
+    vector = lambda index, *shape: normal(keys[index], (batch, 1, *shape), jnp.bfloat16)
+    inputs = {"q": vector(0, key_heads, key), "k": vector(1, key_heads, key) / 8, "v": vector(2, heads, value)}
+    for index, other in enumerate(more, 3):
+        if other in ("write", "beta"):
+            inputs[other] = jax.random.uniform(keys[index], (batch, 1, heads))
+        else:
+            inputs[other] = vector(index, heads, key) / 8
+    if decay is not None:
+        inputs["log_decay"] = decays(keys[6], (batch, 1, heads, key)[: len(decay)])
+    inputs["state"] = normal(keys[7], (batch, heads, key, value))
+
+    def run(*arrays, implementation):
+        return op(**dict(zip(inputs, arrays, strict=True)), scale=0.5, implementation=implementation)
+
+    return Check("one token", name, inputs, run, ("y", "state"))
+
+
 SCAN = {
     "decays of any size": {},
     "float32": {"dtype": jnp.float32},
@@ -225,6 +257,6 @@ def short_conv(name):
 
 def every():
     """(function that makes a `Check` of a name, name) of all cases."""
-    made = ((linear_attention, LINEAR), (per_channel, CHANNEL), (linear_scan, SCAN), (attention, ATTENTION))
-    made += ((block_sparse_attention, SPARSE), (block_weights, WEIGHTS), (short_conv, CONV))
+    made = ((linear_attention, LINEAR), (per_channel, CHANNEL), (one_token, TOKEN), (linear_scan, SCAN))
+    made += ((attention, ATTENTION), (block_sparse_attention, SPARSE), (block_weights, WEIGHTS), (short_conv, CONV))
     return [(make, name) for make, features in made for name in features]

@@ -2,8 +2,9 @@
 
 The floor of a token is the state read and written once (keys and values of attention read), and the token's inputs and
 output, at the copy rate of this run. At small batches the cost of a launch is what is measured, and a
-state that stays in the card's cache can be below the floor. The steps are XLA's; a kernel pays where the large batches
-take more than 1.3 times the floor.
+state that stays in the card's cache can be below the floor. Ops with a matrix for a state are timed as XLA makes their
+step ("chunked") and, where it runs, by the kernel of `pallas_kernels.state_step` ("gpu"), which they do not take by
+themselves yet; a kernel pays where the large batches take more than 1.3 times the floor. The others have XLA's alone.
 """
 
 import functools
@@ -12,18 +13,20 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench import timing
-from experiments.bench.suites import Case
+from experiments.bench.suites import Case, taking
 from seqmix import ops
 
 NAME = "decode"
 COLUMNS = (
     ("op", "op", ""),
+    ("implementation", "implementation", ""),
     ("batch", "B", ","),
     ("token_us", "a token, us", ".1f"),
     ("floor_us", "floor, us", ".1f"),
     ("ratio", "over the floor", ".2f"),
 )
 BATCHES = (1, 16, 64, 256)
+ONE_FORM = ("scan", "selective_scan", "attention")
 TOKENS, SETS = 32, 2
 HEADS, WIDTH = 16, 128
 SSD_HEADS, SSD_WIDTH, SSD_STATE = 64, 64, 128
@@ -94,23 +97,22 @@ def _attention(key, b):
     return None, (k, v), (normal(keys[2], (TOKENS, b, 1, HEADS, WIDTH), jnp.bfloat16),)
 
 
-def _step(op, state, cache, token):
-    """(y, state) of a token."""
+def _step(op, state, cache, token, implementation):
+    """(y, state) of a token. implementation: of ops with a matrix for a state."""
     if op == "attention":
         return ops.attention(*token, *cache, causal=False), None
     if op == "ssd":
         *token, write = token
-        return ops.linear_attention(*token, write=write, state=state)
+        return ops.linear_attention(*token, write=write, state=state, implementation=implementation)
     if op == "scan":
         return ops.linear_scan(*token, state=state)
     if op == "selective_scan":
         u, dt, b, c = token
         return ops.selective_scan(u, dt, *cache, b, c, state=state)
     if op == "diagonal_plus_rank_one":
-        return ops.diagonal_plus_rank_one(*token, state=state)
-    if op.startswith("delta_rule"):
-        return ops.delta_rule(*token, state=state)
-    return ops.linear_attention(*token, state=state)
+        return ops.diagonal_plus_rank_one(*token, state=state, implementation=implementation)
+    run = ops.delta_rule if op.startswith("delta_rule") else ops.linear_attention
+    return run(*token, state=state, implementation=implementation)
 
 
 OPS = {
@@ -133,11 +135,11 @@ def cases(args):
     return [Case(op.split(",")[0], f"{op} B{b}", functools.partial(_case, op, b)) for op in OPS for b in BATCHES]
 
 
-def generate(op, state, cache, tokens):
+def generate(op, state, cache, tokens, implementation=None):
     """(outputs of all tokens, last state) of a loop over tokens [TOKENS, B, 1, ...]."""
 
     def step(state, token):
-        y, state = _step(op, state, cache, token)
+        y, state = _step(op, state, cache, token, implementation)
         return state, y
 
     state, y = jax.lax.scan(step, state, tokens)
@@ -160,6 +162,9 @@ def _rate():
 
 def _case(op, b, args):
     sets = [jax.jit(OPS[op], static_argnums=1)(jax.random.key(seed), b) for seed in range(SETS)]
-    token = 1e3 * timing.median_ms(jax.jit(functools.partial(generate, op)), sets) / TOKENS
+    run = functools.partial(generate, op)
     floor = 1e6 * bytes_of(op, b) / _rate()
-    yield {"op": op, "batch": b, "token_us": token, "floor_us": floor, "ratio": token / floor}
+    for name in [None] if op in ONE_FORM else taking(run, sets[0], ("chunked", "gpu")):
+        token = 1e3 * timing.median_ms(jax.jit(functools.partial(run, implementation=name)), sets) / TOKENS
+        row = {"op": op, "implementation": name or "XLA's", "batch": b}
+        yield row | {"token_us": token, "floor_us": floor, "ratio": token / floor}

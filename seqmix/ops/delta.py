@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from seqmix.core import packing
 from seqmix.core.flops import matmul
 from seqmix.core.shapes import check_arrays, dims, factor, filled, floating, positive, power_of_two
-from seqmix.ops import delta_context
+from seqmix.ops import delta_context, step_kernels
 from seqmix.ops.delta_chunked import delta_rule_chunked, rank_one_chunked
 from seqmix.ops.delta_reference import delta_rule_reference, rank_one_reference
 from seqmix.ops.dispatch import pick
@@ -55,8 +55,10 @@ def delta_rule(
         segment_ids: [B, T] integers. A new non-zero id starts from zeros, 0 is padding: it neither writes nor
             decays, and y is 0 there. `state` belongs to a row's first segment, the one returned to its last.
         chunk: steps that the chunked form solves as one system, a power of two.
-        implementation: None (the best for the call), "chunked" or "reference". Where a GPU has few rows and heads and
-            many chunks, "chunked" goes through parts of time side by side; those have no forward-mode derivative.
+        implementation: None (the best for the call), "gpu" (a Hopper kernel that reads and writes the state once, for
+            one token and step alone; compiled, not run on a chip), "chunked" or "reference". Where a GPU has few rows
+            and heads and many chunks, "chunked" goes through parts of time side by side; those have no forward-mode
+            derivative.
 
     Returns:
         (y [B, T, H, V] in the dtype of v, state [B, H, K, V] in the accumulating dtype).
@@ -79,14 +81,24 @@ def delta_rule(
         raise ValueError(f"k: expected shape (B, T, steps={steps}, Hk, K), got {tuple(k.shape)}")
     if erase is not None:
         _check_vector("erase", erase, (d.B, d.T, d.n), d)
+    given = log_decay
     log_decay, run_ids, acc = prepare(d, floats, segment_ids, chunk, scale)
     state = jnp.zeros((d.B, d.H, d.K, d.V), acc) if state is None else state.astype(acc)
-    args = q, k, v, beta, log_decay, k if erase is None else erase
+    erase = k if erase is None else erase
+    args = q, k, v, beta, log_decay, erase
     options = dict(scale=scale, state=state, run_ids=run_ids)
-    name = pick("delta_rule", implementation, {"chunked": None, "reference": None})
+    lay = layout(d.B, d.T, d.H, d.Hk)
+    reason = "has a kernel for one step of one token alone"
+    if steps == d.T == 1:
+        k, v, beta, erase = (x[:, :, 0] for x in (k, v, beta, erase))
+        one = state, q, k, v, given, beta, erase, None
+        reason = step_kernels.reason(implementation, one, run_ids, scale=scale, lay=lay)
+    name = pick("delta_rule", implementation, {"gpu": reason, "chunked": None, "reference": None})
+    if name == "gpu":
+        return step_kernels.run(one, scale=scale, lay=lay)
     plain = name == "reference" or d.T == 1
     form = delta_rule_reference if plain else functools.partial(delta_rule_chunked, chunk=chunk)
-    lay, chunk = layout(d.B, d.T, d.H, d.Hk), None if plain else chunk
+    chunk = None if plain else chunk
     return delta_context.run(lay, form, d, args, (2, 3, 3, 3, 2, 3), chunk=chunk, **options)
 
 
@@ -129,14 +141,21 @@ def diagonal_plus_rank_one(
     d = dims(specs, **floats)
     _check_vector("left", left, (d.B, d.T), d)
     _check_vector("right", right, (d.B, d.T), d)
+    given = log_decay
     log_decay, run_ids, acc = prepare(d, floats, segment_ids, chunk, scale)
     state = jnp.zeros((d.B, d.H, d.K, d.V), acc) if state is None else state.astype(acc)
     args = q, k, v, left, right, log_decay
     options = dict(scale=scale, state=state, run_ids=run_ids)
-    name = pick("diagonal_plus_rank_one", implementation, {"chunked": None, "reference": None})
+    lay = layout(d.B, d.T, d.H, d.Hk)
+    one = state, q, k, v, given, None, right, left
+    reason = step_kernels.reason(implementation, one, run_ids, scale=scale, lay=lay)
+    reasons = {"gpu": reason, "chunked": None, "reference": None}
+    name = pick("diagonal_plus_rank_one", implementation, reasons)
+    if name == "gpu":
+        return step_kernels.run(one, scale=scale, lay=lay)
     plain = name == "reference" or d.T == 1
     form = rank_one_reference if plain else functools.partial(rank_one_chunked, chunk=chunk)
-    lay, chunk = layout(d.B, d.T, d.H, d.Hk), None if plain else chunk
+    chunk = None if plain else chunk
     return delta_context.run(lay, form, d, args, (2,) * 6, chunk=chunk, **options)
 
 

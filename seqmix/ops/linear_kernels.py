@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from seqmix.ops import targets
+from seqmix.ops import step_kernels, targets
 
 LEAST_WRITE = 1e-30
 
@@ -22,6 +22,8 @@ def reasons(implementation, q, k, v, log_decay, state, runs, write, *, scale, no
     found = {
         name: _unsupported(name, *call, scale=scale, normalize=normalize, causal=causal) for name in targets.TARGETS
     }
+    if found["gpu"] is not None and q.shape[1] == 1 and causal and not normalize:
+        found["gpu"] = step_kernels.reason(implementation, _step(jax.ShapeDtypeStruct, *call), runs, scale=scale)
     if implementation is None and found["tpu"] is None:
         found["tpu"] = _modules("tpu", log_decay)[0].wasteful(q, v)
     return found
@@ -66,7 +68,18 @@ def _modules(target, log_decay):
 
 def run(target, q, k, v, log_decay, state, runs, write, scale, return_state=True):
     """(y [B, T, H, V], state [B, H, K, V] or None) of a call that the target has no reason against."""
+    if q.shape[1] == 1:
+        zeros = jnp.zeros if state is None else lambda *_: state.astype(jnp.float32)
+        y, state = step_kernels.run(_step(zeros, q, k, v, log_decay, state, runs, write), scale=scale)
+        return y, state if return_state else None
     return _run(q, k, v, log_decay, state, runs, log_writes(write), scale, target, return_state)
+
+
+def _step(make, q, k, v, log_decay, state, runs, write):
+    """The call of one token, with make(shape, dtype) for the state."""
+    dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
+    shape = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    return make(shape, dtype), q, k, v, log_decay, write, None, None
 
 
 def log_writes(write):

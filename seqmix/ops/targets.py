@@ -9,11 +9,11 @@ from seqmix.ops.dispatch import pick
 
 TARGETS = ("gpu", "tpu", "triton")  # best first
 SCATTERED = "needs one device, or rules that cut its arrays over a mesh (core/sharding.use_mesh)"
-LEAST = 64  # tokens; below it (decoding) the plain forms read no more than they must
+LEAST = 64  # tokens; below it the plain forms read no more than they must; for one token, see step_kernels
 
 
-def unsupported(target: str, length: int) -> str | None:
-    """Why no kernel of a target runs over `length` tokens here, in a few words; None if one may."""
+def unsupported(target: str, length: int, least: int = LEAST) -> str | None:
+    """Why no kernel of a target runs over `length` tokens here, in a few words; None if one may, from `least` on."""
     from pallas_kernels import compat
 
     if not compat.interpreting():
@@ -24,8 +24,8 @@ def unsupported(target: str, length: int) -> str | None:
             return f"needs an NVIDIA GPU, the device is a {platform}"
         if target == "tpu" and platform != "tpu":
             return f"needs a TPU, the device is a {platform}"
-    if length < LEAST:
-        return f"needs at least {LEAST} tokens, got T={length}"
+    if length < least:
+        return f"needs at least {least} tokens, got T={length}"
     if not sharding.on_one_device() and not compat.interpreting():
         return SCATTERED
     return compat.unavailable() if target == "gpu" else None

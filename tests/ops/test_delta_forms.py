@@ -184,7 +184,7 @@ BAD = {
     "erase: expected a floating dtype, got int32": dict(erase=np.zeros((B, 5, HK, K), np.int32)),
     "chunk: expected a power of two, got 48": dict(chunk=48),
     "segment_ids: expected shape (B=2, T=5), got (2, 4)": dict(segment_ids=np.ones((2, 4), np.int32)),
-    "implementation: expected one of chunked, reference for delta_rule, got 'chunk'; did you mean 'chunked'?": dict(
+    "implementation: expected one of gpu, chunked, reference for delta_rule, got 'chunk'; did you mean": dict(
         implementation="chunk"
     ),
 }

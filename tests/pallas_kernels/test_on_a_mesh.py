@@ -64,6 +64,40 @@ def test_kernels_are_in_the_program_of_eight_gpus_and_no_token_moves(h100s, op, 
     assert not any(str(T // context) in shape or str(T) in shape for shape, _ in moved), moved
 
 
+def _generated(mesh, batch, heads):
+    """The compiled text of a loop of tokens through the delta rule's kernel."""
+    with sharding.use_mesh(mesh):
+
+        def laid(dtype, shape, *names):
+            spec = sharding.spec(names, shape, mesh)
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+        tokens = [laid(jnp.bfloat16, (4, batch, 1, heads, K), None, "batch", None, "heads", None)] * 3
+        gates = [laid(jnp.float32, (4, batch, 1, heads), None, "batch", None, "heads")] * 2
+        state = laid(jnp.float32, (batch, heads, K, K), "batch", "heads", None, None)
+
+        def step(state, token):
+            return ops.delta_rule(*token, state=state, implementation="gpu")[::-1]
+
+        return jax.jit(lambda *args: jax.lax.scan(step, *args)).lower(state, (*tokens, *gates)).compile().as_text()
+
+
+def test_a_token_is_one_kernel_that_changes_the_state_in_place(h100s):
+    text = _generated(sharding.make_mesh(devices=h100s(1)), 2, 4)
+    body = next(body for body in re.split(r"\n\}\n", text) if "ROOT" in body and "state_step_mosaic_gpu" in body)
+    assert "dynamic-slice(" in body  # the tokens are read where they lie, too
+    loop = re.search(r"body=(%[\w.]+)", text)[1]
+    body = re.search(rf"\n{re.escape(loop)} \(.*?\n\}}\n", text, re.DOTALL)[0]
+    assert len(re.findall(r" fusion\(", body)) == 2  # the other counts tokens
+    assert "copy" not in body and "custom-call" not in body
+
+
+def test_a_token_stays_on_its_share(h100s):
+    text = _generated(sharding.make_mesh(data=2, model=2, devices=h100s(4)), 2, 4)
+    assert "state_step_mosaic_gpu" in text
+    assert not re.findall(MOVES, text)
+
+
 def test_keys_are_on_their_way_while_a_block_is_worked_on(h100s):
     """In the loops of the ring, forward and backward, the work on a block stands between a permute's start and end."""
     mesh = sharding.make_mesh(context=4, devices=h100s(4))
