@@ -11,9 +11,9 @@ columns of a head's S, all its rows, in registers. Columns do not see each other
 16 bytes of a row (`compat.load_streamed`), 8 threads 128 of it, and of a vector over rows K / 16 numbers; the sums go
 over 4 lanes and the 4 warps.
 
-With K = 128 a thread holds 64 numbers of S. ptxas gives it 91 to 145 registers, and nothing spills, so 3 to 5 blocks
+With K = 128 a thread holds 64 numbers of S. ptxas gives it 95 to 143 registers, and nothing spills, so 3 to 5 blocks
 are on a multiprocessor: 96 KiB and more of states on their way, where 16 would hide the latency of memory at 3 TB/s. A
-warp of the delta rule issues some 500 instructions, a block 2,000: 500 cycles of the four schedulers. The block's
+warp of the delta rule issues some 600 instructions, a block 2,400: 600 cycles of the four schedulers. The block's
 64 KiB take 5,000 cycles of the multiprocessor's share of 3 TB/s. Compiled for an H100 and interpreted, not run on a
 chip.
 """
