@@ -56,7 +56,7 @@ def delta_rule(
             decays, and y is 0 there. `state` belongs to a row's first segment, the one returned to its last.
         chunk: steps that the chunked form solves as one system, a power of two.
         implementation: None (the best for the call), "gpu" (a Hopper kernel that reads and writes the state once, for
-            one token and step alone; compiled, not run on a chip), "chunked" or "reference". Where a GPU has few rows
+            one token and step alone), "chunked" or "reference". Where a GPU has few rows
             and heads and many chunks, "chunked" goes through parts of time side by side; those have no forward-mode
             derivative.
 

@@ -58,7 +58,7 @@ def linear_attention(
       implementation: None (the best for the call), "gpu" (Hopper kernels; those for a decay per channel take no
         `write`), "tpu" (TPU kernels; compiled, not run on a chip) or "triton" (other
         NVIDIA GPUs, with the extra triton; for a decay per head or none), all for bfloat16, "chunked" or "reference".
-        With one token "gpu" is a kernel that reads and writes the state once; compiled, not run on a chip.
+        With one token "gpu" is a kernel that reads and writes the state once.
 
     Returns:
       (y [B, T, H, V] in the dtype of v, state in promote(dtype of q, k and v, float32) or None). Matmul operands are

@@ -37,11 +37,8 @@ def _unsupported(implementation, call, runs, scale):
     from pallas_kernels.state_step import gpu
 
     found = gpu.supports(*jax.eval_shape(_flat, *call), scale=scale, capability=targets.capability())
-    if found is None and implementation is None:
-        if not gpu.TAKEN:
-            return "has a kernel for one token that did not run on a chip"
-        if not gpu.worthwhile(call[0]):
-            return "has too few heads for its kernel for one token"
+    if found is None and implementation is None and not gpu.worthwhile(call[0]):
+        return "has too few heads for its kernel for one token"
     return found
 
 

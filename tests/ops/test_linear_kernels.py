@@ -65,7 +65,7 @@ def test_the_backward_kernels_are_asked_for_no_more_than_the_gradient_needs(monk
     asked = []
 
     class Kernels:
-        def forward(q, k, v, log_decay, state, runs, log_write, *, scale):
+        def forward(q, k, v, log_decay, state, runs, log_write, *, scale, need_last):
             return 2 * v, jnp.zeros((1, 2, 64, 64))
 
         def backward(q, k, v, log_decay, state, runs, log_write, dy, dstate, *, scale, need_decay):
