@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import compat
-from pallas_kernels.state_step import gpu
 from seqmix import ops
 from seqmix.ops import step_kernels
 
