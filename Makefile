@@ -56,7 +56,8 @@ kernels: $(TARGETS)/installed
 	@JAX_PLATFORMS=cpu $(TARGETS)/bin/python -m pytest -n auto --maxprocesses=8 \
 		tests/pallas_kernels tests/ops/test_linear_kernels.py tests/ops/test_scan_kernels.py \
 		tests/ops/test_block_sparse_kernels.py tests/ops/test_context_kernels.py tests/ops/test_summed_weights.py \
-		tests/ops/test_token_block_kernels.py tests/ops/test_block_groups.py::test_kernels_match_float64 \
+		tests/ops/test_token_block_kernels.py tests/ops/test_step_kernels.py \
+		tests/ops/test_block_groups.py::test_kernels_match_float64 \
 		tests/ops/test_block_groups.py::test_kernels_take_a_call_whose_tokens_choose_blocks_of_128 tests/pods $(ARGS)
 
 pods: $(TARGETS)/installed
