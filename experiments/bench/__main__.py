@@ -41,6 +41,8 @@ def main(argv=None):
         wanted = [case for case in wanted if re.search(args.match, case.label)]
         if not wanted:
             raise ValueError(f"--match: expected a pattern that a case of --list has, got {args.match!r}")
+        if args.peers and suite.NAME not in suites.WITH_PEERS:
+            raise ValueError(f"--peers: expected a suite with some ({', '.join(suites.WITH_PEERS)}), got {suite.NAME}")
         if args.peers and not args.list and (platform := results.platform()) != "gpu":
             raise ValueError(f"--peers: expected an NVIDIA GPU, where they run, the device is a {platform}")
         if args.case is not None and not 0 <= args.case < len(wanted):
@@ -99,9 +101,8 @@ def parse(argv):
     """The command's arguments; raises ValueError in one line, and ends the process after --help."""
     parser = cli.Parser(prog="python -m experiments.bench", description=__doc__.splitlines()[0])
     commands = "; ".join(f"{name}: {about}" for name, about in suites.SUITES.items())
-    parser.add_argument(
-        "command", choices=("run", "tune"), help="run a suite, or refill the kernels' tables of choices on this GPU"
-    )
+    about = "run a suite, or refill the kernels' tables of choices on this GPU"
+    parser.add_argument("command", nargs="?", choices=("run", "tune"), help=about)
     add = parser.add_argument
     add("--suite", choices=tuple(suites.SUITES), help=commands)
     add("--out", help=f"folder of the results (default: {OUT})")
@@ -119,6 +120,8 @@ def parse(argv):
     add("--list", action="store_true", help="name the cases and end")
     add("--compile-only", action="store_true", help="compile the suite's programs (scaling), and time nothing")
     args = parser.parse(argv)
+    if args.command is None:
+        raise ValueError("command: expected run or tune, got none")
     if args.command == "run" and args.suite is None:
         raise ValueError(f"--suite: expected one of {', '.join(suites.SUITES)}, got none")
     if args.command == "tune":

@@ -21,6 +21,8 @@ SUITES = {
     "scaling": "several GPUs of one host against one: training, attention and recurrences over a cut time axis",
 }
 
+WITH_PEERS = ("train", "recurrent", "attention")  # what --peers is for
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:

@@ -81,6 +81,10 @@ class Mixer:
         for field in dataclasses.fields(cls):
             if field.name in fields:
                 _check_field(f"{cls.__name__}.{field.name}", field.type, fields[field.name])
+        if fields.get("d_model", 0) < 0:
+            raise ValueError(
+                f"{cls.__name__}.d_model: expected a width, or 0 until a model fills it in, got {fields['d_model']}"
+            )
         name, known = fields.get("implementation"), cls.implementations
         if name is not None and known and name not in known:
             expected = f"{cls.__name__}.implementation: expected one of {', '.join(known)}"
