@@ -90,23 +90,20 @@ def by_name(
     v,
     *,
     mask=None,
-    blocks=None,
-    sizes=SIZES,
     data=None,
     segment_ids=None,
     scale=None,
     soft_cap=None,
     slopes=None,
-    context=None,
-    implementation=None,
+    **options,
 ):
     """(y, lse) of `block_sparse_attention`, whose errors name the op `op` that is made of it."""
-    _check(q, k, v, slopes, segment_ids, mask, blocks)
+    options = {"blocks": None, "sizes": SIZES, "context": None, "implementation": None} | options
+    _check(q, k, v, slopes, segment_ids, mask, options["blocks"])
     scale, soft_cap = score_numbers(q, scale, soft_cap)
     mask, data = with_segments(mask, data, segment_ids)
     data = checked_data(mask, q.shape[1], k.shape[1], data, q.shape[0])
     score = {"scale": scale, "soft_cap": soft_cap, "slopes": slopes}
-    options = {"blocks": blocks, "sizes": sizes, "context": context, "implementation": implementation}
     return attend(op, q, k, v, mask, data, **score, **options)
 
 

@@ -181,12 +181,8 @@ def _prepared(config, lists, sizes, target="gpu", steps=None):
     transposed = block_lists.turned if target == "gpu" else block_lists.transposed
     walks = block_lists.forward(lists), transposed(lists, -(-config.keys // sizes[1]))
     known = None
-    if seen is not None and target == "gpu":
-        known = (
-            block_halves.halves(config.mask, lists, walks[0], sizes, *lengths)
-            if static
-            else block_halves.of_data(config.mask, *walks, sizes, *lengths)
-        )
+    if static and seen is not None and target == "gpu":
+        known = block_halves.halves(config.mask, lists, walks[0], sizes, *lengths)
     return call, (*walks, known)
 
 
@@ -285,9 +281,7 @@ def _by_kernel(call, q, k, v, data, walks, rows, dy):
     bq, bk = call.sizes
     options, (walk, turned, *more) = _options(call, data), walks
     known = more[0] if more else None
-    if isinstance(known, block_halves.Marks):
-        walk, turned = walk._replace(full=known.walk), turned._replace(full=known.turned)
-    elif known is not None:
+    if known is not None:
         walk = walk if known.marks is None else walk._replace(full=known.marks)
         turned, options["turned_queries"] = known.turned, block_halves.HALF
     arrays = _filled(q, bq), _filled(k, bk), _filled(v, bk), rows, _filled(dy, bq)

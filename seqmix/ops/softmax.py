@@ -137,11 +137,13 @@ def attention(
         y, lse = scored.by_rules(rules, q, k, v, sink_logits, tokens, order, name)
     elif name in libraries:
         by = lambda name: partial(softmax_library.run, name, lay, rules, ids=tokens[0] if order == "runs" else None)
-        if implementation is not None or name != "cudnn":
+        other = None
+        if implementation is None and name == "cudnn":
+            other = softmax_library.for_values(forms, rules, q, k, v)
+        if other is None:
             return by(name)(q, k, v)
-        other = softmax_library.for_values(forms, rules, q, k, v)
         ours = lambda *arrays: scored.by_rules(rules, *arrays, sink_logits, tokens, order, "gpu")[0]
-        return softmax_library.either(ours if other == "gpu" else by(other or name), by(name), q, k, v)
+        return softmax_library.either(ours if other == "gpu" else by(other), by(name), q, k, v)
     elif name == "chunked":
         y, lse = chunked(rules, q, k, v, sink_logits, *tokens, order=order, block=block)
     else:

@@ -155,21 +155,3 @@ def _check_marks(marks, walk, dense, width):
             real = owner * 128 + half * 64 < 300 and start + part * 64 < 300
             assert said == nothing if real else said <= nothing
             assert bool(marks[0, 0, n] >> half & 1) <= bool(rows[:, start : start + width].all())
-
-
-def test_lists_that_data_make_say_what_the_mask_hides_whatever_the_data():
-    time, sizes = 300, (128, 128)
-    mask = masks.Causal() & masks.Segments()
-    ids = jnp.asarray(np.repeat([1, 2], (200, 100)))[None]
-    data = dict(zip(mask.inputs, (ids, ids)))
-    lists = block_lists.lists(mask, block_lists.of_mask(mask, sizes, time, time), sizes, time, time, data)
-    walks = block_lists.forward(lists), block_lists.turned(lists, 3)
-    found = block_halves.of_data(mask, *walks, sizes, time, time)
-    dense = np.pad(masks.Causal().dense(time), ((0, 84), (0, 84)))
-    _check_marks(found.walk, walks[0], dense, 128)
-    for owner in range(3):  # of each block of keys, the second half is hidden from the first half of its own queries
-        begin, count = (int(x[0, 0, owner]) for x in walks[1][:2])
-        listed, marks = (np.asarray(x)[0, 0, begin : begin + count] for x in (walks[1].other, found.turned))
-        assert listed[0] == owner and marks[0] == (8 if owner < 2 else 0)
-        assert not (marks[1:] >> 2).any()
-    assert block_halves.of_data(masks.Segments(), *walks, sizes, time, time) is None
