@@ -1,6 +1,7 @@
 """Ops with time cut over devices, against one device."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,12 @@ from experiments.bench.suites import Case
 from experiments.compile import hlo
 from seqmix import ops
 from seqmix.core import sharding
+from seqmix.ops import softmax_library
 from seqmix.ops.softmax_context import attention_bytes
 
 HEADS, WIDTH, CHANNELS = 16, 128, 4096
 FORMS = ("zigzag", "heads", "ring")
+CUDNN = "zigzag, gradients by cuDNN"  # which long stretches take: values of short ones
 LENGTHS = (2**15, 2**17, 2**18, 2**20)  # of attention's sequence, on all devices
 COMPARED = 2**18  # at which fewer devices, and one, are timed too
 TOKENS = {"linear_attention": 2**17, "delta_rule": 2**13, "linear_scan": 2**17}  # a device
@@ -45,6 +48,8 @@ def cases(args):
     rest = []
     for name, how in [*(("attention", form) for form in FORMS), *((name, "context") for name in TOKENS)] * several:
         rest += new("equal", f"{name} {how} on {most}, values", equal, name, how)
+    if several:
+        rest += new("equal", f"attention {CUDNN} on {most}, values", equal, "attention", CUDNN)
     rest += over("one", 1, LENGTHS[0])
     for length in LENGTHS:
         rest += [case for form in FORMS * several for case in over(form, most, length)]
@@ -74,13 +79,14 @@ def equal(name, how, args):
     devices = counts()[-1]
     length, heads = LONGER.get(name, CHECKED) * devices, 8
     if name == "attention":
-        run = functools.partial(ops.attention, context=how)
+        run = functools.partial(ops.attention, context=how.split(",")[0])
         plain = ops.attention
     else:
         run = plain = OPS[name]
     shapes = _shapes(name, length, heads)
     mesh = sharding.make_mesh(context=devices, devices=jax.devices()[:devices])
-    with sharding.use_mesh(mesh):
+    shortest = 0 if how == CUDNN else softmax_library.STRETCH
+    with sharding.use_mesh(mesh), mock.patch.object(softmax_library, "STRETCH", shortest):
         where = [NamedSharding(mesh, sharding.spec(s[2], s[0], mesh)) for s in (shapes[0], *shapes)]
         structs = [jax.ShapeDtypeStruct(*s[:2], sharding=w) for s, w in zip((shapes[0], *shapes), where, strict=True)]
         program = jax.jit(timing.with_gradients(run)).lower(*structs).compile()

@@ -60,16 +60,18 @@ def _table(rules, time, keys, ways, order):
     return mask.tiles(time // ways, keys // ways, time, keys) != masks.EMPTY
 
 
-def run(lay: Layout, form: str, rules, d, q, k, v, sink_logits, tokens, *, order, block, need_lse, library=None):
+def run(
+    lay: Layout, form, rules, d, q, k, v, sink_logits, tokens, *, order, block, need_lse, library=None, cudnn=False
+):
     """(y, lse) of `attention`, lse None unless needed, on each device's share; tokens and `order` as of `chunked`.
 
     library: of `softmax_library`, which then attends over all of time in the form "heads"; or "gpu", for the kernels
-    of `block_sparse_attention` in every form.
+    of `block_sparse_attention` in every form. cudnn: as of `Travel`.
     """
     axis = lay.time[0] if len(lay.time) == 1 else lay.time
     around = _legs(form, rules, d.T, d.S, lay.ways("time"), order)
     mask = scored.visibility(rules, None, tokens, "given", None)[0] if library == "gpu" else None
-    travel = Travel(rules, axis, around, min(block, _halved(form, d.T // lay.ways("time"))), mask)
+    travel = Travel(rules, axis, around, min(block, _halved(form, d.T // lay.ways("time"))), mask, cudnn)
     q_ids, k_ids, q_at, k_at = tokens
     alike = q_ids is k_ids and q_at is k_at
     q_places, k_places = (jnp.stack(jnp.broadcast_arrays(*x)) for x in ((q_ids, q_at), (k_ids, k_at)))
@@ -147,14 +149,17 @@ def _by_heads(travel, q, k, v, sink, q_places, k_places, *, order, block, need_l
 def _zigzag(axis, x, time, *, back=False):
     """Of stretch r = chunks 2r and 2r + 1 along axis `time` of x: the even and the odd one of chunks r and 2R - 1 - r.
 
-    Chunk c belongs to device c, or 2R - 1 - c from R on: one even and one odd chunk each. back: the other way.
+    Chunk c belongs to device c, or 2R - 1 - c from R on: one even and one odd chunk each, held in their order. back:
+    the other way.
     """
-    ways = jax.lax.axis_size(axis)
-    halves = []
-    for odd, half in enumerate(jnp.split(x, 2, axis=time)):
+    ways, odd_rank = jax.lax.axis_size(axis), jax.lax.axis_index(axis) % 2 == 1
+    # The first chunk of an odd device is its odd one.
+    turned = lambda even, odd: (jnp.where(odd_rank, odd, even), jnp.where(odd_rank, even, odd))
+    halves, moved = jnp.split(x, 2, axis=time), []
+    for odd, half in enumerate(turned(*halves) if back else halves):
         pairs = [(c // 2, min(c, 2 * ways - 1 - c)) for c in range(odd, 2 * ways, 2)]
-        halves.append(jax.lax.ppermute(half, axis, [pair[::-1] for pair in pairs] if back else pairs))
-    return jnp.concatenate(halves, axis=time)
+        moved.append(jax.lax.ppermute(half, axis, [pair[::-1] for pair in pairs] if back else pairs))
+    return jnp.concatenate(moved if back else turned(*moved), axis=time)
 
 
 def attention_bytes(

@@ -30,6 +30,7 @@ NAMES = ("cudnn", "tokamax", "splash")
 TILE = 128  # of splash: numbers of queries and keys are multiples of it
 BLOCKS = 512, 256, 128  # queries and keys that splash works on at once, the largest that fits
 SHORT, NARROW = (1025, 4096), 4  # tokens, and times the window: where our own kernels were measured to be faster
+STRETCH = 4096  # tokens of a device, beyond which cuDNN makes the gradients of keys that travel
 MIDDLE = 16384  # tokens, up to which tokamax's values were the fastest
 WASTEFUL = 8  # times the window: from there on chunks are reckoned faster than tokamax, forward and backward
 WIDEST = {"cudnn": 256, "tokamax": 128, "splash": 256}  # K and V
@@ -94,6 +95,25 @@ def for_values(forms, rules, q, k, v) -> str | None:
         return None
     names = ("tokamax", "gpu") if q.shape[1] <= MIDDLE else ("gpu",)
     return next((name for name in names if forms[name] is None), None)
+
+
+def for_ring(lay, form, rules, q, k, v) -> bool:
+    """Whether cuDNN makes the gradients of keys that travel to queries, where our kernels make the values.
+
+    It does where places are indices and stretches so long that it is the fastest on one device too: five products
+    are done there where our kernels do seven.
+    """
+    from pallas_kernels import cudnn
+
+    whole = form == "zigzag" if rules.causal else form == "ring"
+    if not whole or _window(rules, q.shape[1], k.shape[1]) is not None or q.shape[3] != v.shape[3]:
+        return False
+    dims = ("batch", "time", "heads", None), *(("batch", "time", "key_heads", None),) * 2
+    local = [lay.share(x, *dim) for x, dim in zip((q, k, v), dims, strict=True)]
+    if local[0].shape[1] <= STRETCH or q.shape[3] % 8 or cudnn.unavailable() is not None:
+        return False
+    with sharding.shares(lay.mesh):
+        return _unsupported("cudnn", rules, *local, None, "index", False) is None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -6,6 +6,7 @@
 
 The backward pass keeps what a stretch owns, q, k, v, y and lse, and lets keys and values come past again, or
 gathers them again; gradients of keys and values travel in float32 at least, a step behind the keys, and then home.
+Where what is visible follows from the order of whole chunks alone, cuDNN may make the gradients of a visit.
 A visit works on the pairs of blocks that ids and positions leave: none, where a mask hides a whole stretch. Shapes
 are head-major, as in `softmax_chunked`; places [2, B or 1, T] are ids and positions of a stretch.
 """
@@ -40,6 +41,7 @@ class Travel(NamedTuple):
     legs: tuple[tuple[int, int], ...] | None  # (direction, number of hops) of each way through the ring; None: gather
     block: int  # as of `attention`
     kernel: masks.Mask | None = None  # what `rules` says of places, where visits go through the Hopper kernel
+    cudnn: bool = False  # gradients by cuDNN: every key is seen, or stretches are zigzags and places their indices
 
 
 def legs(table: np.ndarray) -> tuple[tuple[int, int], ...]:
@@ -84,12 +86,14 @@ def _forward(travel, q, k, v, sink, q_places, k_places):
 def _backward(travel, saved, cotangents):
     q, k, v, sink, q_places, k_places, y, lse = saved
     dy, dlse = cotangents
-    if travel.kernel is None:
+    if travel.cudnn and sink is None:
+        delta = None
+    elif travel.kernel is None:
         delta = jnp.sum(dy.astype(lse.dtype) * y.astype(lse.dtype), axis=-1) - dlse
     else:
         delta = block_sparse_kernels.row_sums("gpu", *map(_flat, (y, dy, lse, dlse)), by_head=True)
         delta = delta[:, :, 1, : q.shape[3]].reshape(lse.shape)
-    own, rows = (k, v, k_places), (lse, dy, delta)
+    own, rows = (k, v, k_places), (lse, dy, y if travel.cudnn else delta)
     if travel.legs is None:
         dq, *grads = _visit_back(travel, q, q_places, _gather(travel.axis, own), rows)
         grads = [jax.lax.psum_scatter(g, travel.axis, scatter_dimension=2, tiled=True) for g in grads]
@@ -105,7 +109,7 @@ travelled.defvjp(_forward, _backward)
 def _ring_back(travel, q, q_places, own, rows):
     """(dq, (dk, dv) of this device's keys), in acc."""
     add = partial(jax.tree.map, jnp.add)
-    dq, *grads = _visit_back(travel, q, q_places, own, rows)
+    dq, *grads = _visit_back(travel, q, q_places, own, rows, home=True)
     for leg, (direction, hops) in enumerate(travel.legs):
         move = partial(_shift, travel.axis, direction)
 
@@ -182,9 +186,14 @@ def _flat(x):
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _visit_back(travel, q, q_places, block, rows):
-    """Gradients of q and of a block's keys and values from each other, in acc; rows: (lse, dy, delta)."""
+def _visit_back(travel, q, q_places, block, rows, home=False):
+    """Gradients of q and of a block's keys and values from each other, in acc; rows: (lse, dy, delta).
+
+    home: the block is this device's own.
+    """
     time, keys = q.shape[3], block[0].shape[2]
+    if travel.cudnn:
+        return _visit_back_by_cudnn(travel, q, q_places, block, rows, home)
     if travel.kernel is not None:
         found = block_sparse_kernels.visit_back(*_by_head(travel, q, q_places, block), *map(_flat, rows))
         dq, dk, dv = (x.astype(rows[0].dtype) for x in found)
@@ -195,3 +204,30 @@ def _visit_back(travel, q, q_places, block, rows):
     lse, dy, delta = (whole(x, sizes[0], 3) for x in rows)
     dq, dk, dv = part_gradients(travel.rules, sizes, q, k, v, tokens, work, lse, dy, delta)
     return dq[:, :, :, :time], dk[:, :, :keys], dv[:, :, :keys]
+
+
+def _visit_back_by_cudnn(travel, q, q_places, block, rows, home):
+    """`_visit_back` where rows are (lse, dy, y), without a look at each place: chunks are seen wholly, or causally."""
+    from pallas_kernels import cudnn
+
+    k, v, k_places = block
+    acc, scale, shape = rows[0].dtype, travel.rules.scale, q.shape
+    own, others = [_flat(x) for x in (q, *rows)], alike(k, v, axis=1)
+    call = lambda own, others, **options: cudnn.gradients(own[0], *others, *own[1:], scale=scale, **options)
+    if home or not travel.rules.causal:
+        found = [x.astype(acc) for x in call(own, others, causal=travel.rules.causal)]
+    else:
+        # The later chunk of queries sees the earlier one of all keys. Of keys from before, the earlier queries see
+        # them too; of keys from behind, the later queries see the later keys.
+        half = q.shape[3] // 2
+        at = jnp.where(k_places[1, 0, 0] < q_places[1, 0, 0], 0, half)
+        piece = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, half, axis=2)
+        pieces = lambda start, stop: ([piece(x, start) for x in own], [piece(x, stop) for x in others])
+        found = []
+        for x, start, one, more in zip((own[0], *others), (half, 0, 0), call(*pieces(half, 0)), call(*pieces(at, at))):
+            total = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(x.shape, acc), one.astype(acc), start, axis=2)
+            total = jax.lax.dynamic_update_slice_in_dim(total, piece(total, at) + more, at, axis=2)
+            found.append(total)
+    dq, dk, dv = found
+    dk, dv = (x.reshape(*one.shape[:2], -1, *one.shape[2:]).sum(2) for x, one in zip((dk, dv), (k, v), strict=True))
+    return dq.reshape(shape), dk, dv

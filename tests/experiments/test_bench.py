@@ -144,7 +144,7 @@ def test_values_over_devices_are_those_of_one(monkeypatch):
 def test_cases_that_stand_for_all_come_first(capsys):
     assert bench.main(["run", "--suite=scaling", "--list"]) == 0
     labels = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()]
-    assert len(set(labels)) == len(labels) == 2 + 6 + 12 + 3 * 6 + 2 * 8
+    assert len(set(labels)) == len(labels) == 2 + 6 + 12 + 3 * 6 + 2 * 8 + 1
     assert labels[:2] == ["attention one on 1, T=262144", "attention zigzag on 8, T=262144"]
     assert labels[7] == "linear_attention on 1, T=131072" and labels[10] == "linear_attention on 8, T=1048576"
     assert labels[19:21] == ["mamba2_1b one on 1", "mamba2_1b fsdp on 8"]

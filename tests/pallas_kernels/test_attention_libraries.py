@@ -1,5 +1,6 @@
 """Lowered for H100s and compiled for TPUs that are not here, attention's calls are the libraries' kernels."""
 
+import collections
 import json
 import os
 import re
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from seqmix.core import sharding
-from seqmix.ops import attention
+from seqmix.ops import attention, softmax_library
 from tests.pallas_kernels.test_tpu_compiled import PYTHON
 from tools import tpu_bundles
 
@@ -21,6 +22,7 @@ CALLS = {
     "window": ({"window": 64}, True),
     "heads": ({"context": "heads"}, True),
     "ring": ({"context": "ring"}, False),
+    "zigzag": ({"context": "zigzag"}, False),
     "cap": ({"soft_cap": 5.0}, False),
     "lse": ({"return_lse": True}, False),
     "packed": ({"segment_ids": jnp.ones(SHAPE[:2], jnp.int32)}, False),
@@ -46,6 +48,20 @@ def test_what_cudnn_takes_is_a_call_of_it_for_eight_gpus_and_nothing_else_is(h10
         text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).as_text()
     found = set(re.findall(r"custom_call @([^(]*)", text)) & {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
     assert len(found) == (2 if taken else 0)
+
+
+def test_long_stretches_of_a_zigzag_have_gradients_by_cudnn_and_values_by_our_kernel(h100s, cudnn, monkeypatch):
+    monkeypatch.setattr(softmax_library, "STRETCH", 64)
+    mesh = sharding.make_mesh(context=2, devices=h100s(2))
+    with sharding.use_mesh(mesh):
+        place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch", "time", None, None), SHAPE, mesh))
+        x = jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16, sharding=place)
+        loss = lambda *a: jnp.sum(attention(*a, context="zigzag").astype(jnp.float32))
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).as_text()
+    found = collections.Counter(re.findall(r"custom_call @([^(]*)", text))
+    # At home causally, then two pairs of chunks; nothing forward.
+    assert found["__cudnn$fmhaSoftmaxBackward"] == 3 and found["__cudnn$fmhaSoftmax"] == 0
+    assert found["mosaic_gpu_v2"] > 0
 
 
 @pytest.mark.tpu

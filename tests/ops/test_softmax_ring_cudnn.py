@@ -1,0 +1,55 @@
+"""Gradients of travelling keys that cuDNN makes: of which halves of which stretches it is asked, and with what."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import cudnn
+from seqmix.core import sharding
+from seqmix.ops import softmax_context
+from seqmix.ops.softmax import attention
+from tests.quick import QUICK
+
+
+def dense(q, k, v, lse, dy, y, *, scale, causal=False):
+    """What `cudnn.gradients` is documented to compute."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
+    scores = scale * jnp.einsum("bhik,bhjk->bhij", q, k)
+    p = jnp.exp(scores - lse[..., None]) * (jnp.tri(*scores.shape[2:]) if causal else 1)
+    ds = p * (jnp.einsum("bhiv,bhjv->bhij", dy, v) - jnp.sum(dy * y, axis=-1, keepdims=True))
+    dq, dk = scale * jnp.einsum("bhij,bhjk->bhik", ds, k), scale * jnp.einsum("bhij,bhik->bhjk", ds, q)
+    dv = jnp.einsum("bhij,bhiv->bhjv", p, dy)
+    summed = lambda x: x.reshape(x.shape[0], -1, group, *x.shape[2:]).sum(2)
+    return dq, summed(dk), summed(dv)
+
+
+def pull(inputs, weights, **options):
+    loss = lambda q, k, v, *sink: jnp.sum(
+        weights * attention(q, k, v, sink_logits=sink[0] if sink else None, **options)
+    )
+    return jax.jit(jax.grad(loss, tuple(range(len(inputs)))), compiler_options=QUICK)(*inputs)
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize(("form", "causal"), [("zigzag", True), ("ring", False)])
+def test_gradients_by_calls_of_whole_chunks_are_those_of_one_device(monkeypatch, x64, form, causal, sink):
+    rng, calls = np.random.default_rng(0), []
+    shapes = [(2, 16, heads, 4) for heads in (4, 2, 2)] + [(4,)] * sink
+    inputs, weights = [rng.normal(size=shape) for shape in shapes], rng.normal(size=(2, 16, 4, 4))
+
+    def counted(q, k, *rest, causal=False, **options):
+        calls.append((q.shape[2], k.shape[2], causal))
+        return dense(q, k, *rest, causal=causal, **options)
+
+    want = pull(inputs, weights, causal=causal, implementation="reference")
+    monkeypatch.setattr(cudnn, "gradients", counted)
+    monkeypatch.setattr(softmax_context, "run", functools.partial(softmax_context.run, cudnn=True))
+    with sharding.use_mesh(sharding.make_mesh(data=2, context=4)):
+        got = pull(inputs, weights, causal=causal, context=form)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+    assert set(calls) == ({(4, 4, True), (2, 2, False)} if causal else {(4, 4, False)})
