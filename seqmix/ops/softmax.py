@@ -134,6 +134,8 @@ def attention(
         options = dict(order=order, block=block, need_lse=return_lse, library=None if name == "chunked" else name)
         if implementation is None and name == "gpu" and order == "index" and not return_lse:
             options["cudnn"] = softmax_library.for_ring(lay, form, rules, q, *alike)
+        elif implementation is None and name == "cudnn":
+            options["values"] = softmax_library.for_values(forms, rules, q, k, v)
         y, lse = softmax_context.run(lay, form, *call, **options)
     elif name in kernels:
         y, lse = scored.by_rules(rules, q, k, v, sink_logits, tokens, order, name)

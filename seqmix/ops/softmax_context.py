@@ -7,6 +7,8 @@ heads    time and heads change places by all-to-all, each device attends over al
 gather   each device gathers all keys and values
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -14,7 +16,7 @@ from seqmix.ops import masks, scored, softmax_library
 from seqmix.ops.mesh import Layout, on_shares
 from seqmix.ops.softmax_chunked import chunked
 from seqmix.ops.softmax_reference import Rules
-from seqmix.ops.softmax_ring import Travel, legs, travelled
+from seqmix.ops.softmax_ring import Travel, legs, packed, travelled, unpacked
 
 FORMS = ("ring", "zigzag", "heads", "gather")
 GATHER = 2048  # keys up to which they are gathered, where no form is named
@@ -61,12 +63,28 @@ def _table(rules, time, keys, ways, order):
 
 
 def run(
-    lay: Layout, form, rules, d, q, k, v, sink_logits, tokens, *, order, block, need_lse, library=None, cudnn=False
+    lay: Layout,
+    form,
+    rules,
+    d,
+    q,
+    k,
+    v,
+    sink_logits,
+    tokens,
+    *,
+    order,
+    block,
+    need_lse,
+    library=None,
+    cudnn=False,
+    values=None,
 ):
     """(y, lse) of `attention`, lse None unless needed, on each device's share; tokens and `order` as of `chunked`.
 
     library: of `softmax_library`, which then attends over all of time in the form "heads"; or "gpu", for the kernels
     of `block_sparse_attention` in every form. cudnn: as of `Travel`.
+    values: what makes those that have no gradients in that form, as of `softmax_library.for_values`.
     """
     axis = lay.time[0] if len(lay.time) == 1 else lay.time
     around = _legs(form, rules, d.T, d.S, lay.ways("time"), order)
@@ -79,7 +97,9 @@ def run(
     def local(q, k, v, sink, q_places, k_places):
         k, v = (lay.local_key_heads(x, d.Hk) for x in (k, v))
         call = _by_heads if form == "heads" else _travelled
-        options = dict(order=order, block=block, library=library) if form == "heads" else dict(zigzag=form == "zigzag")
+        options = dict(zigzag=form == "zigzag")
+        if form == "heads":
+            options = dict(order=order, block=block, library=library, values=values)
         return call(travel, q, k, v, sink, q_places, k_places, need_lse=need_lse, **options)
 
     queries, keys = ("batch", "time", "heads", None), ("batch", "time", "key_heads", None)
@@ -104,8 +124,10 @@ def _halved(form, stretch):
 def _travelled(travel, q, k, v, sink, q_places, k_places, *, zigzag, need_lse):
     """Keys travel to the queries."""
     if zigzag:
-        q, k, v = (_zigzag(travel.axis, x, 1) for x in (q, k, v))
-        q_places, k_places = (None if x is None else _zigzag(travel.axis, x, 2) for x in (q_places, k_places))
+        # Of places [2, B or 1, T] time is in the place of heads.
+        places = [x.swapaxes(1, 2) for x in (q_places, k_places) if x is not None]
+        q, k, v, *places = _zigzag(travel.axis, [q, k, v, *places])
+        q_places, k_places = (places[n].swapaxes(1, 2) if n < len(places) else None for n in range(2))
     b, t, h, _ = q.shape
     groups = k.shape[2]
     q = jnp.moveaxis(q, 1, 2).reshape(b, groups, h // groups, t, -1)
@@ -114,12 +136,12 @@ def _travelled(travel, q, k, v, sink, q_places, k_places, *, zigzag, need_lse):
     y, lse = travelled(travel, q, k, v, sink, q_places, q_places if k_places is None else k_places)
     y, lse = jnp.moveaxis(y.reshape(b, h, t, -1), 2, 1), lse.reshape(b, h, t) if need_lse else None
     if zigzag:
-        y = _zigzag(travel.axis, y, 1, back=True)
-        lse = _zigzag(travel.axis, lse, 2, back=True) if need_lse else None
+        y, *lses = _zigzag(travel.axis, [y, jnp.swapaxes(lse, 1, 2)] if need_lse else [y], back=True)
+        lse = jnp.swapaxes(*lses, 1, 2) if need_lse else None
     return y, lse
 
 
-def _by_heads(travel, q, k, v, sink, q_places, k_places, *, order, block, need_lse, library):
+def _by_heads(travel, q, k, v, sink, q_places, k_places, *, order, block, need_lse, library, values):
     """Each device attends over all of time with its part of the heads."""
     axis, ways = travel.axis, jax.lax.axis_size(travel.axis)
     # Of fewer heads of keys than devices each device takes the one that its heads read.
@@ -136,30 +158,56 @@ def _by_heads(travel, q, k, v, sink, q_places, k_places, *, order, block, need_l
         q_places = jax.lax.all_gather(q_places, axis, axis=2, tiled=True)
         k_places = q_places if k_places is None else jax.lax.all_gather(k_places, axis, axis=2, tiled=True)
         tokens = q_places[0], k_places[0], q_places[1], k_places[1]
+    ours = lambda q, k, v: scored.by_rules(travel.rules, q, k, v, sink, tokens, order, "gpu")
     if library == "gpu":
-        y, lse = scored.by_rules(travel.rules, q, k, v, sink, tokens, order, library)
+        y, lse = ours(q, k, v)
         return turn(y, 1, 2), turn(lse, 2, 1) if need_lse else None
     if library is not None:
-        y = softmax_library.on_one(library, travel.rules, q, k, v, tokens[0] if order == "runs" else None)
-        return turn(y, 1, 2), None
+        by = lambda name: partial(
+            softmax_library.on_one, name, travel.rules, ids=tokens[0] if order == "runs" else None
+        )
+        call = by(library)
+        if values is not None:
+            alone = (lambda *arrays: ours(*arrays)[0]) if values == "gpu" else by(values)
+            call = partial(softmax_library.either, alone, call)
+        return turn(call(q, k, v), 1, 2), None
     y, lse = chunked(travel.rules, q, k, v, sink, *tokens, order=order, block=block)
     return turn(y, 1, 2), turn(lse, 2, 1) if need_lse else None
 
 
-def _zigzag(axis, x, time, *, back=False):
-    """Of stretch r = chunks 2r and 2r + 1 along axis `time` of x: the even and the odd one of chunks r and 2R - 1 - r.
+def _zigzag(axis, arrays, *, back=False):
+    """Of stretch r = chunks 2r and 2r + 1 of arrays [., T, ...]: the even and the odd one of chunks r and 2R - 1 - r.
 
     Chunk c belongs to device c, or 2R - 1 - c from R on: one even and one odd chunk each, held in their order. back:
     the other way.
     """
+    return _exchanged((axis, back), arrays)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _exchanged(way, arrays):
+    axis, back = way
     ways, odd_rank = jax.lax.axis_size(axis), jax.lax.axis_index(axis) % 2 == 1
     # The first chunk of an odd device is its odd one.
     turned = lambda even, odd: (jnp.where(odd_rank, odd, even), jnp.where(odd_rank, even, odd))
-    halves, moved = jnp.split(x, 2, axis=time), []
-    for odd, half in enumerate(turned(*halves) if back else halves):
+    halves = [jnp.split(x, 2, axis=1) for x in arrays]
+    sides = zip(*(turned(*pair) if back else pair for pair in halves), strict=True)
+    moved = []
+    for odd, side in enumerate(sides):
         pairs = [(c // 2, min(c, 2 * ways - 1 - c)) for c in range(odd, 2 * ways, 2)]
-        moved.append(jax.lax.ppermute(half, axis, [pair[::-1] for pair in pairs] if back else pairs))
-    return jnp.concatenate(moved if back else turned(*moved), axis=time)
+        flat = jax.lax.ppermute(packed(side), axis, [pair[::-1] for pair in pairs] if back else pairs)
+        moved.append(unpacked(flat, side))
+    return [jnp.concatenate(pair if back else turned(*pair), axis=1) for pair in zip(*moved, strict=True)]
+
+
+def _exchanged_back(way, _, cotangents):
+    axis, back = way
+    floats = [x for x in cotangents if x.dtype != jax.dtypes.float0]
+    found = iter(_exchanged((axis, not back), floats))
+    return ([next(found) if x.dtype != jax.dtypes.float0 else x for x in cotangents],)
+
+
+_exchanged.defvjp(lambda way, arrays: (_exchanged(way, arrays), None), _exchanged_back)
 
 
 def attention_bytes(

@@ -105,8 +105,8 @@ def for_ring(lay, form, rules, q, k, v) -> bool:
     """
     from pallas_kernels import cudnn
 
-    whole = form == "zigzag" if rules.causal else form == "ring"
-    if not whole or _window(rules, q.shape[1], k.shape[1]) is not None or q.shape[3] != v.shape[3]:
+    whole = form == ("zigzag" if rules.causal else "ring") and _window(rules, q.shape[1], k.shape[1]) is None
+    if not whole or q.shape[3] != v.shape[3]:
         return False
     dims = ("batch", "time", "heads", None), *(("batch", "time", "key_heads", None),) * 2
     local = [lay.share(x, *dim) for x, dim in zip((q, k, v), dims, strict=True)]

@@ -6,7 +6,8 @@
 
 The backward pass keeps what a stretch owns, q, k, v, y and lse, and lets keys and values come past again, or
 gathers them again; gradients of keys and values travel in float32 at least, a step behind the keys, and then home.
-Where what is visible follows from the order of whole chunks alone, cuDNN may make the gradients of a visit.
+Where it follows from the order of whole chunks who sees whom, cuDNN may make the gradients of a visit. What goes on to
+the next device goes as one array: of several exchanges XLA lets one run beside a kernel, and waits for the others.
 A visit works on the pairs of blocks that ids and positions leave: none, where a mask hides a whole stretch. Shapes
 are head-major, as in `softmax_chunked`; places [2, B or 1, T] are ids and positions of a stretch.
 """
@@ -41,7 +42,7 @@ class Travel(NamedTuple):
     legs: tuple[tuple[int, int], ...] | None  # (direction, number of hops) of each way through the ring; None: gather
     block: int  # as of `attention`
     kernel: masks.Mask | None = None  # what `rules` says of places, where visits go through the Hopper kernel
-    cudnn: bool = False  # gradients by cuDNN: every key is seen, or stretches are zigzags and places their indices
+    cudnn: bool = False  # gradients by cuDNN: every key is seen, or stretches are causal zigzags and places indices
 
 
 def legs(table: np.ndarray) -> tuple[tuple[int, int], ...]:
@@ -65,16 +66,17 @@ def travelled(travel: Travel, q, k, v, sink, q_places, k_places):
         y, lse = _visit(travel, q, q_places, _gather(travel.axis, own), sink)
         return y.astype(v.dtype), lse
     found = _visit(travel, q, q_places, own, sink)
+    visit = lambda found, block: joined(found, _visit(travel, q, q_places, unpacked(block, own)))
     for direction, hops in travel.legs:
         move = partial(_shift, travel.axis, direction)
 
         def hop(_, carry, move=move):
             found, block = carry
             later = move(block)
-            return joined(found, _visit(travel, q, q_places, block)), later
+            return visit(found, block), later
 
-        found, block = jax.lax.fori_loop(0, hops - 1, hop, (found, move(own)))
-        found = joined(found, _visit(travel, q, q_places, block))
+        found, block = jax.lax.fori_loop(0, hops - 1, hop, (found, move(packed(own))))
+        found = visit(found, block)
     return found[0].astype(v.dtype), found[1]
 
 
@@ -108,35 +110,59 @@ travelled.defvjp(_forward, _backward)
 
 def _ring_back(travel, q, q_places, own, rows):
     """(dq, (dk, dv) of this device's keys), in acc."""
-    add = partial(jax.tree.map, jnp.add)
     dq, *grads = _visit_back(travel, q, q_places, own, rows, home=True)
+    at_home = together(grads)
     for leg, (direction, hops) in enumerate(travel.legs):
         move = partial(_shift, travel.axis, direction)
 
         def visit(dq, carried, block, move=move):
             # The sums of earlier devices come in while this one's are made.
             arrived = move(carried)
-            dq_part, *part_grads = _visit_back(travel, q, q_places, block, rows)
-            return dq + dq_part, add(arrived, part_grads)
+            dq_part, *part_grads = _visit_back(travel, q, q_places, unpacked(block, own), rows)
+            return dq + dq_part, arrived + together(part_grads)
 
         def hop(_, carry, move=move, visit=visit):
             dq, carried, block = carry
             later = move(block)
             return *visit(dq, carried, block), later
 
-        carried = grads if leg == 0 else jax.tree.map(jnp.zeros_like, grads)
-        dq, carried, block = jax.lax.fori_loop(0, hops - 1, hop, (dq, carried, move(own)))
+        carried = at_home if leg == 0 else jnp.zeros_like(at_home)
+        dq, carried, block = jax.lax.fori_loop(0, hops - 1, hop, (dq, carried, move(packed(own))))
         dq, carried = visit(dq, carried, block)
         home = _shift(travel.axis, -direction * hops, carried)
-        grads = home if leg == 0 else add(grads, home)
-    return dq, grads
+        at_home = home if leg == 0 else at_home + home
+    return dq, apart(at_home, grads)
 
 
-def _shift(axis, by, tree):
+def _shift(axis, by, x):
     """What the device `by` places before holds."""
     ranks = jax.lax.axis_size(axis)
-    pairs = [(rank, (rank + by) % ranks) for rank in range(ranks)]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, pairs), tree)
+    return jax.lax.ppermute(x, axis, [(rank, (rank + by) % ranks) for rank in range(ranks)])
+
+
+def together(arrays):
+    """Arrays of a dtype as one, [n]."""
+    return jnp.concatenate([x.reshape(-1) for x in arrays])
+
+
+def apart(flat, like):
+    """Arrays of the shapes of others, from what `together` made of such."""
+    ends = np.cumsum([x.size for x in like])
+    return [flat[end - x.size : end].reshape(x.shape) for x, end in zip(like, ends, strict=True)]
+
+
+def packed(arrays):
+    """The bits of arrays as one array of unsigned integers [n], of the narrowest dtype's width."""
+    width = min(x.dtype.itemsize for x in arrays)
+    return together([jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * width}")) for x in arrays])
+
+
+def unpacked(flat, like):
+    """Arrays of the shapes and dtypes of others, from what `packed` made of such."""
+    split = [x.dtype.itemsize // flat.dtype.itemsize for x in like]
+    shapes = [x.shape + (n,) * (n > 1) for x, n in zip(like, split, strict=True)]
+    pieces = apart(flat, [jax.ShapeDtypeStruct(shape, flat.dtype) for shape in shapes])
+    return [jax.lax.bitcast_convert_type(piece, x.dtype) for piece, x in zip(pieces, like, strict=True)]
 
 
 def _gather(axis, block):
@@ -222,12 +248,12 @@ def _visit_back_by_cudnn(travel, q, q_places, block, rows, home):
         half = q.shape[3] // 2
         at = jnp.where(k_places[1, 0, 0] < q_places[1, 0, 0], 0, half)
         piece = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, half, axis=2)
-        pieces = lambda start, stop: ([piece(x, start) for x in own], [piece(x, stop) for x in others])
-        found = []
-        for x, start, one, more in zip((own[0], *others), (half, 0, 0), call(*pieces(half, 0)), call(*pieces(at, at))):
-            total = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(x.shape, acc), one.astype(acc), start, axis=2)
-            total = jax.lax.dynamic_update_slice_in_dim(total, piece(total, at) + more, at, axis=2)
-            found.append(total)
+        put = lambda x, new, start: jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=2)
+        found = [jnp.zeros(x.shape, acc) for x in (own[0], *others)]
+        for start, stop in ((half, 0), (at, at)):
+            one = call([piece(x, start) for x in own], [piece(x, stop) for x in others])
+            places = zip(found, one, (start, stop, stop), strict=True)
+            found = [put(total, piece(total, at) + more, at) for total, more, at in places]
     dq, dk, dv = found
     dk, dv = (x.reshape(*one.shape[:2], -1, *one.shape[2:]).sum(2) for x, one in zip((dk, dv), (k, v), strict=True))
     return dq.reshape(shape), dk, dv
