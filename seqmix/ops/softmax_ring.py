@@ -112,23 +112,27 @@ def _ring_back(travel, q, q_places, own, rows):
     """(dq, (dk, dv) of this device's keys), in acc."""
     dq, *grads = _visit_back(travel, q, q_places, own, rows, home=True)
     at_home = together(grads)
+    like = [*own, at_home]
     for leg, (direction, hops) in enumerate(travel.legs):
         move = partial(_shift, travel.axis, direction)
+        carried = at_home if leg == 0 else jnp.zeros_like(at_home)
+        parcel = jnp.concatenate([move(packed(own)), packed([carried])])
 
-        def visit(dq, carried, block, move=move):
-            # The sums of earlier devices come in while this one's are made.
-            arrived = move(carried)
-            dq_part, *part_grads = _visit_back(travel, q, q_places, unpacked(block, own), rows)
+        def visit(dq, arrived, parcel):
+            dq_part, *part_grads = _visit_back(travel, q, q_places, unpacked(parcel, like)[:-1], rows)
             return dq + dq_part, arrived + together(part_grads)
 
         def hop(_, carry, move=move, visit=visit):
-            dq, carried, block = carry
-            later = move(block)
-            return *visit(dq, carried, block), later
+            dq, parcel = carry
+            # The next block and the sums of earlier devices come in while this block is worked on.
+            later = move(parcel)
+            arrived = unpacked(later, like)[-1]
+            dq, sums = visit(dq, arrived, parcel)
+            sums = packed([sums])
+            return dq, jax.lax.dynamic_update_slice_in_dim(later, sums, later.size - sums.size, axis=0)
 
-        carried = at_home if leg == 0 else jnp.zeros_like(at_home)
-        dq, carried, block = jax.lax.fori_loop(0, hops - 1, hop, (dq, carried, move(packed(own))))
-        dq, carried = visit(dq, carried, block)
+        dq, parcel = jax.lax.fori_loop(0, hops - 1, hop, (dq, parcel))
+        dq, carried = visit(dq, move(unpacked(parcel, like)[-1]), parcel)
         home = _shift(travel.axis, -direction * hops, carried)
         at_home = home if leg == 0 else at_home + home
     return dq, apart(at_home, grads)
@@ -152,17 +156,30 @@ def apart(flat, like):
 
 
 def packed(arrays):
-    """The bits of arrays as one array of unsigned integers [n], of the narrowest dtype's width."""
-    width = min(x.dtype.itemsize for x in arrays)
-    return together([jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * width}")) for x in arrays])
+    """The bits of arrays as one array of words [n]."""
+    return together([_words(x) for x in arrays])
 
 
 def unpacked(flat, like):
     """Arrays of the shapes and dtypes of others, from what `packed` made of such."""
-    split = [x.dtype.itemsize // flat.dtype.itemsize for x in like]
-    shapes = [x.shape + (n,) * (n > 1) for x, n in zip(like, split, strict=True)]
-    pieces = apart(flat, [jax.ShapeDtypeStruct(shape, flat.dtype) for shape in shapes])
-    return [jax.lax.bitcast_convert_type(piece, x.dtype) for piece, x in zip(pieces, like, strict=True)]
+    words = [jax.eval_shape(_words, x) for x in like]
+    return [_numbers(piece, x) for piece, x in zip(apart(flat, words), like, strict=True)]
+
+
+def _words(x):
+    """The bits of x, [n] uint32: two numbers of 16 bits a word, or two words a number of 64."""
+    each = max(1, 4 // x.dtype.itemsize)  # numbers a word
+    x = x.reshape(-1)
+    if each > 1:
+        x = jnp.pad(x, (0, -x.size % each)).reshape(-1, each)
+    return jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+
+
+def _numbers(words, like):
+    """What `_words` made words of."""
+    parts = max(1, like.dtype.itemsize // 4)  # words a number
+    words = words.reshape(-1, parts) if parts > 1 else words
+    return jax.lax.bitcast_convert_type(words, like.dtype).reshape(-1)[: like.size].reshape(like.shape)
 
 
 def _gather(axis, block):

@@ -9,7 +9,7 @@ from pallas_kernels import cudnn
 from seqmix.core import sharding
 from seqmix.ops import softmax_context
 from seqmix.ops.softmax import attention
-from seqmix.ops.softmax_ring import Travel
+from seqmix.ops.softmax_ring import Travel, packed, unpacked
 from tests.quick import QUICK
 
 
@@ -64,3 +64,13 @@ def test_calls_of_whole_chunks_give_what_one_device_gives(monkeypatch, x64, form
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
     asked = {(4, 4, True), (2, 2, False)} if causal else {(4, 4, False)}
     assert set(calls) == asked
+
+
+def test_what_travels_in_one_piece_arrives_to_the_bit():
+    rng = np.random.default_rng(1)
+    odd = jnp.asarray(rng.normal(size=(3, 5)), jnp.bfloat16)
+    arrays = [odd, jnp.arange(-3, 4, dtype=jnp.int32), jnp.asarray([[np.nan, -0.0, np.inf]], jnp.float32)]
+    piece = packed(arrays)
+    assert piece.ndim == 1 and piece.nbytes == 8 * 4 + 7 * 4 + 3 * 4
+    for x, back in zip(arrays, unpacked(piece, arrays), strict=True):
+        assert back.dtype == x.dtype and np.asarray(back).tobytes() == np.asarray(x).tobytes()
