@@ -26,9 +26,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from seqmix.ops import targets
 from seqmix.ops.linear_anchored import channel_scores, contract, head_weights, prefix_suffix
 from seqmix.ops.linear_chunked import plan
 from seqmix.ops.triangular import unit_lower_inverse
+
+# Chunks that a GPU takes in one step of the loop. XLA launches these as one graph, but one chunk's kernels one by one,
+# with copies of its inputs before them.
+UNROLL = 4
 
 
 class Chunks(NamedTuple):
@@ -154,7 +159,8 @@ def _block(state, c):
         return new, (s.astype(right.dtype), u.astype(right.dtype))
 
     xs = inverse, target, right, right_rows, left, left_rows, key, value, decay
-    state, ys = jax.lax.scan(advance, state, jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), xs))
+    xs = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), xs)
+    state, ys = jax.lax.scan(advance, state, xs, unroll=1 if targets.capability() is None else UNROLL)
     entering, u = (jnp.moveaxis(x, 0, 2) for x in ys)
     q, rows = decayed(c.q, decay_sums(c.decay), c.entered)
     y = times(product("bhnck,bhnkv->bhncv", q, entering), rows) + _mix(chunk_scores(c, c.q, c.left), u)

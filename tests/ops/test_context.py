@@ -218,6 +218,7 @@ def test_parts_of_a_stretch_give_what_it_gives(monkeypatch, name, ids, ways, par
     with jax.enable_x64(True):
         want = pull(function, args, ids)
         monkeypatch.setattr(delta_context, "parts", lambda lay, d, chunk: parts)
+        monkeypatch.setattr(delta_context.targets, "capability", lambda: (9, 0))  # steps of several chunks
         with sharding.use_mesh(sharding.make_mesh(**ways, devices=jax.devices()[: 2 if ways else 1])):
             got = pull(function, args, ids)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
