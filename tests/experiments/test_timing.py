@@ -1,0 +1,25 @@
+"""How calls are timed beside those of PyTorch: by the faster of two ways."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.bench import timing
+
+
+@pytest.mark.parametrize(
+    ("queued", "filled", "fills", "best"),
+    [(3.0, 2.5, 1.0, 1.5), (3.0, 4.5, 1.0, 3.0), (30.0, 25.0, 1.0, 30.0)],
+    ids=["faster when rested", "faster in a queue", "too long to rest"],
+)
+def test_of_calls_in_a_queue_and_after_fills_the_faster_counts(monkeypatch, queued, filled, fills, best):
+    took = {"queue": queued, "filled": filled, "fills": fills}  # ms
+    monkeypatch.setattr(timing, "_seconds", lambda queue, count: 1e-3 * took[queue.__name__])
+    monkeypatch.setattr(timing, "FILLED", 1 << 10)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert timing.best_ms(jax.jit(lambda x: x + 1), [(jnp.zeros(2),)]) == pytest.approx(best)
+
+
+def test_a_cpu_is_timed_in_queues_alone(monkeypatch):
+    monkeypatch.setattr(timing, "_seconds", lambda queue, count: {"queue": 2e-3}[queue.__name__])
+    assert timing.best_ms(jax.jit(lambda x: x + 1), [(jnp.zeros(2),)]) == pytest.approx(2.0)
