@@ -11,8 +11,8 @@ it is rounded to bfloat16 or has no gradient. Public names of the libraries only
 Key heads may be fewer than query heads everywhere, value heads that are not as many as key heads are repeated with
 them (`heads.alike`), and float32 stays with the chunked form. With implementation None a
 call goes to the first of them, in this order, that takes it here, any other one to our own kernels or the chunked form;
-our kernels come first where `yields` says so, and values alone may go elsewhere (`for_values`; docs/attention.md says
-why, and what was measured).
+our kernels come first where `yields` says so, values alone may go elsewhere (`for_values`), and gradients of keys that
+travel to cuDNN (`for_ring`); docs/attention.md says why, and what was measured.
 """
 
 import functools
