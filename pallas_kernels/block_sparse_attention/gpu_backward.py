@@ -37,11 +37,7 @@ DEEP = 12  # operations of a mask, above which a tile of 128 keys needs too many
 VECTOR = 6  # as many operations as that a vector of keys, beyond one, takes in registers
 SHARED_BYTES = 225 * 1024
 SHORT = 8192  # tokens whose indices may be a constant of the program
-# Whether a thread block that goes from list to list fetches the next owner's tiles from the last step on, and stores
-# what it found through shared memory of its own meanwhile.
-EARLY = True
-SPLITS = True  # whether a warpgroup takes the half of a tile of 128 keys alone that it sees, where lists say so
-COLUMNS = 64  # of a result that are stored at a time then
+COLUMNS = 64  # of a result that are stored at a time where the next owner's tiles may arrive meanwhile
 
 
 def backward(
@@ -163,7 +159,7 @@ def _gradients(call: Call, walk, own, others, rows, facts):
     grid = {"owner": order.size // call.owners, "head": own[0].shape[2] * call.shares, "row": own[0].shape[0]}
     deal = dealt(call, count, other.shape[2], others, *grid.values())
     known = isinstance(count, np.ndarray)  # else it took longer on an H100, 0.99 ms for 0.97 in documents
-    early = EARLY and deal is not None and known and not call.fetches_rows  # which take registers that are too few then
+    early = deal is not None and known and not call.fetches_rows  # which take registers that are too few then
     call = dataclasses.replace(call, deal=deal, early=early)
     if call.deal is not None:
         grid, order = {"worker": plan.SMS}, np.int32([[0]]) if deal.order is None else deal.order
@@ -446,8 +442,6 @@ class _Block:
                 empty, *second = ((marks >> n * WARPGROUPS) & 1 for n in range(1, 1 + call.step // ROWS))
                 if not second:
                     return lax.cond(empty == 1, over, looks, sums, slot, ends)
-                if not SPLITS:
-                    return lax.cond(empty & second[0] == 1, over, looks, sums, slot, ends)
                 half = lambda *given: copies[0](*given, empty * ROWS)
                 some = lambda *given: lax.cond(empty & second[0] == 1, over, half, *given)
                 return lax.cond(empty | second[0] == 1, some, looks, sums, slot, ends)
