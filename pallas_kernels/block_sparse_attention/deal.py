@@ -17,6 +17,8 @@ UNSURE = 32  # the same of lists whose lengths are not known while tracing
 STARTING = 128  # tokens of a list that take as long as beginning and ending it
 UNEVEN = 1.1  # most that a thread block's work may be of the mean
 LISTED = 64  # items a thread block, up to which it is listed who takes which where the lists' lengths are known
+ROW = 16  # bits of a card's head, above which its row is
+TURNS = 128  # most cards of a thread block, of 16 bytes
 TOGETHER = 16 << 20  # bytes of what is listed that are walked at a time, so that L2 keeps them
 
 
@@ -96,3 +98,18 @@ def dealt(call, count, entries, others, owners, heads, rows):
     else:
         loads = np.bincount(index % plan.SMS, work)
     return deal if loads.max() <= UNEVEN * loads.mean() else None
+
+
+def cards(deal, begin, count):
+    """(owner, or -1 at the end; head and row; begin and count of the list) of each turn, [thread blocks, turns, 4].
+
+    None where the items are not listed, the lists not known, or turns too many.
+    """
+    if deal.order is None or not isinstance(begin, np.ndarray) or deal.order.shape[1] > TURNS:
+        return None
+    # A copy is of so many times 128 bytes.
+    order = np.pad(deal.order, ((0, 0), (0, -deal.order.shape[1] % 8)), constant_values=-1)
+    owner, head, row = deal.place(np.maximum(order, 0))
+    at = row * (count.shape[0] > 1), head * count.shape[1] // deal.heads, owner
+    found = np.where(order < 0, -1, owner), head + (row << ROW), begin[at], count[at]
+    return np.stack(found, axis=-1).astype(np.int32)

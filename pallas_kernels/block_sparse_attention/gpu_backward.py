@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention import plan
-from pallas_kernels.block_sparse_attention.deal import dealt
+from pallas_kernels.block_sparse_attention.deal import cards, dealt
 from pallas_kernels.block_sparse_attention.listed import MARKS, ROWS, WARPGROUPS, Call, List
 from pallas_kernels.block_sparse_attention.plan import BLOCKS, LOG2_E, Visibility, pieces
 
@@ -163,6 +163,9 @@ def _gradients(call: Call, walk, own, others, rows, facts):
     call = dataclasses.replace(call, deal=deal, early=early)
     if call.deal is not None:
         grid, order = {"worker": plan.SMS}, np.int32([[0]]) if deal.order is None else deal.order
+        held = cards(deal, begin, count) if call.owners == 1 else None
+        if held is not None:
+            call, order = dataclasses.replace(call, turns=held.shape[1]), held
     arrays = [*own, *others, *rows, order, begin, count, entries.astype(np.int32)]
     if call.seen is not None:
         names += ["own_facts", "other_facts"]
@@ -188,7 +191,7 @@ def _gradients(call: Call, walk, own, others, rows, facts):
         compat.tile(slots, call.step, b),
         compat.vector(slots, 2, call.step) if call.keys_own else compat.vector(WARPGROUPS, 2, ROWS),
         compat.barriers(alone, WARPGROUPS // alone * (2 + call.fetches_rows + hides)),
-        compat.barriers(slots, 2 + call.keys_own + 2 * hides),
+        compat.barriers(slots, 2 + call.keys_own + hides),
         compat.barriers(slots, call.units),
     ]
     if hides:
@@ -201,6 +204,8 @@ def _gradients(call: Call, walk, own, others, rows, facts):
         scratch += [compat.tile(WARPGROUPS, ROWS, call.step)] * 2
     if call.deal is not None:
         scratch.append(compat.barriers(WARPGROUPS))
+    if call.turns:
+        scratch += [compat.vector(*order.shape[1:], dtype=jnp.int32), compat.barrier(1)]
     if call.early:
         scratch.append(compat.tile(WARPGROUPS, ROWS, COLUMNS))
     found = compat.kernel(
@@ -229,6 +234,7 @@ class _Block:
         self.a, self.b, self.other_a, self.other_b, self.rows = a, b, other_a, other_b, rows
         self.loaded, self.ready, self.free = loaded, ready, free
         *more, self.staged = more if call.early else (*more, None)
+        *more, self.cards, self.told = more if call.turns else (*more, None, None)
         *more, self.used = more if call.deal is not None else (*more, None)
         self.warpgroup = compat.warpgroup(WARPGROUPS)
         self.own_facts, self.other_facts, self.marks = more[:3] if call.seen is not None else (None,) * 3
@@ -249,7 +255,9 @@ class _Block:
             self.compute()
 
     def item(self, turn):
-        """What the thread block takes at a turn."""
+        """What the thread block takes at a turn: its number, or where its card is."""
+        if self.call.turns:
+            return turn
         worker = lax.axis_index("worker")
         return turn * plan.SMS + worker if self.call.deal.order is None else self.given["order"][worker, turn]
 
@@ -258,6 +266,10 @@ class _Block:
         deal, first = self.call.deal, jnp.int32(0)
         if deal is None:
             return body(0, 0, start)[1]
+        if self.call.turns:
+            compat.wait(self.told)
+            once = lambda carry: (carry[0] + 1, body(carry[0], carry[0], carry[1])[1])
+            return lax.while_loop(lambda carry: self.cards[carry[0], 0] >= 0, once, (first, start))[1]
         more = lambda item: item < deal.items if deal.order is None else item >= 0
 
         def step(carry):
@@ -283,25 +295,30 @@ class _Block:
                     for source in self.own_tiles(mine, unit, "aby" if call.makes_rows else "ab"):
                         compat.prefetch(source)
 
-            def step(n, _):
+            def step(n, entries):
+                later = tuple(mine.entry(n + 1) for mine in lists)  # here, not after the copies
                 if call.deal is not None:
                     # Tiles of the list first, as many as find room: the item before may still need its own.
                     for unit, mine in units:
                         room = call.stages - call.early  # the last step's tile leaves its own after the owner's
                         at = jnp.where(number == 0, 0, jnp.minimum(mine.steps, room))
                         pl.when(n == at)(functools.partial(self.fetch_own, mine, unit))
-                for mine in lists:
+                for mine, entry in zip(lists, entries):
                     if call.owners == 1 and call.deal is None:
-                        self.fetch_step(mine, n)
+                        self.fetch_step(mine, n, entry)
                     else:
-                        pl.when(n < mine.steps)(functools.partial(self.fetch_step, mine, n))
+                        pl.when(n < mine.steps)(functools.partial(self.fetch_step, mine, n, entry))
+                return later
 
             steps = lists[0].steps
             for mine in lists[1:]:
                 steps = jnp.maximum(steps, mine.steps)
-            lax.fori_loop(0, steps + (call.deal is not None), step, None)
+            first = tuple(mine.entry(0) for mine in lists)
+            lax.fori_loop(0, steps + (call.deal is not None), step, first)
             return None, tuple(mine.before + mine.steps for mine in lists)
 
+        if call.turns:
+            compat.fetch(self.given["order"].at[lax.axis_index("worker")], self.cards, self.told)
         self.turns(turn, (0 if call.deal is None else jnp.int32(0),) * call.owners)
         for slot in range(call.owners * call.stages):  # no arrival is left behind
             compat.wait(self.free.at[slot])
@@ -334,11 +351,10 @@ class _Block:
         for source, target in copies:
             compat.fetch(source, target.at[unit], self.loaded.at[unit if call.deal is not None else 0])
 
-    def fetch_step(self, mine, n):
+    def fetch_step(self, mine, n, entry):
         call, given, row = self.call, self.given, mine.row
         slot = mine.slot(mine.before + n)
         head = mine.head + n % mine.heads if call.keys_own else mine.own_head // call.ratio
-        entry = mine.entry(n)
         tokens = pl.ds(mine.other_start(entry, n), call.step)
         copies = [(given["other_a"].at[row, tokens, head], self.other_a)]
         copies.append((given["other_b"].at[row, tokens, head], self.other_b))
@@ -349,11 +365,10 @@ class _Block:
             names = pl.ds(0, self.other_facts.shape[1])
             copies.append((facts.at[self.row_of(facts, mine), names, tokens], self.other_facts))
         compat.wait(self.free.at[slot])
+        if call.seen is not None:  # the copies' arrivals tell of it too
+            self.marks[slot] = mine.marks(entry, n)
         for source, target in copies:
             compat.fetch(source, target.at[slot], self.ready.at[slot])
-        if call.seen is not None:
-            self.marks[slot] = mine.marks(entry, n)
-            compat.arrive(self.ready.at[slot])
 
     def compute(self):
         call = self.call
@@ -365,12 +380,14 @@ class _Block:
 
         # 0, which the compiler does not know: what is found with it is not found before the loop over items and kept.
         hidden_zero = lambda count: 0 if call.deal is None else jnp.minimum(count, 0)
+        # Found anew for each item: kept, it is spilled, and read again in the loop over tiles.
+        index = lambda: self.warpgroup if call.deal is None else compat.warpgroup(WARPGROUPS)
 
         def turn(number, item, before):
             mine = List(self, place, item)
             steps = mine.steps
             last = before + steps
-            self.unit = self.warpgroup + hidden_zero(steps)
+            self.unit = index() + hidden_zero(steps)
             self.mine = self.unit if call.early else self.warpgroup  # the same, from what is kept anyway
             loaded = self.loaded.at[self.unit if call.deal is not None else 0]
             self.make_rows(mine, loaded) if call.makes_rows else compat.wait(loaded)
@@ -379,7 +396,7 @@ class _Block:
             number += hidden_zero(last)
             following = self.item(number + 1) if call.deal is not None else None
             mine = List(self, place, item if call.deal is None else self.item(number))
-            unit = self.warpgroup + hidden_zero(last)
+            unit = index() + hidden_zero(last)
             sums = [total * scale for total, scale in zip(sums, (call.scale, 1.0))]
             for level in range(call.levels):
                 if level:

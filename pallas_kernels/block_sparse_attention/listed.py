@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.block_sparse_attention.deal import Deal
+from pallas_kernels.block_sparse_attention.deal import ROW, Deal
 from pallas_kernels.block_sparse_attention.plan import Visibility
 
 ROWS = 64  # of a warpgroup
@@ -34,6 +34,7 @@ class Call:
     skips: bool = False  # lists say that halves see nothing of some tiles
     pieces: tuple = (1, 1)  # parts into which the query heads of a key head, and each list, are cut
     deal: Deal | None = None  # how thread blocks go through several items; None: each has one
+    turns: int = 0  # of a thread block whose lists are told on cards in shared memory; 0: they are not
     early: bool = False  # with a deal: an owner's tiles may be fetched while the results of the one before are stored
 
     @property
@@ -83,6 +84,9 @@ class List:
         if deal is None:
             owner, head, self.row = (lax.axis_index(name) for name in ("owner", "head", "row"))
             owner = given["order"][owner * call.owners + place]
+        elif call.turns:
+            owner, head, begin, count = (block.cards[item, n] for n in range(4))
+            head, self.row = head & (1 << ROW) - 1, head >> ROW
         else:
             owner, head, self.row = deal.place(item, lax.div, lax.rem)
             owner = owner * call.owners + place
@@ -98,7 +102,9 @@ class List:
         self.start = owner * call.own
         self.heads = call.ratio // call.pieces[0] if call.keys_own else 1  # query heads that are walked, from `head` on
         self.head = self.own_head * call.ratio
-        self.begin, count = given["begin"][*lead, owner], given["count"][*lead, owner]
+        if not call.turns:
+            begin, count = given["begin"][*lead, owner], given["count"][*lead, owner]
+        self.begin = begin
         if call.pieces[0] > 1:
             self.head += lax.rem(self.share, jnp.int32(call.pieces[0])) * self.heads
         if call.pieces[1] > 1:
@@ -113,11 +119,11 @@ class List:
     def entry(self, step):
         """What is listed for a step: the block's number, times 64, and its marks."""
         last = self.entries.shape[-1] - 1  # where an empty list may begin past
-        return self.entries[jnp.minimum(self.begin + step // (self.heads * self.call.parts), last)]
+        return self.entries[jnp.minimum(self.begin + lax.div(step, jnp.int32(self.heads * self.call.parts)), last)]
 
     def part(self, step):
         """Which part of the listed block a step takes."""
-        return (step // self.heads) % self.call.parts
+        return lax.rem(lax.div(step, jnp.int32(self.heads)), jnp.int32(self.call.parts))
 
     def other_start(self, entry, step):
         """First token of a step."""

@@ -3,6 +3,8 @@
 Bound: p, ds and the results are rounded to bfloat16 (2^-9 relative) once each, which alone gives 2 to 3 in a thousand.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,6 +174,19 @@ def test_items_are_listed_once_each_and_shared_out_evenly_where_lengths_are_know
     assert not (order[:, -1] >= 0).any() and not ((order[:, :-1] < 0) & (order[:, 1:] >= 0)).any()
     loads = np.where(order >= 0, work[order], 0).sum(1)
     assert loads.max() < 1.01 * loads.mean()
+
+
+def test_cards_tell_every_item_its_list():
+    rng = np.random.default_rng(0)
+    begin, count = rng.integers(0, 99, (2, 3, 2, 5))  # rows, key heads, owners
+    items = deal.Deal(owners=5, heads=4, rows=3, together=2)
+    order = deal.shared_out(np.ones(items.items, np.int32), 10, 7)
+    found = deal.cards(dataclasses.replace(items, order=order), begin, count)
+    owner, head, first, steps = found[found[..., 0] >= 0].T
+    head, row = head % (1 << deal.ROW), head >> deal.ROW
+    assert len({*zip(owner, head, row)}) == owner.size == items.items
+    assert (first == begin[row, head // 2, owner]).all() and (steps == count[row, head // 2, owner]).all()
+    assert (found[:, -1, 0] == -1).all() and found.shape[1] % 8 == 0
 
 
 def test_walks_are_cut_where_their_thread_blocks_are_few_and_long():
