@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import attention_moba, attention_nsa, attention_peers, errors, timing
-from experiments.bench.suites import Case, attempted, taking
+from experiments.bench.suites import Case, beside_peers, taking
 from seqmix import ops
 from seqmix.ops import masks
 
@@ -40,7 +40,6 @@ DENSITIES = (0.125, 0.25, 0.5)
 ERROR_T = 512
 NAMES = ("gpu", "tpu", "cudnn", "tokamax", "splash", "chunked")
 SETS = 2
-TIMES = ("fwd_ms", "fwd_bwd_ms")
 
 
 def random_table(density, length):
@@ -112,25 +111,24 @@ def _case(name, length, args):
     pairs = mask.pairs(length)
     flops = 4 * WIDTH * HEADS * batch * pairs
     wrong = measured_errors(name, min(length, ERROR_T)) if length == min(T, *LENGTHS) or name != "causal" else {}
+    base = {"pattern": name, "batch": batch, "tokens": length, "density": pairs / length**2}
+    rate = lambda times: {"tflops": flops / times["fwd_ms"] / 1e9}
     draw = lambda seed: [jax.random.normal(jax.random.key(4 * seed + n), shape, jnp.bfloat16) for n in range(4)]
-    sets, found = [draw(seed) for seed in range(SETS)], {}
+    sets = [draw(seed) for seed in range(SETS)]
     for label, implementation in supported(call, shape).items():
         run = functools.partial(call, implementation=implementation)
         fwd = timing.best_ms(jax.jit(run), [inputs[1:] for inputs in sets])
         both = timing.best_ms(jax.jit(timing.with_gradients(run)), sets)
-        found[label] = {"fwd_ms": fwd, "fwd_bwd_ms": both}
+        times = {"fwd_ms": fwd, "fwd_bwd_ms": both}
+        yield base | {"implementation": label, **times, **rate(times), **wrong.get(label, {})}
     del sets
-    rivals, failed = attempted(attention_peers.times, name, batch, length) if args.peers else ({}, None)
-    best = [min((times[key] for times in rivals.values()), default=None) for key in TIMES]
-    base = {"pattern": name, "batch": batch, "tokens": length, "density": pairs / length**2}
-    for label, times in (found | rivals).items():
-        row = base | {"implementation": label, **times, "tflops": flops / times["fwd_ms"] / 1e9}
-        row |= wrong.get(label, {})
-        if label in found and best[0] is not None:
-            row |= {"peer_ratio": best[0] / times["fwd_ms"], "peer_ratio_both": best[1] / times["fwd_bwd_ms"]}
-        yield row
-    if failed:
-        raise failed
+    for label, times in attention_peers.times(name, batch, length).items() if args.peers else ():
+        yield base | {"implementation": label, **times, **rate(times), "peer": True}
+
+
+def relate(rows):
+    """Puts the ratios to the best peer of the same case into our rows."""
+    beside_peers(rows, "part", "pattern", "tokens")
 
 
 def measured_errors(name, length):

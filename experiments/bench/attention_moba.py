@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import attention_peers, errors, timing
-from experiments.bench.suites import Case, attempted, taking
+from experiments.bench.suites import Case, taking
 from seqmix import ops
 from seqmix.ops.topk_blocks import choose_blocks, pooled_scores
 
@@ -24,7 +24,6 @@ CHUNKED = 8192  # longest rows that the chunked form is timed on
 DENSE = "dense, default"
 ERROR_T, ERROR_SIZE = 1024, 128
 SETS = 2
-TIMES = ("fwd_ms", "fwd_bwd_ms")
 
 
 def cases(args):
@@ -55,25 +54,19 @@ def _case(length, args):
     for name in taking(call, [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3, NAMES):
         if name != "chunked" or length <= CHUNKED:
             runs[name] = functools.partial(call, implementation=name)
-    found = {}
-    for label, run in runs.items():
-        fwd = timing.best_ms(jax.jit(run), [inputs[1:] for inputs in sets])
-        found[label] = {"fwd_ms": fwd, "fwd_bwd_ms": timing.best_ms(jax.jit(timing.with_gradients(run)), sets)}
-    del sets
     wrong = measured_errors() if length == LENGTHS[0] else {}
-    rivals, failed = attempted(peers, shape[0], length) if args.peers else ({}, None)
-    best = [min((times[key] for times in rivals.values()), default=None) for key in TIMES]
     pairs = pairs_left(length)
     base = {"pattern": "moba", "batch": shape[0], "tokens": length, "density": pairs / length**2}
-    for label, times in (found | rivals).items():
+    for label, run in runs.items():
+        fwd = timing.best_ms(jax.jit(run), [inputs[1:] for inputs in sets])
+        times = {"fwd_ms": fwd, "fwd_bwd_ms": timing.best_ms(jax.jit(timing.with_gradients(run)), sets)}
         row = base | {"implementation": label, **times, **wrong.get(label, {})}
         if label in NAMES:
-            row["tflops"] = 4 * WIDTH * HEADS * shape[0] * pairs / times["fwd_ms"] / 1e9
-        if label in found and best[0] is not None:
-            row |= {"peer_ratio": best[0] / times["fwd_ms"], "peer_ratio_both": best[1] / times["fwd_bwd_ms"]}
+            row["tflops"] = 4 * WIDTH * HEADS * shape[0] * pairs / fwd / 1e9
         yield row
-    if failed:
-        raise failed
+    del sets
+    for label, times in peers(shape[0], length).items() if args.peers else ():
+        yield base | {"implementation": label, **times, "peer": True}
 
 
 def measured_errors(length=ERROR_T, size=ERROR_SIZE, heads=2):

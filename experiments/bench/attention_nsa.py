@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from experiments.bench import attention_peers, errors, timing
 from experiments.bench.attention_moba import DENSE, dense, pairs_left
-from experiments.bench.suites import Case, attempted, taking
+from experiments.bench.suites import Case, taking
 from seqmix.mixers.dynamic_sparse.native_sparse_attention import BRANCHES, NativeSparseAttention
 from seqmix.parts import chosen_blocks
 from seqmix.parts.chunks import token_places
@@ -25,7 +25,6 @@ ERROR_T = 1024
 NAMES = ("gpu", "chunked")
 CHUNKED = 8192  # longest rows that the chunked form is timed on
 STRETCH = 8192  # tokens whose lists are made at once
-TIMES = ("fwd_ms", "fwd_bwd_ms")
 
 
 def cases(args):
@@ -85,9 +84,6 @@ def _case(name, length, args):
     sets = [(draw(9, shape[0]), *inputs)]  # of one set, as four of q at T = 65536 are 4 GiB
     pairs = pairs_left(length, SIZE, COUNT)  # of the selected branch
     wrong = measured_errors(ERROR_T) if (name, length) == (SELECTED, LENGTHS[0]) else {}
-    beside = args.peers and name != THREE
-    rivals, failed = attempted(attention_peers.nsa_times, name, length, index) if beside else ({}, None)
-    best = [min((times[key] for times in rivals.values()), default=None) for key in TIMES]
     base = {"pattern": name, "batch": 1, "tokens": length, "density": pairs / length**2}
     rate = lambda times: 4 * WIDTH * HEADS * pairs / times["fwd_ms"] / 1e9 if name == SELECTED else None
     found = taking(run, [jax.ShapeDtypeStruct(x, jnp.bfloat16) for x in shape], NAMES)
@@ -97,14 +93,10 @@ def _case(name, length, args):
         one = dense if label == DENSE else functools.partial(run, implementation=label)
         times = {"fwd_ms": timing.best_ms(jax.jit(one), [each[1:] for each in sets])}
         times["fwd_bwd_ms"] = timing.best_ms(jax.jit(timing.with_gradients(one)), sets)
-        row = base | {"implementation": label, **times, "tflops": rate(times), **wrong.get(label, {})}
-        if best[0] is not None:
-            row |= {"peer_ratio": best[0] / times["fwd_ms"], "peer_ratio_both": best[1] / times["fwd_bwd_ms"]}
-        yield row
-    for label, times in rivals.items():
-        yield base | {"implementation": label, **times, "tflops": rate(times)}
-    if failed:
-        raise failed
+        yield base | {"implementation": label, **times, "tflops": rate(times), **wrong.get(label, {})}
+    beside = args.peers and name != THREE
+    for label, times in attention_peers.nsa_times(name, length, index).items() if beside else ():
+        yield base | {"implementation": label, **times, "tflops": rate(times), "peer": True}
 
 
 def measured_errors(length, heads=HEADS // KEY_HEADS):

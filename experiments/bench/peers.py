@@ -6,9 +6,6 @@ import numpy as np
 
 from experiments.bench.timing import torch_ms
 
-LABELS = ("fla chunk_hgrn", "fla fused_recurrent_hgrn", "mamba_ssm chunk 256", "fla chunk_gla", "fla chunk_simple_gla")
-LABELS += ("fla chunk_retention",)
-
 
 def calls(name):
     """{label: function of the op's inputs as torch tensors}."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench import errors, peers, timing
-from experiments.bench.suites import Case, taking
+from experiments.bench.suites import Case, beside_peers, taking
 from seqmix import ops
 
 NAME = "recurrent"
@@ -120,18 +120,23 @@ def cases(args):
 def _case(name, b, t, wrong, args):
     if name not in wrong:
         wrong[name] = measured_errors(name, args.peers)
-    found = dict(ours(name, b, t))
-    gc.collect()  # torch has its own memory
-    if args.peers:
-        found |= peers.times(name, OPS[name][0], b, t)
     forward, both = (1e3 * count / _rate() for count in bytes_of(name, b, t))
-    best = [min((f[key] for label, f in found.items() if label in peers.LABELS), default=None) for key in TIMES]
-    for label, times in found.items():
-        row = {"op": name, "batch": b, "tokens": t, "implementation": label, **times, **wrong[name].get(label, {})}
-        row |= {"floor_ms": forward, "fwd_bwd_floor_ms": both, "floor_share": forward / times["fwd_ms"]}
-        if label not in peers.LABELS and best[0] is not None:
-            row |= {"peer_ratio": best[0] / times["fwd_ms"], "peer_ratio_both": best[1] / times["fwd_bwd_ms"]}
-        yield row
+
+    def row(label, times):
+        floors = {"floor_ms": forward, "fwd_bwd_floor_ms": both, "floor_share": forward / times["fwd_ms"]}
+        case = {"op": name, "batch": b, "tokens": t, "implementation": label}
+        return case | times | wrong[name].get(label, {}) | floors
+
+    for label, times in ours(name, b, t):
+        yield row(label, times)
+    gc.collect()  # torch has its own memory
+    for label, times in peers.times(name, OPS[name][0], b, t).items() if args.peers else ():
+        yield row(label, times) | {"peer": True}
+
+
+def relate(rows):
+    """Puts the ratios to the best peer of the same case into our rows."""
+    beside_peers(rows, "op", "batch", "tokens")
 
 
 TIMES = ("fwd_ms", "fwd_bwd_ms")

@@ -3,7 +3,8 @@
 Most of a suite's time goes into compiling, which several cores share. Who measures holds the turn, a lock on a file
 that the environment names (already set, it joins several commands), and stops the others meanwhile (SIGSTOP), for what
 they run on the device or the cores would be in the times; the first call of a program, which compiles it, runs without
-the turn. A case whose process dies, as after an illegal address, is a failed row like any other.
+the turn. A case whose process dies, as after an illegal address, is a failed row like any other. A case's rows are in
+DIR/SUITE_cases until they are among all, and stay there where this process is killed.
 """
 
 import concurrent.futures
@@ -11,6 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,21 +99,38 @@ def run(suite, cases, args, kept):
     """As `__main__.run`: the failed cases as (label, reason). Rows are kept as cases end, in the order of the cases."""
     failed, order, running = [], {}, set()
     work = progress.Work(suite.NAME, "cases", len(cases), seconds=0)
-    logs = Path(args.out) / "logs"
+    logs, rows_of = (Path(args.out) / name for name in ("logs", f"{suite.NAME}_cases"))
     logs.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, _together(args.jobs, running) as pool:
-        start = lambda index: _case(index, Path(folder), logs / f"{suite.NAME}_{index}.log", args, running)
-        waiting = {pool.submit(start, index): index for index in range(len(cases))}
-        for count, done in enumerate(concurrent.futures.as_completed(waiting)):
-            case, (rows, seconds) = cases[waiting[done]], done.result()
-            for row in rows:
-                kept.add({"part": case.part, "case": case.label, **row} if "failed" in row else row)
-                order[id(kept.rows[-1])] = waiting[done]
-            kept.rows.sort(key=lambda row: order[id(row)])
-            kept.write()
-            failed += [(case.label, row["failed"]) for row in rows if "failed" in row]
-            work.update(count + 1, f"{case.label} took {seconds:.1f} s", last=count + 1 == len(cases))
+    shutil.rmtree(rows_of, ignore_errors=True)  # of a run that was killed
+
+    def keep(index, rows):
+        case = cases[index]
+        for row in rows:
+            kept.add({"part": case.part, "case": case.label, **row} if "failed" in row else row)
+            order[id(kept.rows[-1])] = index
+        kept.rows.sort(key=lambda row: order[id(row)])
+        kept.write()
+
+    with tempfile.TemporaryDirectory() as folder:
+        start = lambda index: _case(index, Path(folder), rows_of, logs / f"{suite.NAME}_{index}.log", args, running)
+        try:
+            with _together(args.jobs, running) as pool:
+                waiting = {pool.submit(start, index): index for index in range(len(cases))}
+                for count, done in enumerate(concurrent.futures.as_completed(waiting)):
+                    index, (rows, seconds) = waiting[done], done.result()
+                    keep(index, rows)
+                    failed += [(cases[index].label, row["failed"]) for row in rows if "failed" in row]
+                    took = f"{cases[index].label} took {seconds:.1f} s"
+                    work.update(count + 1, took, last=count + 1 == len(cases))
+        finally:  # what cases had measured when they were ended
+            for index in sorted(set(range(len(cases))) - set(order.values())):
+                keep(index, _rows(rows_of / str(index)))
+            shutil.rmtree(rows_of, ignore_errors=True)
     return failed
+
+
+def _rows(folder):
+    return [row for path in folder.glob("*.json") for row in json.loads(path.read_text())["rows"]]
 
 
 @contextlib.contextmanager
@@ -132,15 +151,15 @@ def _together(jobs, running):
         signal.signal(signal.SIGTERM, held)
 
 
-def _case(index, folder, log, args, running):
+def _case(index, folder, rows_of, log, args, running):
     """(rows, seconds) of the case of that number, run by a process, which is in `running` meanwhile."""
-    out, begin = folder / str(index), time.monotonic()
+    out, begin = rows_of / str(index), time.monotonic()
     words = [sys.executable, "-S", str(CHILD), str(os.getpid()), ""]  # the kernel kills it when this process dies
     words += [sys.executable, "-m", "experiments.bench", "run", f"--suite={args.suite}", f"--out={out}"]
     words += [f"--only={','.join(args.only)}"] * bool(args.only) + ["--peers"] * args.peers
     words += [f"--match={args.match}"] * bool(args.match) + [f"--case={index}"]
     path = os.environ.get(TURN, str(folder / "turn"))
-    own = {TURN: path, "TORCHINDUCTOR_CACHE_DIR": str(out / "inductor")}
+    own = {TURN: path, "TORCHINDUCTOR_CACHE_DIR": str(folder / f"inductor{index}")}
     with open(log, "w") as file:
         process = subprocess.Popen(words, env=os.environ | own, stdout=file, stderr=subprocess.STDOUT)
         running.add(process)
@@ -152,7 +171,7 @@ def _case(index, folder, log, args, running):
         running.discard(process)
         for pid in _members(path) if process.returncode else ():  # it may have died in its turn
             _sent(pid, signal.SIGCONT)
-    found = [row for path in out.glob("*.json") for row in json.loads(path.read_text())["rows"]]
+    found = _rows(out)
     if process.returncode and not any("failed" in row for row in found):
         found.append({"failed": f"its process ended with {process.returncode}: {_last(log)}"})
     return found, time.monotonic() - begin

@@ -75,6 +75,14 @@ def state(pid):
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
+def test_rows_of_cases_that_are_cut_off_are_kept(tmp_path, ends_with):
+    rows = '{"rows": [{"op": "ssd", "batch": 1, "tokens": 8, "implementation": "gpu", "fwd_ms": 2.5}]}'
+    script = f"[ $case = 1 ] && echo '{rows}' > $out/one.json && sleep 0.2 && kill -INT $PPID\nexec sleep 30"
+    assert ends_with(script) == 130
+    assert [row["fwd_ms"] for row in kept(tmp_path)] == [2.5]
+    assert not list((tmp_path / "out").glob("*_cases"))
+
+
 def test_who_measures_stops_the_other_cases_until_it_is_done(tmp_path, monkeypatch):
     path = tmp_path / "turn"
     monkeypatch.setenv(turns.TURN, str(path))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.bench import timing
+from experiments.bench import attention, timing
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,14 @@ def test_of_calls_in_a_queue_and_after_fills_the_faster_counts(monkeypatch, queu
 def test_a_cpu_is_timed_in_queues_alone(monkeypatch):
     monkeypatch.setattr(timing, "_seconds", lambda queue, count: {"queue": 2e-3}[queue.__name__])
     assert timing.best_ms(jax.jit(lambda x: x + 1), [(jnp.zeros(2),)]) == pytest.approx(2.0)
+
+
+def test_ratios_to_the_best_peer_come_as_peers_rows_do():
+    ours = {"part": "dense", "pattern": "causal", "tokens": 8, "fwd_ms": 2.0, "fwd_bwd_ms": 5.0}
+    rows = [ours, ours | {"tokens": 16}]
+    attention.relate(rows)
+    assert "peer_ratio" not in ours
+    rows += [ours | {"fwd_ms": fwd, "fwd_bwd_ms": both, "peer": True} for fwd, both in ((3.0, 4.0), (1.0, 6.0))]
+    attention.relate(rows)
+    assert (ours["peer_ratio"], ours["peer_ratio_both"]) == (0.5, 0.8)
+    assert "peer_ratio" not in rows[1] and "peer_ratio" not in rows[2]
