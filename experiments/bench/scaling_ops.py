@@ -90,6 +90,8 @@ def equal(name, how, args):
         where = [NamedSharding(mesh, sharding.spec(s[2], s[0], mesh)) for s in (shapes[0], *shapes)]
         structs = [jax.ShapeDtypeStruct(*s[:2], sharding=w) for s, w in zip((shapes[0], *shapes), where, strict=True)]
         program = jax.jit(timing.with_gradients(run)).lower(*structs).compile()
+    if how == CUDNN and "fmhaSoftmaxBackward" not in program.as_text():
+        raise ValueError("cuDNN makes no gradients of travelling keys here (docs/attention.md)")
     if args.compile_only:
         return
     cotangent, *inputs = (jax.random.normal(jax.random.key(n), s.shape, s.dtype) for n, s in enumerate(structs))

@@ -52,6 +52,8 @@ def use_mesh(mesh, rules=None):
 
     A host with its own mesh passes rules that name its own axes: {"batch": "dp", "heads": "tp"}.
     """
+    if not hasattr(mesh, "axis_names"):
+        raise ValueError(f"mesh: expected a jax.sharding.Mesh, as make_mesh makes it, got {mesh!r}")
     token = _active.set((mesh, RULES if rules is None else dict(rules)))
     try:
         with jax.set_mesh(mesh):

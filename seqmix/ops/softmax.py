@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqmix.core import packing
 from seqmix.core.shapes import boolean, described, dims, finite, floating, positive
@@ -136,6 +137,8 @@ def attention(
             options["cudnn"] = softmax_library.for_ring(lay, form, rules, q, *alike)
         elif implementation is None and name == "cudnn":
             options["values"] = softmax_library.for_values(forms, rules, q, k, v)
+        if options.get("cudnn"):
+            pick("attention", "cudnn", {"cudnn": None})  # for `dispatch.chosen`: of gradients
         y, lse = softmax_context.run(lay, form, *call, **options)
     elif name in kernels:
         y, lse = scored.by_rules(rules, q, k, v, sink_logits, tokens, order, name)
@@ -216,6 +219,8 @@ def _check(q, k, v, sink_logits, *given):
     d = dims(shapes, q=q, k=k, v=v, sink_logits=sink_logits, **given)
     if min(d.T, d.S) < 1:
         raise ValueError(f"q, k: expected at least one query and one key, got T={d.T}, S={d.S}")
+    if min(d.B, d.K, d.V) < 1:
+        raise ValueError(f"q, v: expected at least one row and channels, got B={d.B}, K={d.K}, V={d.V}")
     heads.check(d)
     floating(q=q, k=k, v=v, sink_logits=sink_logits)
     for name, x in given.items():
@@ -237,14 +242,14 @@ def _rules(scale, causal, window, sinks, soft_cap) -> Rules:
     causal = boolean("causal", causal, "True or False (a mask is given by mask=)")
     if window is not None:
         positive("window", window)
-    if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0 or (sinks and not causal):
+    if isinstance(sinks, bool) or not isinstance(sinks, int | np.integer) or sinks < 0 or (sinks and not causal):
         needs = "0" if not causal else "an integer >= 0"
         raise ValueError(f"sinks: expected {needs} with causal={causal}, got {sinks!r}")
     scale, soft_cap = finite("scale", scale), None if soft_cap is None else finite("soft_cap", soft_cap)
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")
     window = None if window is None else int(window)
-    return Rules(scale, causal, window, sinks, soft_cap)
+    return Rules(scale, causal, window, int(sinks), soft_cap)
 
 
 def _tokens(time, keys, segment_ids, kv_segment_ids, q_positions, kv_positions):

@@ -36,7 +36,7 @@ def choose(lay: Layout, rules, d, order: str, context: str | None) -> str | None
         shown = " and ".join(map(str, counts))
         reasons["heads"] = f"{heads} heads and {shown} key heads of a device cannot be divided by {ways} ways"
     if not reasons["zigzag"] and (d.T != d.S or d.T % (2 * ways)):
-        reasons["zigzag"] = f"T={d.T} and S={d.S} are not the same multiple of twice the {ways} ways"
+        reasons["zigzag"] = f"expected T = S a multiple of twice the {ways} ways, {2 * ways}, got T={d.T}, S={d.S}"
     if context is not None:
         if reasons[context]:
             raise ValueError(f"context: attention cannot run {context!r}: {reasons[context]}")

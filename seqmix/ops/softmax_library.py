@@ -110,7 +110,8 @@ def for_ring(lay, form, rules, q, k, v) -> bool:
         return False
     dims = ("batch", "time", "heads", None), *(("batch", "time", "key_heads", None),) * 2
     local = [lay.share(x, *dim) for x, dim in zip((q, k, v), dims, strict=True)]
-    if local[0].shape[1] <= STRETCH or q.shape[3] % 8 or cudnn.unavailable() is not None:
+    chunk = local[0].shape[1] // (2 if form == "zigzag" else 1)
+    if local[0].shape[1] <= STRETCH or chunk % 2 or q.shape[3] % 8 or cudnn.unavailable() is not None:
         return False
     with sharding.shares(lay.mesh):
         return _unsupported("cudnn", rules, *local, None, "index", False) is None

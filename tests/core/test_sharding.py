@@ -20,6 +20,12 @@ def test_axes_are_auto(mesh):
         sharding.make_mesh(data=3)
 
 
+def test_rules_hold_on_a_mesh_alone():
+    message = "^mesh: expected a jax.sharding.Mesh, as make_mesh makes it, got None"
+    with pytest.raises(ValueError, match=message), sharding.use_mesh(None):
+        pass
+
+
 def test_a_spec_follows_the_rules(mesh):
     assert tuple(sharding.spec(("batch", "time", None), (4, 9, 3), mesh)) == (("data", "fsdp"), None, None)
     assert tuple(sharding.spec(("embed", "heads", "unheard_of"), (4, 4, 4), mesh)) == ("fsdp", "model", None)

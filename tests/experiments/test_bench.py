@@ -141,6 +141,12 @@ def test_values_over_devices_are_those_of_one(monkeypatch):
     assert row["devices"] == 8 and 0 < row["error"] < 5e-3 and 0 < row["gradient_error"] < 2e-2
 
 
+def test_no_row_says_cudnn_where_another_made_the_gradients():
+    args = bench.parse(["run", "--suite=scaling"])
+    with pytest.raises(ValueError, match="cuDNN makes no gradients of travelling keys here"):
+        list(scaling_ops.equal("attention", scaling_ops.CUDNN, args))
+
+
 def test_cases_that_stand_for_all_come_first(capsys):
     assert bench.main(["run", "--suite=scaling", "--list"]) == 0
     labels = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()]

@@ -225,6 +225,7 @@ REFUSALS = [
     ({"k": np.ones((B, 5, 2, K))}, "v: expected shape (B=2, S=5, Hv, V), got (2, 6, 2, 3)"),
     ({"v": np.ones((B, 6, 3, V))}, "v: expected a number of heads that divides H=4, got Hv=3"),
     ({"q": np.ones((B, 0, H, K))}, "q, k: expected at least one query"),
+    ({"v": np.ones((B, 6, 2, 0))}, "q, v: expected at least one row and channels, got "),
     ({"v": np.ones((B, 6, 2, V), int)}, "v: expected a floating dtype, got int"),
     ({"window": 0}, "window: expected an integer >= 1, got 0"),
     ({"block": 0}, "block: expected an integer >= 1, got 0"),

@@ -169,7 +169,7 @@ def test_the_form_follows_from_the_call():
     [
         ("round", {}, "context: expected None or one of ring, zigzag, heads, gather, got 'round'"),
         ("heads", {}, "context: attention cannot run 'heads': 6 heads and 3 key heads of a device"),
-        ("zigzag", {"time": 12}, "context: attention cannot run 'zigzag': T=12 and S=12 are not the same multiple of"),
+        ("zigzag", {"time": 12}, "context: attention cannot run 'zigzag': expected T = S a multiple of twice the 4"),
         ("ring", {"keys": 15}, "context: attention cannot run 'ring': S=15 keys are no multiple of the 4 ways"),
     ],
 )

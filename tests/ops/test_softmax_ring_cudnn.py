@@ -74,3 +74,30 @@ def test_what_travels_in_one_piece_arrives_to_the_bit():
     assert piece.ndim == 1 and piece.nbytes == 8 * 4 + 7 * 4 + 3 * 4
     for x, back in zip(arrays, unpacked(piece, arrays), strict=True):
         assert back.dtype == x.dtype and np.asarray(back).tobytes() == np.asarray(x).tobytes()
+
+
+ROWS = jax.ShapeDtypeStruct((1, 4, 8, 16), jnp.bfloat16)
+KEYS = jax.ShapeDtypeStruct((1, 2, 6, 16), jnp.bfloat16)
+SUMS = jax.ShapeDtypeStruct((1, 4, 8), jnp.float32)
+GIVEN = {"q": ROWS, "k": KEYS, "v": KEYS, "lse": SUMS, "dy": ROWS, "y": ROWS}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("q", (1, 4, 8, 12), r"^q, k: expected \[B, H, T, K\] and .* K a multiple of 8"),
+        ("k", (1, 3, 6, 16), r"^q, k: expected .* H of Hk"),
+        ("v", (1, 2, 5, 16), r"^v: expected \(1, 2, 6, 16\), got \(1, 2, 5, 16\)"),
+        ("lse", (1, 4, 7), r"^lse: expected \(1, 4, 8\), got \(1, 4, 7\)"),
+    ],
+)
+def test_cudnn_is_asked_for_nothing_that_does_not_fit(name, shape, message):
+    given = GIVEN | {name: jax.ShapeDtypeStruct(shape, GIVEN[name].dtype)}
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda given: cudnn.gradients(**given, scale=1.0), given)
+
+
+def test_cudnn_is_asked_for_16_bits_alone():
+    wide = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), GIVEN)
+    with pytest.raises(ValueError, match="^q: expected all of bfloat16 or all of float16, got float32"):
+        jax.eval_shape(lambda given: cudnn.gradients(**given, scale=1.0), wide)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from seqmix.core import sharding
-from seqmix.ops import attention, softmax_library
+from seqmix.ops import attention, dispatch, softmax_library
 from tests.pallas_kernels.test_tpu_compiled import PYTHON
 from tools import tpu_bundles
 
@@ -50,18 +50,25 @@ def test_what_cudnn_takes_is_a_call_of_it_for_eight_gpus_and_nothing_else_is(h10
     assert len(found) == (2 if taken else 0)
 
 
-def test_long_stretches_of_a_zigzag_have_gradients_by_cudnn_and_values_by_our_kernel(h100s, cudnn, monkeypatch):
+@pytest.mark.parametrize(
+    ("tokens", "options", "calls"),
+    # At home causally, then two pairs of chunks; nothing forward. cuDNN's gradient takes even lengths alone.
+    [(256, {}, 3), (264, {}, 3), (252, {}, 0), (256, {"implementation": "gpu"}, 0)],
+    ids=["whole tiles", "even chunks", "odd chunks", "named"],
+)
+def test_long_stretches_of_a_zigzag_have_gradients_by_cudnn(h100s, cudnn, monkeypatch, tokens, options, calls):
     monkeypatch.setattr(softmax_library, "STRETCH", 64)
-    mesh = sharding.make_mesh(context=2, devices=h100s(2))
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    mesh, shape = sharding.make_mesh(context=2, devices=h100s(2)), (SHAPE[0], tokens, *SHAPE[2:])
     with sharding.use_mesh(mesh):
-        place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch", "time", None, None), SHAPE, mesh))
-        x = jax.ShapeDtypeStruct(SHAPE, jnp.bfloat16, sharding=place)
-        loss = lambda *a: jnp.sum(attention(*a, context="zigzag").astype(jnp.float32))
+        place = jax.sharding.NamedSharding(mesh, sharding.spec(("batch", "time", None, None), shape, mesh))
+        x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+        loss = lambda *a: jnp.sum(attention(*a, context="zigzag", **options).astype(jnp.float32))
         text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).as_text()
     found = collections.Counter(re.findall(r"custom_call @([^(]*)", text))
-    # At home causally, then two pairs of chunks; nothing forward.
-    assert found["__cudnn$fmhaSoftmaxBackward"] == 3 and found["__cudnn$fmhaSoftmax"] == 0
+    assert found["__cudnn$fmhaSoftmaxBackward"] == calls and found["__cudnn$fmhaSoftmax"] == 0
     assert found["mosaic_gpu_v2"] > 0
+    assert dispatch.chosen("attention") == (("cudnn", "gpu") if calls else ("gpu",))
 
 
 @pytest.mark.tpu
