@@ -63,22 +63,7 @@ def _table(rules, time, keys, ways, order):
 
 
 def run(
-    lay: Layout,
-    form,
-    rules,
-    d,
-    q,
-    k,
-    v,
-    sink_logits,
-    tokens,
-    *,
-    order,
-    block,
-    need_lse,
-    library=None,
-    cudnn=False,
-    values=None,
+    lay, form, rules, d, q, k, v, sink_logits, tokens, *, order, block, need_lse, library=None, cudnn=False, values=None
 ):
     """(y, lse) of `attention`, lse None unless needed, on each device's share; tokens and `order` as of `chunked`.
 
@@ -163,9 +148,8 @@ def _by_heads(travel, q, k, v, sink, q_places, k_places, *, order, block, need_l
         y, lse = ours(q, k, v)
         return turn(y, 1, 2), turn(lse, 2, 1) if need_lse else None
     if library is not None:
-        by = lambda name: partial(
-            softmax_library.on_one, name, travel.rules, ids=tokens[0] if order == "runs" else None
-        )
+        ids = tokens[0] if order == "runs" else None
+        by = lambda name: partial(softmax_library.on_one, name, travel.rules, ids=ids)
         call = by(library)
         if values is not None:
             alone = (lambda *arrays: ours(*arrays)[0]) if values == "gpu" else by(values)
