@@ -77,8 +77,8 @@ def state(pid):
 
 def test_rows_of_cases_that_are_cut_off_are_kept(tmp_path, ends_with):
     rows = '{"rows": [{"op": "ssd", "batch": 1, "tokens": 8, "implementation": "gpu", "fwd_ms": 2.5}]}'
-    script = f"[ $case = 1 ] && echo '{rows}' > $out/one.json && sleep 0.2 && kill -INT $PPID\nexec sleep 30"
-    assert ends_with(script) == 130
+    script = f"[ $case = 1 ] && echo '{rows}' > $out/one.json && sleep 0.2 && kill -TERM $PPID\nexec sleep 30"
+    assert ends_with(script) == 143
     assert [row["fwd_ms"] for row in kept(tmp_path)] == [2.5]
     assert not list((tmp_path / "out").glob("*_cases"))
 
