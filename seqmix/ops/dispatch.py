@@ -39,11 +39,16 @@ def pick(op: str, implementation: str | None, reasons: dict[str, str | None]) ->
         raise ValueError(f"implementation: expected {expected}, got {got}")
     elif reasons[implementation] is not None:
         raise ValueError(f"implementation: {op} cannot run {implementation!r}: {reasons[implementation]}")
+    record(op, implementation)
+    return implementation
+
+
+def record(op: str, implementation: str):
+    """Keeps for `chosen` that `op` runs as this, wholly or in part, and logs it once."""
     seen = _chosen.setdefault(op, set())
     if implementation not in seen:
         seen.add(implementation)
         _log.info("%s runs as %r", op, implementation)
-    return implementation
 
 
 def chosen(op: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from seqmix.core import packing
 from seqmix.core.shapes import boolean, described, dims, finite, floating, positive
 from seqmix.ops import block_sparse_kernels, heads, scored, softmax_context, softmax_library
-from seqmix.ops.dispatch import pick
+from seqmix.ops.dispatch import pick, record
 from seqmix.ops.mesh import layout
 from seqmix.ops.softmax_chunked import block_pairs, block_sizes, chunked
 from seqmix.ops.softmax_reference import Rules, reference
@@ -138,7 +138,7 @@ def attention(
         elif implementation is None and name == "cudnn":
             options["values"] = softmax_library.for_values(forms, rules, q, k, v)
         if options.get("cudnn"):
-            pick("attention", "cudnn", {"cudnn": None})  # for `dispatch.chosen`: of gradients
+            record("attention", "cudnn")  # in its gradients
         y, lse = softmax_context.run(lay, form, *call, **options)
     elif name in kernels:
         y, lse = scored.by_rules(rules, q, k, v, sink_logits, tokens, order, name)

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from seqmix.ops import masks, scored, softmax_library
 from seqmix.ops.mesh import Layout, on_shares
+from seqmix.ops.parcels import packed, unpacked
 from seqmix.ops.softmax_chunked import chunked
 from seqmix.ops.softmax_reference import Rules
-from seqmix.ops.softmax_ring import Travel, legs, packed, travelled, unpacked
+from seqmix.ops.softmax_ring import Travel, legs, travelled
 
 FORMS = ("ring", "zigzag", "heads", "gather")
 GATHER = 2048  # keys up to which they are gathered, where no form is named

@@ -21,6 +21,7 @@ import numpy as np
 
 from seqmix.ops import block_sparse_kernels, masks, scored
 from seqmix.ops.heads import alike
+from seqmix.ops.parcels import apart, packed, together, unpacked
 from seqmix.ops.softmax_chunked import (
     block_pairs,
     block_sizes,
@@ -113,24 +114,24 @@ def _ring_back(travel, q, q_places, own, rows):
     dq, *grads = _visit_back(travel, q, q_places, own, rows, home=True)
     at_home = together(grads)
     like = [*own, at_home]
+
+    def visit(dq, arrived, parcel):
+        dq_part, *part_grads = _visit_back(travel, q, q_places, unpacked(parcel, like)[:-1], rows)
+        return dq + dq_part, arrived + together(part_grads)
+
     for leg, (direction, hops) in enumerate(travel.legs):
         move = partial(_shift, travel.axis, direction)
-        carried = at_home if leg == 0 else jnp.zeros_like(at_home)
-        parcel = jnp.concatenate([move(packed(own)), packed([carried])])
 
-        def visit(dq, arrived, parcel):
-            dq_part, *part_grads = _visit_back(travel, q, q_places, unpacked(parcel, like)[:-1], rows)
-            return dq + dq_part, arrived + together(part_grads)
-
-        def hop(_, carry, move=move, visit=visit):
+        def hop(_, carry, move=move):
             dq, parcel = carry
             # The next block and the sums of earlier devices come in while this block is worked on.
             later = move(parcel)
-            arrived = unpacked(later, like)[-1]
-            dq, sums = visit(dq, arrived, parcel)
+            dq, sums = visit(dq, unpacked(later, like)[-1], parcel)
             sums = packed([sums])
             return dq, jax.lax.dynamic_update_slice_in_dim(later, sums, later.size - sums.size, axis=0)
 
+        carried = at_home if leg == 0 else jnp.zeros_like(at_home)
+        parcel = jnp.concatenate([move(packed(own)), packed([carried])])
         dq, parcel = jax.lax.fori_loop(0, hops - 1, hop, (dq, parcel))
         dq, carried = visit(dq, move(unpacked(parcel, like)[-1]), parcel)
         home = _shift(travel.axis, -direction * hops, carried)
@@ -142,44 +143,6 @@ def _shift(axis, by, x):
     """What the device `by` places before holds."""
     ranks = jax.lax.axis_size(axis)
     return jax.lax.ppermute(x, axis, [(rank, (rank + by) % ranks) for rank in range(ranks)])
-
-
-def together(arrays):
-    """Arrays of a dtype as one, [n]."""
-    return jnp.concatenate([x.reshape(-1) for x in arrays])
-
-
-def apart(flat, like):
-    """Arrays of the shapes of others, from what `together` made of such."""
-    ends = np.cumsum([x.size for x in like])
-    return [flat[end - x.size : end].reshape(x.shape) for x, end in zip(like, ends, strict=True)]
-
-
-def packed(arrays):
-    """The bits of arrays as one array of words [n]."""
-    return together([_words(x) for x in arrays])
-
-
-def unpacked(flat, like):
-    """Arrays of the shapes and dtypes of others, from what `packed` made of such."""
-    words = [jax.eval_shape(_words, x) for x in like]
-    return [_numbers(piece, x) for piece, x in zip(apart(flat, words), like, strict=True)]
-
-
-def _words(x):
-    """The bits of x, [n] uint32: two numbers of 16 bits a word, or two words a number of 64."""
-    each = max(1, 4 // x.dtype.itemsize)  # numbers a word
-    x = x.reshape(-1)
-    if each > 1:
-        x = jnp.pad(x, (0, -x.size % each)).reshape(-1, each)
-    return jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
-
-
-def _numbers(words, like):
-    """What `_words` made words of."""
-    parts = max(1, like.dtype.itemsize // 4)  # words a number
-    words = words.reshape(-1, parts) if parts > 1 else words
-    return jax.lax.bitcast_convert_type(words, like.dtype).reshape(-1)[: like.size].reshape(like.shape)
 
 
 def _gather(axis, block):
@@ -235,10 +198,11 @@ def _visit_back(travel, q, q_places, block, rows, home=False):
     home: the block is this device's own.
     """
     time, keys = q.shape[3], block[0].shape[2]
-    if travel.cudnn:
-        return _visit_back_by_cudnn(travel, q, q_places, block, rows, home)
-    if travel.kernel is not None:
-        found = block_sparse_kernels.visit_back(*_by_head(travel, q, q_places, block), *map(_flat, rows))
+    if travel.kernel is not None or travel.cudnn:
+        if travel.cudnn:
+            found = _by_cudnn(travel, q, q_places, block, rows, home)
+        else:
+            found = block_sparse_kernels.visit_back(*_by_head(travel, q, q_places, block), *map(_flat, rows))
         dq, dk, dv = (x.astype(rows[0].dtype) for x in found)
         # Heads that were repeated for the kernel are added up.
         dk, dv = (x.reshape(*own.shape[:2], -1, *own.shape[2:]).sum(2) for x, own in zip((dk, dv), block, strict=False))
@@ -249,28 +213,28 @@ def _visit_back(travel, q, q_places, block, rows, home=False):
     return dq[:, :, :, :time], dk[:, :, :keys], dv[:, :, :keys]
 
 
-def _visit_back_by_cudnn(travel, q, q_places, block, rows, home):
-    """`_visit_back` where rows are (lse, dy, y), without a look at each place: chunks are seen wholly, or causally."""
+def _by_cudnn(travel, q, q_places, block, rows, home):
+    """What `block_sparse_kernels.visit_back` gives, of rows (lse, dy, y) and without a look at each place.
+
+    Chunks are seen wholly, or causally at home.
+    """
     from pallas_kernels import cudnn
 
     k, v, k_places = block
-    acc, scale, shape = rows[0].dtype, travel.rules.scale, q.shape
     own, others = [_flat(x) for x in (q, *rows)], alike(k, v, axis=1)
+    scale = travel.rules.scale
     call = lambda own, others, **options: cudnn.gradients(own[0], *others, *own[1:], scale=scale, **options)
     if home or not travel.rules.causal:
-        found = [x.astype(acc) for x in call(own, others, causal=travel.rules.causal)]
-    else:
-        # The later chunk of queries sees the earlier one of all keys. Of keys from before, the earlier queries see
-        # them too; of keys from behind, the later queries see the later keys.
-        half = q.shape[3] // 2
-        at = jnp.where(k_places[1, 0, 0] < q_places[1, 0, 0], 0, half)
-        piece = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, half, axis=2)
-        put = lambda x, new, start: jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=2)
-        found = [jnp.zeros(x.shape, acc) for x in (own[0], *others)]
-        for start, stop in ((half, 0), (at, at)):
-            one = call([piece(x, start) for x in own], [piece(x, stop) for x in others])
-            places = zip(found, one, (start, stop, stop), strict=True)
-            found = [put(total, piece(total, at) + more, at) for total, more, at in places]
-    dq, dk, dv = found
-    dk, dv = (x.reshape(*one.shape[:2], -1, *one.shape[2:]).sum(2) for x, one in zip((dk, dv), (k, v), strict=True))
-    return dq.reshape(shape), dk, dv
+        return call(own, others, causal=travel.rules.causal)
+    # The later chunk of queries sees the earlier one of all keys. Of keys from before, the earlier queries see them
+    # too; of keys from behind, the later queries see the later keys.
+    half = q.shape[3] // 2
+    at = jnp.where(k_places[1, 0, 0] < q_places[1, 0, 0], 0, half)
+    piece = lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, half, axis=2)
+    put = lambda x, new, start: jax.lax.dynamic_update_slice_in_dim(x, new, start, axis=2)
+    found = [jnp.zeros(x.shape, rows[0].dtype) for x in (own[0], *others)]
+    for start, stop in ((half, 0), (at, at)):
+        one = call([piece(x, start) for x in own], [piece(x, stop) for x in others])
+        places = zip(found, one, (start, stop, stop), strict=True)
+        found = [put(total, piece(total, at) + more, at) for total, more, at in places]
+    return found

@@ -8,8 +8,9 @@ import pytest
 from pallas_kernels import cudnn
 from seqmix.core import sharding
 from seqmix.ops import softmax_context
+from seqmix.ops.parcels import packed, unpacked
 from seqmix.ops.softmax import attention
-from seqmix.ops.softmax_ring import Travel, packed, unpacked
+from seqmix.ops.softmax_ring import Travel
 from tests.quick import QUICK
 
 
