@@ -1,6 +1,7 @@
 """Files written whole or not at all."""
 
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -27,6 +28,13 @@ def publish(temporary, final):
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, final)
+
+
+def put_aside(path):
+    """Gives what stands at a path, if anything, the first free one of the names path.1, path.2, ...."""
+    if path.exists():
+        olds = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+        path.rename(next(old for old in olds if not old.exists()))
 
 
 def sha256(path):

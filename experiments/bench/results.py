@@ -1,7 +1,6 @@
 """What a suite measured, kept as it comes: JSON, a table in Markdown, a picture."""
 
 import datetime
-import itertools
 import re
 import shlex
 import sys
@@ -24,9 +23,7 @@ class File:
         folder.mkdir(parents=True, exist_ok=True)
         self.device = device = jax.devices()[0]
         self.path = folder / f"{short(device.device_kind)}_{suite.NAME}.json"
-        if self.path.exists():
-            olds = (self.path.with_name(f"{self.path.name}.{n}") for n in itertools.count(1))
-            self.path.rename(next(old for old in olds if not old.exists()))
+        files.put_aside(self.path)
         self.head = {
             "command": shlex.join(["python", "-m", "experiments.bench", *sys.argv[1:]]),
             "date": datetime.date.today().isoformat(),

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from experiments import progress
+from experiments import files, progress
 from experiments.sweep.local import CHILD
 
 TURN = "SEQMIX_BENCH_TURN"  # the path of the file
@@ -101,7 +101,7 @@ def run(suite, cases, args, kept):
     work = progress.Work(suite.NAME, "cases", len(cases), seconds=0)
     logs, rows_of = (Path(args.out) / name for name in ("logs", f"{suite.NAME}_cases"))
     logs.mkdir(exist_ok=True)
-    shutil.rmtree(rows_of, ignore_errors=True)  # of a run that was killed
+    files.put_aside(rows_of)  # of a run that was killed
 
     def keep(index, rows):
         case = cases[index]

@@ -78,9 +78,13 @@ def state(pid):
 def test_rows_of_cases_that_are_cut_off_are_kept(tmp_path, ends_with):
     rows = '{"rows": [{"op": "ssd", "batch": 1, "tokens": 8, "implementation": "gpu", "fwd_ms": 2.5}]}'
     script = f"[ $case = 1 ] && echo '{rows}' > $out/one.json && sleep 0.2 && kill -TERM $PPID\nexec sleep 30"
+    killed = tmp_path / "out/recurrent_cases/2/cpu_recurrent.json"  # of a run before, which kept nothing else
+    killed.parent.mkdir(parents=True)
+    killed.write_text(rows)
     assert ends_with(script) == 143
     assert [row["fwd_ms"] for row in kept(tmp_path)] == [2.5]
     assert not list((tmp_path / "out").glob("*_cases"))
+    assert (tmp_path / "out/recurrent_cases.1/2/cpu_recurrent.json").read_text() == rows
 
 
 def test_who_measures_stops_the_other_cases_until_it_is_done(tmp_path, monkeypatch):
