@@ -11,7 +11,6 @@ import numpy as np
 
 from pallas_kernels.block_sparse_attention import plan
 
-EVERY = False  # deal the work of calls too that were interpreted and compiled, not run dealt on a chip
 LONG = 64  # blocks of 128 tokens of a list, beyond which a thread block takes one
 UNSURE = 32  # the same of lists whose lengths are not known while tracing
 STARTING = 128  # tokens of a list that take as long as beginning and ending it
@@ -73,9 +72,6 @@ def dealt(call, count, entries, others, owners, heads, rows):
     count: of lists, [b, h, n], entries: of all of a row's, others: the arrays that are listed, [B, T, H, K]. The rest
     is the grid: thread blocks' owners, heads that own, rows.
     """
-    ran = call.ratio == call.owners == 1 and call.soft_cap is None and all(x.shape[-1] == 128 for x in others)
-    if not (ran or EVERY):
-        return None
     row = others[0].shape[1] * sum(x.shape[-1] * x.dtype.itemsize for x in others)  # bytes of a head
     row *= others[0].shape[2] // heads if call.keys_own else 1
     fit = [n for n in range(1, heads + 1) if heads % n == 0 and n * row <= TOGETHER]

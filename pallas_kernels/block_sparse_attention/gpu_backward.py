@@ -29,7 +29,7 @@ from pallas_kernels import compat
 from pallas_kernels.block_sparse_attention import plan
 from pallas_kernels.block_sparse_attention.deal import cards, dealt
 from pallas_kernels.block_sparse_attention.listed import MARKS, ROWS, WARPGROUPS, Call, List
-from pallas_kernels.block_sparse_attention.plan import BLOCKS, LOG2_E, Visibility, pieces
+from pallas_kernels.block_sparse_attention.plan import BLOCKS, LOG2_E, Visibility, pieces, walks
 
 # Registers of a thread. Three warpgroups start with 168 each; were these more together, the last would wait forever.
 FETCHING, COMPUTING = 24, 240
@@ -92,10 +92,10 @@ def backward(
     else:
         (dq,) = _gradients(call, walk, (q, dy), (k, v), (rows,), facts)
     call = _cut(shared, (turned_queries or sizes[0], sizes[1]), True, q, v)
-    owners = turned[0].shape[2]
-    blocks = -(-owners // call.owners) * k.shape[2] * k.shape[0]
-    if plan.CUT_WALKS and soft_cap is None:  # else registers are too few
-        call = dataclasses.replace(call, pieces=pieces(blocks, call.ratio, turned[2].shape[2] // owners * call.parts))
+    if soft_cap is None:  # else registers are too few
+        found = walks(turned[1], call.owners, k.shape[2] * k.shape[0])
+        steps = turned[2].shape[2] // turned[1].shape[2] * call.parts
+        call = dataclasses.replace(call, pieces=pieces(*found, call.ratio, steps))
     dk, dv = _gradients(call, turned, (k, v), (q, dy), (rows,), facts)
     return dq, dk, dv
 

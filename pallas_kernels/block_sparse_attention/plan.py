@@ -16,8 +16,10 @@ BLOCKS = 64, 128  # queries or keys of a block
 WIDTHS = 64, 128  # K or V
 LOG2_E = math.log2(math.e)
 SMS = 132  # multiprocessors of an H100 or H200
-CUT_WALKS = False  # whether long walks of few thread blocks are cut; interpreted and compiled, not run on a chip
 LEAST_STEPS = 16  # of a part of a list that is cut
+IDLE = 1.5  # multiprocessors for each long walk, from which on walks are cut
+FILLED = 0.9  # of the multiprocessors, with as many parts as which a cut ends
+CUT = 4  # thread blocks a multiprocessor, at most, of walks that are cut: the memory for their sums is bounded so
 
 # What a mask may be made of: every one works on vectors and tiles of integers and truth values, element by element. The
 # functions are for what is known while tracing, which must not be computed on the device: it may be absent.
@@ -95,17 +97,30 @@ def rows(lse, delta):
     return jnp.stack([jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0)], axis=2)
 
 
-def pieces(blocks: int, heads: int, steps: int) -> tuple[int, int]:
+def walks(count, owners: int, each: int) -> tuple[int, float]:
+    """How many thread blocks walk lists, and how many would walk as much, were each as long as the longest.
+
+    count: of lists, [b, h, n]; owners: lists of a thread block; each: how often there are n lists. Lists whose lengths
+    are not known while tracing count as equal.
+    """
+    blocks = -(-count.shape[2] // owners) * each
+    if not isinstance(count, np.ndarray) or not count.any():
+        return blocks, blocks
+    longer = np.pad(count, ((0, 0), (0, 0), (0, -count.shape[2] % owners))).reshape(-1, owners).max(1)
+    return blocks, longer.mean() / longer.max() * blocks
+
+
+def pieces(blocks: int, alike: float, heads: int, steps: int) -> tuple[int, int]:
     """Into how many parts (the heads, the lists) are cut that so many thread blocks walk, if they are too few.
 
-    blocks: thread blocks; heads: what each walks of heads, for every one a list of about so many steps.
+    blocks, alike: as `walks` counts them; heads: what each walks of heads, for every one a list of about so many steps.
     """
-    most = heads * steps // LEAST_STEPS
-    if min(SMS // blocks, most) < 2:
+    most = min(heads * steps // LEAST_STEPS, CUT * SMS // blocks)
+    if SMS / alike < IDLE or most < 2:
         return 1, 1
     divisors = [n for n in range(1, heads + 1) if heads % n == 0 and n <= most]
-    of_heads = next((n for n in divisors if blocks * n >= SMS), divisors[-1])
-    return of_heads, max(1, min(SMS // (blocks * of_heads), most // of_heads))
+    of_heads = next((n for n in divisors if alike * n >= FILLED * SMS), divisors[-1])
+    return of_heads, max(1, min(round(SMS / (alike * of_heads)), most // of_heads))
 
 
 def own_lists(walk, halves):

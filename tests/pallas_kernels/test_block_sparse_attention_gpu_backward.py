@@ -120,9 +120,8 @@ def test_gradients_of_grouped_heads_under_a_causal_mask_match_float64():
 
 @needs_mosaic
 def test_sums_of_shares_of_heads_and_of_lists_match_float64(monkeypatch):
-    monkeypatch.setattr(plan, "CUT_WALKS", True)
     monkeypatch.setattr(plan, "LEAST_STEPS", 1)
-    assert plan.pieces(1, 2, 2) == (2, 2)  # blocks of 64 keys, two in a thread block
+    assert plan.pieces(1, 1, 2, 2) == (2, 2)  # blocks of 64 keys, two in a thread block
     check((1, 128, 128, 2, 1, 64, 64), (64, 64), causal, with_lse=True)
 
 
@@ -130,7 +129,6 @@ def deals(monkeypatch, processors):
     """A list of what is dealt out from here on, to so many multiprocessors."""
     made = []
     monkeypatch.setattr(plan, "SMS", processors)
-    monkeypatch.setattr(deal, "EVERY", True)
     monkeypatch.setattr(deal, "UNEVEN", 10)
     monkeypatch.setattr(gpu_backward, "dealt", lambda *a: made.append(deal.dealt(*a)) or made[-1])
     return made
@@ -190,11 +188,23 @@ def test_cards_tell_every_item_its_list():
 
 
 def test_walks_are_cut_where_their_thread_blocks_are_few_and_long():
-    assert plan.pieces(4, 16, 128) == (16, 2)  # compressed blocks of keys of 8,192 tokens
-    assert plan.pieces(16, 16, 512) == (16, 1)
-    assert plan.pieces(33, 16, 512) == (4, 1)
-    assert plan.pieces(1, 1, 64) == (1, 4)
-    assert plan.pieces(67, 16, 512) == plan.pieces(4, 1, 31) == (1, 1)
+    cut = lambda blocks, *rest: plan.pieces(blocks, blocks, *rest)
+    assert cut(4, 16, 128) == (16, 2)  # compressed blocks of keys of 8,192 tokens
+    assert cut(16, 16, 512) == (8, 1)
+    assert cut(33, 16, 512) == (4, 1)
+    assert cut(1, 1, 64) == (1, 4)
+    assert cut(89, 16, 512) == cut(4, 1, 31) == (1, 1)
+
+
+def test_thread_blocks_that_wait_for_the_longest_walk_count_as_few():
+    causal_lists = np.arange(64, 0, -1).reshape(1, 1, 64)
+    assert plan.walks(causal_lists, 1, 2) == (128, 65)
+    assert plan.pieces(128, 65, 8, 64) == (2, 1)
+    assert plan.pieces(1024, 6, 16, 64) == (1, 1)  # tokens that all see: the sums of all would be stored for their sake
+    assert plan.walks(np.full((1, 2, 8), 3), 1, 4) == (32, 32)
+    assert plan.walks(np.array([[[3, 0, 0]]]), 2, 1) == (2, 1)  # a pair ends with its longer list
+    assert plan.walks(np.zeros((1, 1, 3), int), 2, 1) == (2, 2)
+    assert plan.walks(jnp.full((1, 1, 3), 3), 2, 5) == (10, 10)
 
 
 @needs_mosaic
