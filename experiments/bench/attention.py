@@ -7,12 +7,11 @@ D128, bfloat16. The neighbourhood's tokens come in boxes (`masks.to_boxes`).
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import attention_moba, attention_nsa, attention_peers, errors, timing
-from experiments.bench.suites import Case, beside_peers, taking
+from experiments.bench import attention_heads, attention_moba, attention_nsa, attention_peers, errors, timing
+from experiments.bench.suites import Case, beside_peers, drawn, supported
 from seqmix import ops
 from seqmix.ops import masks
 
@@ -77,12 +76,12 @@ def documents(length):
 
 
 def cases(args):
-    """Dense causal attention at each length, then the patterns, then native sparse attention."""
+    """Dense causal attention at each length, then the patterns, shared key heads, MoBA, native sparse attention."""
     made = [("causal", length) for length in LENGTHS] + [(name, T) for name in patterns(T) if name != "causal"]
     return [
         Case("dense" if name in ("causal", "full") else "patterns", f"{name} T={t}", functools.partial(_case, name, t))
         for name, t in made
-    ] + [*attention_moba.cases(args), *attention_nsa.cases(args)]
+    ] + [*attention_heads.cases(args), *attention_moba.cases(args), *attention_nsa.cases(args)]
 
 
 def _call(options, batch):
@@ -97,12 +96,6 @@ def _call(options, batch):
     return call
 
 
-def supported(call, shape):
-    """{label: implementation} that take a call: the default, and those that run by name."""
-    like = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3
-    return {"default": None} | {name: name for name in taking(call, like, NAMES)}
-
-
 def _case(name, length, args):
     options, mask = patterns(length)[name]
     batch = TOKENS // length
@@ -110,16 +103,12 @@ def _case(name, length, args):
     call = _call(options, batch)
     pairs = mask.pairs(length)
     flops = 4 * WIDTH * HEADS * batch * pairs
-    wrong = measured_errors(name, min(length, ERROR_T)) if length == min(T, *LENGTHS) or name != "causal" else {}
+    wrong = measured_errors(name, length) if length == min(T, *LENGTHS) or name != "causal" else {}
     base = {"pattern": name, "batch": batch, "tokens": length, "density": pairs / length**2}
     rate = lambda times: {"tflops": flops / times["fwd_ms"] / 1e9}
-    draw = lambda seed: [jax.random.normal(jax.random.key(4 * seed + n), shape, jnp.bfloat16) for n in range(4)]
-    sets = [draw(seed) for seed in range(SETS)]
-    for label, implementation in supported(call, shape).items():
-        run = functools.partial(call, implementation=implementation)
-        fwd = timing.best_ms(jax.jit(run), [inputs[1:] for inputs in sets])
-        both = timing.best_ms(jax.jit(timing.with_gradients(run)), sets)
-        times = {"fwd_ms": fwd, "fwd_bwd_ms": both}
+    sets = [drawn(4 * seed, [shape] * 4) for seed in range(SETS)]
+    for label, implementation in supported(call, sets[0][1:], NAMES).items():
+        times = timing.both_ms(functools.partial(call, implementation=implementation), sets)
         yield base | {"implementation": label, **times, **rate(times), **wrong.get(label, {})}
     del sets
     for label, times in attention_peers.times(name, batch, length).items() if args.peers else ():
@@ -132,23 +121,18 @@ def relate(rows):
 
 
 def measured_errors(name, length):
-    """{label: errors to float64 at a short length}."""
+    """{label: errors to float64} of a pattern at a short length."""
+    length = min(length, ERROR_T)
     if name not in patterns(length):
         length = int(length**0.5) ** 2
-    call = _call(patterns(length)[name][0], 1)
-    shape = 1, length, 2, WIDTH
-    cotangent, *inputs = (jax.random.normal(jax.random.key(40 + n), shape, jnp.bfloat16) for n in range(4))
-    exact = errors.exact(call, cotangent, inputs)
-    found = {}
-    for label, implementation in supported(call, shape).items():
-        both = timing.with_gradients(functools.partial(call, implementation=implementation))
-        found[label] = errors.compared(jax.jit(both)(cotangent, *inputs), exact, "qkv")
-    return found
+    call, arrays = _call(patterns(length)[name][0], 1), drawn(40, [(1, length, 2, WIDTH)] * 4)
+    return errors.measured(call, arrays, supported(call, arrays[1:], NAMES))
 
 
 def draw(rows, figure):
     """Time by pattern of the default and of the best peer; rate of dense causal attention by length."""
-    figure.set_size_inches(9, 3.4)
+    names = [name for name in dict.fromkeys(row["pattern"] for row in rows) if name != "causal"]
+    figure.set_size_inches(9, max(3.4, 0.2 * len(names)))
     left, right = figure.subplots(1, 2)
     labels = list(dict.fromkeys(row["implementation"] for row in rows))
     for label in labels:
@@ -161,7 +145,6 @@ def draw(rows, figure):
     left.set(xlabel="T", ylabel="TFLOP/s, forward", title="causal")
     if left.has_data():
         left.legend(fontsize=6)
-    names = [name for name in dict.fromkeys(row["pattern"] for row in rows) if name != "causal"]
     for offset, label in enumerate(labels):
         times = {r["pattern"]: r["fwd_bwd_ms"] for r in rows if r["implementation"] == label}
         places = [index + 0.8 * offset / len(labels) for index, name in enumerate(names) if name in times]

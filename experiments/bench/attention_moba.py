@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import attention_peers, errors, timing
-from experiments.bench.suites import Case, taking
+from experiments.bench.suites import Case, drawn, taking
 from seqmix import ops
 from seqmix.ops.topk_blocks import choose_blocks, pooled_scores
 
@@ -49,20 +49,18 @@ def pairs_left(length, size=SIZE, count=COUNT):
 
 def _case(length, args):
     shape = TOKENS // length, length, HEADS, WIDTH
-    draw = lambda seed: [jax.random.normal(jax.random.key(4 * seed + n), shape, jnp.bfloat16) for n in range(4)]
-    sets, runs = [draw(seed) for seed in range(SETS)], {DENSE: dense}
-    for name in taking(call, [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3, NAMES):
+    sets, runs = [drawn(4 * seed, [shape] * 4) for seed in range(SETS)], {DENSE: dense}
+    for name in taking(call, sets[0][1:], NAMES):
         if name != "chunked" or length <= CHUNKED:
             runs[name] = functools.partial(call, implementation=name)
     wrong = measured_errors() if length == LENGTHS[0] else {}
     pairs = pairs_left(length)
     base = {"pattern": "moba", "batch": shape[0], "tokens": length, "density": pairs / length**2}
     for label, run in runs.items():
-        fwd = timing.best_ms(jax.jit(run), [inputs[1:] for inputs in sets])
-        times = {"fwd_ms": fwd, "fwd_bwd_ms": timing.best_ms(jax.jit(timing.with_gradients(run)), sets)}
+        times = timing.both_ms(run, sets)
         row = base | {"implementation": label, **times, **wrong.get(label, {})}
         if label in NAMES:
-            row["tflops"] = 4 * WIDTH * HEADS * shape[0] * pairs / fwd / 1e9
+            row["tflops"] = 4 * WIDTH * HEADS * shape[0] * pairs / times["fwd_ms"] / 1e9
         yield row
     del sets
     for label, times in peers(shape[0], length).items() if args.peers else ():
@@ -71,15 +69,9 @@ def _case(length, args):
 
 def measured_errors(length=ERROR_T, size=ERROR_SIZE, heads=2):
     """{label: errors to float64} at a short length, of one choice: in float64 a near tie may go the other way."""
-    shape = 1, length, heads, WIDTH
-    cotangent, *inputs = (jax.random.normal(jax.random.key(40 + n), shape, jnp.bfloat16) for n in range(4))
-    run = functools.partial(call, size=size, scores=np.asarray(pooled_scores(*inputs[:2], (1, size))))
-    exact = errors.exact(run, cotangent, inputs)
-    found = {}
-    for label in taking(run, inputs, NAMES):
-        both = timing.with_gradients(functools.partial(run, implementation=label))
-        found[label] = errors.compared(jax.jit(both)(cotangent, *inputs), exact, "qkv")
-    return found
+    arrays = drawn(40, [(1, length, heads, WIDTH)] * 4)
+    run = functools.partial(call, size=size, scores=np.asarray(pooled_scores(*arrays[1:3], (1, size))))
+    return errors.measured(run, arrays, {name: name for name in taking(run, arrays[1:], NAMES)})
 
 
 def chosen(batch, length):

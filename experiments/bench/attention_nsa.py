@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from experiments.bench import attention_peers, errors, timing
 from experiments.bench.attention_moba import DENSE, dense, pairs_left
-from experiments.bench.suites import Case, taking
+from experiments.bench.suites import Case, drawn, taking
 from seqmix.mixers.dynamic_sparse.native_sparse_attention import BRANCHES, NativeSparseAttention
 from seqmix.parts import chosen_blocks
 from seqmix.parts.chunks import token_places
@@ -91,8 +91,7 @@ def _case(name, length, args):
         if label == "chunked" and length > CHUNKED:
             continue
         one = dense if label == DENSE else functools.partial(run, implementation=label)
-        times = {"fwd_ms": timing.best_ms(jax.jit(one), [each[1:] for each in sets])}
-        times["fwd_bwd_ms"] = timing.best_ms(jax.jit(timing.with_gradients(one)), sets)
+        times = timing.both_ms(one, sets)
         yield base | {"implementation": label, **times, "tflops": rate(times), **wrong.get(label, {})}
     beside = args.peers and name != THREE
     for label, times in attention_peers.nsa_times(name, length, index).items() if beside else ():
@@ -104,10 +103,5 @@ def measured_errors(length, heads=HEADS // KEY_HEADS):
     index = lists(length, 6)[:, :1]
     run = call(SELECTED, index, heads=heads, kv_heads=1)
     shape = (1, length, heads, WIDTH), (1, length, 1, WIDTH), (1, length, 1, WIDTH)
-    inputs = [jax.random.normal(jax.random.key(40 + n), x, jnp.bfloat16) for n, x in enumerate((shape[0], *shape))]
-    exact = errors.exact(run, inputs[0], inputs[1:])
-    found = {}
-    for label in taking(run, inputs[1:], NAMES):
-        both = timing.with_gradients(functools.partial(run, implementation=label))
-        found[label] = errors.compared(jax.jit(both)(*inputs), exact, "qkv")
-    return found
+    arrays = drawn(40, (shape[0], *shape))
+    return errors.measured(run, arrays, {name: name for name in taking(run, arrays[1:], NAMES)})

@@ -8,26 +8,42 @@ from experiments.bench.timing import torch_ms
 def times(name, batch, length):
     """{peer: times} of a pattern: cuDNN and flash where they know it, flex_attention for all."""
     import torch
-    import torch.nn.functional as F
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     from experiments.bench import attention
 
     draw = lambda: torch.randn(batch, attention.HEADS, length, attention.WIDTH, device="cuda", dtype=torch.bfloat16)
-    inputs, found = [draw().requires_grad_() for _ in range(3)], {}
-    if name in ("causal", "full"):
-
-        def dense(q, k, v, backend):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=name == "causal")
-
-        for label, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-            found[f"torch {label}"] = _timed(functools.partial(dense, backend=backend), inputs)
+    inputs = [draw().requires_grad_() for _ in range(3)]
+    found = dense_times(inputs, name == "causal") if name in ("causal", "full") else {}
     torch._dynamo.reset()  # else the recompilation limit silently falls back to the uncompiled operator
     mask = create_block_mask(visible(name, length), None, None, length, length, device="cuda", _compile=True)
     flex = torch.compile(flex_attention)
     found["torch flex_attention"] = _timed(lambda q, k, v: flex(q, k, v, block_mask=mask), inputs)
+    torch.cuda.empty_cache()
+    return found
+
+
+def dense_times(inputs, causal):
+    """{peer: times} of cuDNN and flash by torch; inputs: q [B, H, T, K], k and v, whose heads may be fewer."""
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    grouped = inputs[0].shape[1] != inputs[1].shape[1]
+
+    def dense(q, k, v, backend):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+
+    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    return {f"torch {label}": _timed(functools.partial(dense, backend=b), inputs) for label, b in backends.items()}
+
+
+def heads_times(batch, length, heads, key_heads, width):
+    """{peer: times} of causal attention, several query heads to a key head."""
+    import torch
+
+    draw = lambda heads: torch.randn(batch, heads, length, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    found = dense_times([draw(heads), draw(key_heads), draw(key_heads)], True)
     torch.cuda.empty_cache()
     return found
 

@@ -4,8 +4,9 @@ The floor of a token is the state read and written once (keys and values of atte
 output, at the copy rate of this run. At small batches the cost of a launch is what is measured, and a
 state that stays in the card's cache can be below the floor.
 Ops with a matrix for a state are timed as XLA makes their step ("chunked") and, where it runs, by the kernel of
-`pallas_kernels.state_step` ("gpu"), which they take by themselves from 256 heads and rows together on; the others have
-XLA's alone. A kernel pays where the large batches take more than 1.3 times the floor.
+`pallas_kernels.state_step` ("gpu"), which they take by themselves from 256 heads and rows together on, linear attention
+and SSD from 1,024; the others have XLA's alone. A kernel pays where the large batches take more than 1.3 times the
+floor.
 """
 
 import functools

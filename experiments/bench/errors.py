@@ -17,6 +17,15 @@ def exact(call, cotangent, inputs):
         return jax.tree.map(np.asarray, jax.jit(both)(*map(jnp.asarray, wide)))
 
 
+def measured(call, arrays, implementations):
+    """{label: errors} of call(q, k, v, implementation=...), by {label: implementation}; arrays: (dy, q, k, v)."""
+    wanted, found = exact(call, arrays[0], arrays[1:]), {}
+    for label, implementation in implementations.items():
+        both = timing.with_gradients(functools.partial(call, implementation=implementation))
+        found[label] = compared(jax.jit(both)(*arrays), wanted, "qkv")
+    return found
+
+
 def compared(found, exact, names):
     """Root mean squares of the differences over those of float64: of y, the worst of the gradients, and all by name."""
     errors = {}

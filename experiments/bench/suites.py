@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 SUITES = {
     "train": "whole training steps on one device, and where their time goes",
@@ -53,6 +54,16 @@ def beside_peers(rows, *case):
         for key, ratio in times.items():
             if not row.get("peer") and (of(row), key) in best:
                 row[ratio] = best[of(row), key] / row[key]
+
+
+def drawn(seed, shapes):
+    """Random arrays of these shapes, bfloat16."""
+    return [jax.random.normal(jax.random.key(seed + n), x, jnp.bfloat16) for n, x in enumerate(shapes)]
+
+
+def supported(call, inputs, names):
+    """{label: implementation} that take a call: the default, and those that run by name."""
+    return {"default": None} | {name: name for name in taking(call, inputs, names)}
 
 
 def taking(run, inputs, names):

@@ -100,6 +100,12 @@ def copy_rate():
     return 2 * 2**30 / (1e-3 * median_ms(jax.jit(lambda x: x ^ 1), sets))
 
 
+def both_ms(forward, sets):
+    """{"fwd_ms", "fwd_bwd_ms"}: `best_ms` of a function, and with its gradients; sets of (cotangent, *inputs)."""
+    fwd = best_ms(jax.jit(forward), [inputs[1:] for inputs in sets])
+    return {"fwd_ms": fwd, "fwd_bwd_ms": best_ms(jax.jit(with_gradients(forward)), sets)}
+
+
 def with_gradients(forward):
     """(cotangent, *inputs) -> (y, gradients of the inputs), of a function of the inputs."""
 

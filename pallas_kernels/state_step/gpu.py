@@ -25,7 +25,9 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels import compat
 
-LEAST_HEADS = 256  # rows and heads together; below, launches take most of the time of any form
+# Rows and heads together from which on it was faster than XLA's form on an H100; below, launches take most of the time
+# of any form. Of states that are read before they are written XLA makes two programs.
+LEAST_HEADS, LEAST_READ = 1024, 256
 COLUMNS = 64  # of a state that a thread block holds
 
 
@@ -52,9 +54,9 @@ def supports(state, q, k, v, log_decay=None, write=None, read=None, left=None, *
     return None
 
 
-def worthwhile(state) -> bool:
-    """Whether a state has so many heads that the kernel should be faster than XLA's form (reckoned)."""
-    return state.shape[0] * state.shape[1] >= LEAST_HEADS
+def worthwhile(state, read=None) -> bool:
+    """Whether a state has so many heads that the kernel should be faster than XLA's form; read: as `step` takes it."""
+    return state.shape[0] * state.shape[1] >= (LEAST_HEADS if read is None else LEAST_READ)
 
 
 def step(state, q, k, v, log_decay=None, write=None, read=None, left=None, *, scale=1.0):

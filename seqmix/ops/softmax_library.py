@@ -30,6 +30,7 @@ NAMES = ("cudnn", "tokamax", "splash")
 TILE = 128  # of splash: numbers of queries and keys are multiples of it
 BLOCKS = 512, 256, 128  # queries and keys that splash works on at once, the largest that fits
 SHORT, NARROW = (1025, 4096), 4  # tokens, and times the window: where our own kernels were measured to be faster
+SHORT_GROUPED = 8192  # the same of the longest row where several query heads share a key head, of 128 channels
 STRETCH = 4096  # tokens of a device, beyond which cuDNN makes the gradients of keys that travel
 MIDDLE = 16384  # tokens, up to which tokamax's values were the fastest
 WASTEFUL = 8  # times the window: from there on chunks are reckoned faster than tokamax, forward and backward
@@ -77,21 +78,24 @@ def _each(implementation, rules, q, k, v, *call):
 def yields(rules, q, k, v) -> bool:
     """Whether our own kernels come before the libraries: in short rows, and where a window is short beside them.
 
-    As measured on an H100 with a key head to each query head, of 128 channels, and no soft cap.
+    As measured on an H100 with gradients, with 64 or 128 channels and no soft cap.
     """
     time, window = q.shape[1], _window(rules, q.shape[1], k.shape[1])
     if not _timed(rules, q, k, v) or time < SHORT[0]:
         return False
-    return time <= SHORT[1] if window is None else time >= NARROW * window
+    grouped = k.shape[2] < q.shape[2] and q.shape[3] == 128
+    return time <= (SHORT_GROUPED if grouped else SHORT[1]) if window is None else time >= NARROW * window
 
 
 def for_values(forms, rules, q, k, v) -> str | None:
     """What of `forms` makes values alone, where cuDNN makes those that have gradients; None: cuDNN too.
 
     forms: what can run (None), or why it cannot. As measured on an H100 in long causal rows: there cuDNN has the
-    fastest backward kernel, tokamax or we the fastest forward one.
+    fastest backward kernel, tokamax or we the fastest forward one. Not with fewer key heads or 64 channels, untimed so.
     """
-    if _window(rules, q.shape[1], k.shape[1]) is not None or q.shape[1] <= SHORT[1] or not _timed(rules, q, k, v):
+    same = q.shape[2:] == k.shape[2:] and q.shape[3] == 128
+    timed = same and _timed(rules, q, k, v) and _window(rules, q.shape[1], k.shape[1]) is None
+    if q.shape[1] <= SHORT[1] or not timed:
         return None
     names = ("tokamax", "gpu") if q.shape[1] <= MIDDLE else ("gpu",)
     return next((name for name in names if forms[name] is None), None)
@@ -128,7 +132,8 @@ either.defvjp(lambda values, graded, *arrays: jax.vjp(graded, *arrays), lambda v
 
 def _timed(rules, q, k, v):
     """Whether our kernels were timed beside the libraries for such heads."""
-    return rules.causal and q.shape[2:] == k.shape[2:] == v.shape[2:] and q.shape[3] == 128 and rules.soft_cap is None
+    width = q.shape[3]
+    return rules.causal and rules.soft_cap is None and k.shape[2] == v.shape[2] and width == v.shape[3] in (64, 128)
 
 
 def _unsupported(name, rules, q, k, v, sink_logits, order, return_lse) -> str | None:

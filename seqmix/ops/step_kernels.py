@@ -37,7 +37,7 @@ def _unsupported(implementation, call, runs, scale):
     from pallas_kernels.state_step import gpu
 
     found = gpu.supports(*jax.eval_shape(_flat, *call), scale=scale, capability=targets.capability())
-    if found is None and implementation is None and not gpu.worthwhile(call[0]):
+    if found is None and implementation is None and not gpu.worthwhile(call[0], call[6]):
         return "has too few heads for its kernel for one token"
     return found
 

@@ -1,5 +1,6 @@
 """experiments.bench: rows kept as they come, failures named, errors and rates that are what they say."""
 
+import argparse
 import gzip
 import json
 
@@ -11,6 +12,7 @@ import pytest
 from experiments.bench import __main__ as bench
 from experiments.bench import (
     attention,
+    attention_heads,
     attention_moba,
     attention_nsa,
     check_cases,
@@ -84,6 +86,17 @@ def test_the_recurrent_suite_times_and_compares(tmp_path, monkeypatch):
     assert row["floor_share"] == pytest.approx(row["floor_ms"] / row["fwd_ms"])
     assert "| scan | 1 | 64 | chunked |" in (tmp_path / "cpu_recurrent.md").read_text()
     recurrent._rate.cache_clear()
+
+
+def test_rows_of_shared_key_heads_count_the_pairs_of_the_window_and_are_near_float64():
+    shape = attention_heads.Shape(2, 64, 4, 2, 16, window=20)
+    rows = list(attention_heads._case(shape, argparse.Namespace(peers=False)))
+    assert [row["implementation"] for row in rows] == ["default", "chunked"]
+    pairs = sum(min(t + 1, 20) for t in range(64))
+    for row in rows:
+        assert row["pattern"] == "4 heads to 2 of 16, window 20" and row["density"] == pairs / 64**2
+        assert row["tflops"] == pytest.approx(4 * 16 * 4 * 2 * pairs / row["fwd_ms"] / 1e9)
+        assert row["error"] < 5e-3 and row["gradient_error"] < 5e-3
 
 
 def test_patterns_and_their_masks_are_the_same(monkeypatch):

@@ -81,6 +81,13 @@ def test_values_match_float64_and_have_the_same_bits_again(form):
     assert np.array_equal(y, again[0]) and np.array_equal(state, again[1])
 
 
+def test_it_is_taken_for_as_many_heads_as_it_was_faster_for():
+    state = lambda batch, heads: jax.ShapeDtypeStruct((batch, heads, 128, 128), jnp.float32)
+    read = jax.ShapeDtypeStruct((16, 16, 128), jnp.bfloat16)
+    assert gpu.worthwhile(state(16, 16), read) and not gpu.worthwhile(state(15, 16), read)
+    assert gpu.worthwhile(state(64, 16)) and not gpu.worthwhile(state(16, 16))
+
+
 @needs_mosaic
 def test_under_vmap_it_runs_once_for_each():
     arrays = [x[:, None] for x in draw("added to").values()]
