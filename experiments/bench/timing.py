@@ -18,14 +18,7 @@ def median_ms(call, sets, seconds=0.4, rounds=5, most=100):
     Calls are queued so that a round takes about `seconds` / rounds, at most `most`, so that waiting for the last adds
     little; where one call takes longer than `seconds`, it is timed twice, and the faster counts.
     """
-
-    def queue(count):
-        last = None
-        for index in range(count):
-            last = call(*sets[index % len(sets)])
-        jax.block_until_ready(last)
-
-    return _median_ms(queue, seconds, rounds, most)
+    return _median_ms(_queue(call, sets), seconds, rounds, most)
 
 
 def best_ms(call, sets, seconds=0.4, rounds=5, most=100):
@@ -38,24 +31,24 @@ def best_ms(call, sets, seconds=0.4, rounds=5, most=100):
     if jax.default_backend() != "gpu" or queued > LONG:
         return queued
     fill = jax.jit(lambda: jnp.zeros(FILLED // 4, jnp.int32))
-
-    def filled(count):
-        last = None
-        for index in range(count):
-            last = fill(), call(*sets[index % len(sets)])
-        jax.block_until_ready(last)
-
-    def fills(count):
-        last = None
-        for _ in range(count):
-            last = fill()
-        jax.block_until_ready(last)
-
+    filled, fills = _queue(call, sets, fill), _queue(fill)
     jax.block_until_ready(fill())
     with turn():
         count = max(1, min(most, int(1e3 * seconds / rounds / queued)))
         rested = statistics.median(_seconds(filled, count) - _seconds(fills, count) for _ in range(rounds))
     return min(queued, 1e3 * rested)
+
+
+def _queue(call, sets=((),), before=lambda: None):
+    """A function of a count that queues so many calls, the argument sets in turn, each after before(), and waits."""
+
+    def queue(count):
+        last = None
+        for index in range(count):
+            last = before(), call(*sets[index % len(sets)])
+        jax.block_until_ready(last)
+
+    return queue
 
 
 def torch_ms(call, seconds=0.4, rounds=5, most=100):

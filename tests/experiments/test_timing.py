@@ -1,10 +1,22 @@
 """How calls are timed beside those of PyTorch: by the faster of two ways."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from experiments.bench import attention, timing
+
+
+@dataclasses.dataclass
+class Queue:
+    """Stands for what is queued, in no time."""
+
+    what: object
+
+    def __call__(self, count):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -13,15 +25,17 @@ from experiments.bench import attention, timing
     ids=["faster when rested", "faster in a queue", "too long to rest"],
 )
 def test_of_calls_in_a_queue_and_after_fills_the_faster_counts(monkeypatch, queued, filled, fills, best):
-    took = {"queue": queued, "filled": filled, "fills": fills}  # ms
-    monkeypatch.setattr(timing, "_seconds", lambda queue, count: 1e-3 * took[queue.__name__])
+    took = {(True, False): queued, (True, True): filled, (False, False): fills}  # ms, of what is queued
+    monkeypatch.setattr(timing, "_queue", lambda call, sets=None, before=None: Queue((sets is not None, bool(before))))
+    monkeypatch.setattr(timing, "_seconds", lambda queue, count: 1e-3 * took[queue.what])
     monkeypatch.setattr(timing, "FILLED", 1 << 10)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert timing.best_ms(jax.jit(lambda x: x + 1), [(jnp.zeros(2),)]) == pytest.approx(best)
 
 
 def test_a_cpu_is_timed_in_queues_alone(monkeypatch):
-    monkeypatch.setattr(timing, "_seconds", lambda queue, count: {"queue": 2e-3}[queue.__name__])
+    monkeypatch.setattr(timing, "_queue", lambda call, sets: Queue("calls"))
+    monkeypatch.setattr(timing, "_seconds", lambda queue, count: {"calls": 2e-3}[queue.what])
     assert timing.best_ms(jax.jit(lambda x: x + 1), [(jnp.zeros(2),)]) == pytest.approx(2.0)
 
 
@@ -34,3 +48,9 @@ def test_ratios_to_the_best_peer_come_as_peers_rows_do():
     attention.relate(rows)
     assert (ours["peer_ratio"], ours["peer_ratio_both"]) == (0.5, 0.8)
     assert "peer_ratio" not in rows[1] and "peer_ratio" not in rows[2]
+
+
+def test_a_queue_takes_the_sets_in_turn_each_after_what_comes_before():
+    seen = []
+    timing._queue(seen.append, [(1,), (2,)], lambda: seen.append("fill"))(3)
+    assert seen == ["fill", 1, "fill", 2, "fill", 1]
