@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LARGEST = float(np.finfo(np.float32).max)
 NEEDED = "q", "k", "v", "x"  # arguments that no op goes without
 
 
@@ -71,12 +72,12 @@ def did_you_mean(value, known) -> str:
 
 
 def finite(name: str, value) -> float:
-    """The number that an option is. Raises ValueError where it is not finite, or not known while tracing."""
+    """The number that an option is. Raises ValueError where it is not finite in float32, or not known while tracing."""
     try:
         number = math.nan if getattr(value, "dtype", None) == np.bool_ else float(value)
-    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+    except (TypeError, ValueError, OverflowError, jax.errors.ConcretizationTypeError):
         number = math.nan
-    if isinstance(value, str | bool) or not math.isfinite(number):
+    if isinstance(value, str | bool) or not abs(number) <= LARGEST:
         raise ValueError(f"{name}: expected a finite number, known when tracing, got {described(value)}")
     return number
 
@@ -88,7 +89,7 @@ def factor(name: str, value):
             raise ValueError(f"{name}: expected one number, got a traced {value.dtype} of shape {tuple(value.shape)}")
         return value
     number = value.item() if is_array(value) and not value.shape else value
-    if not isinstance(number, numbers.Real) or isinstance(number, bool) or not math.isfinite(number):
+    if not isinstance(number, numbers.Real) or isinstance(number, bool) or not abs(number) <= LARGEST:
         raise ValueError(f"{name}: expected a finite number, got {described(value)}")
     return value
 
@@ -100,10 +101,13 @@ def boolean(name: str, value, expected: str = "True or False") -> bool:
     return bool(value)
 
 
-def positive(name: str, value, least: int = 1):
-    """Raises ValueError unless `value` is an integer >= `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+def positive(name: str, value, least: int = 1, most: int | None = None):
+    """Raises ValueError unless `value` is an integer >= `least`, and at most `most`."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least:
         raise ValueError(f"{name}: expected an integer >= {least}, got {described(value)}")
+    if most is not None and value > most:
+        raise ValueError(f"{name}: expected an integer <= {most}, got {described(value)}")
 
 
 def power_of_two(name: str, value):

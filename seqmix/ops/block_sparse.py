@@ -179,10 +179,16 @@ def _check(q, k, v, slopes, segment_ids, mask, blocks):
     check_mask(mask)
     if mask is None and blocks is None and segment_ids is None:
         raise ValueError("mask: expected a mask, a list of blocks or segment_ids, got none of them")
-    if segment_ids is not None:
-        packing.check(segment_ids, d.B, d.T)
-        if d.T != d.S:
-            raise ValueError(f"segment_ids: expected S={d.S} keys as many as queries, T={d.T}; else use data")
+    check_segments(segment_ids, d.B, d.T, d.S)
+
+
+def check_segments(segment_ids, batch, time, keys):
+    """Raises ValueError for ids that are not [B, T] integers, and for keys that are not the queries."""
+    if segment_ids is None:
+        return
+    packing.check(segment_ids, batch, time)
+    if time != keys:
+        raise ValueError(f"segment_ids: expected S={keys} keys as many as queries, T={time}; else use data")
 
 
 def score_numbers(q, scale, soft_cap):

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmix.core.shapes import positive
+from seqmix.core.shapes import boolean, described, is_array, positive
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+MOST = 2**31 - 1  # of numbers of a mask, which meet indices of int32
 _TILE = 128  # of the counts
 _BATCH = 1 << 22  # pairs evaluated at once
 
@@ -66,6 +67,9 @@ class Mask:
     def __invert__(self):
         return Not(self)
 
+    def __bool__(self):
+        raise TypeError("a mask is neither true nor false: join masks by & and |, not by `and` and `or`")
+
     def dense(self, time: int, keys: int | None = None, data=None):
         """The whole matrix, [T, S] bool, or [..., T, S] with `data` of shapes [..., T] and [..., S]."""
         time, keys = lengths(time, keys)
@@ -86,6 +90,7 @@ class Mask:
         """
         positive("bq", bq)
         positive("bk", bk)
+        boolean("refine", refine)
         time, keys = lengths(time, keys)
         data = check_data(self, time, keys, data)
         if refine and self.inputs:
@@ -122,6 +127,8 @@ class Mask:
 
     def flops(self, time: int, keys: int | None = None, *, key_dim: int, value_dim: int) -> int:
         """FLOPs of the two products of attention that the mask leaves, per head and row: 2 (K + V) * pairs."""
+        positive("key_dim", key_dim)
+        positive("value_dim", value_dim)
         return 2 * (key_dim + value_dim) * self.pairs(time, keys)
 
 
@@ -186,6 +193,23 @@ class Not(Mask):
         return FULL - self.a.over(rows, columns, spans)
 
 
+def check_static(mask):
+    """Raises ValueError for what is no mask, and for a mask that depends on data."""
+    if not isinstance(mask, Mask):
+        raise ValueError(f"mask: expected a mask, got {described(mask)}")
+    if mask.inputs:
+        raise ValueError(f"mask: expected a static mask, got one that needs {', '.join(mask.inputs)}")
+
+
+def check_names(**names):
+    """Raises ValueError unless the names of a mask's inputs are words, and no two the same."""
+    for name, value in names.items():
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{name}: expected the name of an array of data, got {described(value)}")
+    if len({*names.values()}) < len(names):
+        raise ValueError(f"{', '.join(names)}: expected different names, got {[*names.values()]}")
+
+
 def merged(a: Mask, b: Mask) -> dict[str, str]:
     """The inputs of both masks. Raises ValueError for a name that means queries in one and keys in the other."""
     for name in a.inputs:
@@ -212,11 +236,13 @@ def check_data(mask: Mask, time: int, keys: int, data, *, need: bool = False) ->
         if name not in data:
             if need:
                 raise ValueError(f"data: expected {name!r}, of the {side}, for this mask, got none")
-        elif not hasattr(data[name], "shape") or data[name].shape[-1:] != (length,):
+        elif not is_array(data[name]) or data[name].shape[-1:] != (length,):
             got = getattr(data[name], "shape", type(data[name]).__name__)
             raise ValueError(
                 f"data[{name!r}]: expected shape (..., {length}), one value for each of the {side}, got {got}"
             )
+        elif not jnp.issubdtype(data[name].dtype, jnp.integer):
+            raise ValueError(f"data[{name!r}]: expected integers, got {data[name].dtype}")
     return data
 
 

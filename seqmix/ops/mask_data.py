@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seqmix.ops.mask_algebra import PARTIAL, Mask, grade
+from seqmix.ops.mask_algebra import PARTIAL, Mask, check_names, check_static, grade
 
 UNKNOWN = np.int8(PARTIAL)
 
@@ -15,6 +15,9 @@ class Segments(Mask):
 
     queries: str = "segment_ids"
     keys: str = "kv_segment_ids"
+
+    def __post_init__(self):
+        check_names(queries=self.queries, keys=self.keys)
 
     @property
     def inputs(self):
@@ -38,6 +41,9 @@ class Intervals(Mask):
 
     starts: str = "starts"
     ends: str = "ends"
+
+    def __post_init__(self):
+        check_names(starts=self.starts, ends=self.ends)
 
     @property
     def inputs(self):
@@ -63,8 +69,8 @@ class Positions(Mask):
     keys: str = "kv_positions"
 
     def __post_init__(self):
-        if self.mask.inputs:
-            raise ValueError(f"mask: expected a static mask, got one that needs {', '.join(self.mask.inputs)}")
+        check_static(self.mask)
+        check_names(queries=self.queries, keys=self.keys)
 
     @property
     def inputs(self):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from seqmix.core.shapes import boolean, positive
-from seqmix.ops.mask_algebra import EMPTY, FULL, PARTIAL, And, Mask, Not, Or, grade, library
+from seqmix.core.shapes import boolean, described, positive
+from seqmix.ops.mask_algebra import EMPTY, FULL, MOST, PARTIAL, And, Mask, Not, Or, check_static, grade, library
 from seqmix.ops.mask_data import Intervals, Positions, Segments
 from seqmix.ops.mask_grid import Boxed, Neighbourhood
 
@@ -55,8 +55,7 @@ class Causal(Mask):
     offset: int = 0
 
     def __post_init__(self):
-        if isinstance(self.offset, bool) or not isinstance(self.offset, int | np.integer):
-            raise ValueError(f"offset: expected an integer, got {self.offset!r}")
+        positive("offset", self.offset, -MOST, MOST)
 
     def visible(self, i, j, data=None):
         return j <= i + self.offset
@@ -74,7 +73,7 @@ class Window(Mask):
     causal: bool = True
 
     def __post_init__(self):
-        positive("size", self.size)
+        positive("size", self.size, 1, MOST)
         boolean("causal", self.causal)
 
     def visible(self, i, j, data=None):
@@ -94,7 +93,7 @@ class Dilated(Mask):
     rate: int
 
     def __post_init__(self):
-        positive("rate", self.rate)
+        positive("rate", self.rate, 1, MOST)
 
     def visible(self, i, j, data=None):
         return (i - j) % self.rate == 0
@@ -117,9 +116,9 @@ class Strided(Mask):
     offset: int = 0
 
     def __post_init__(self):
-        positive("stride", self.stride)
-        positive("width", self.width)
-        positive("offset", self.offset, 0)
+        positive("stride", self.stride, 1, MOST)
+        positive("width", self.width, 1, MOST)
+        positive("offset", self.offset, 0, MOST)
         if self.width > self.stride:
             raise ValueError(f"width: expected at most stride={self.stride}, got {self.width}")
 
@@ -142,7 +141,7 @@ class Sinks(Mask):
     count: int
 
     def __post_init__(self):
-        positive("count", self.count, 0)
+        positive("count", self.count, 0, MOST)
 
     def visible(self, i, j, data=None):
         return j < self.count
@@ -158,7 +157,7 @@ class Prefix(Mask):
     length: int
 
     def __post_init__(self):
-        positive("length", self.length, 0)
+        positive("length", self.length, 0, MOST)
 
     def visible(self, i, j, data=None):
         return (j < self.length) | (j <= i)
@@ -176,9 +175,9 @@ class Blocks(Mask):
     key_size: int | None = None
 
     def __post_init__(self):
-        positive("size", self.size)
+        positive("size", self.size, 1, MOST)
         if self.key_size is not None:
-            positive("key_size", self.key_size)
+            positive("key_size", self.key_size, 1, MOST)
 
     def visible(self, i, j, data=None):
         return i // self.size == j // (self.key_size or self.size)
@@ -201,14 +200,19 @@ class BlockTable(Mask):
     key_size: int | None = None
 
     def __post_init__(self):
-        positive("size", self.size)
+        positive("size", self.size, 1, MOST)
         if self.key_size is not None:
-            positive("key_size", self.key_size)
+            positive("key_size", self.key_size, 1, MOST)
         rows = self.table
         if not (isinstance(rows, tuple) and rows and all(isinstance(row, bytes) for row in rows)):
-            array = np.asarray(rows)
-            if array.ndim != 2 or not array.size or not np.isin(array, (0, 1)).all():
+            try:
+                array = np.asarray(rows)
+            except ValueError:
+                raise ValueError(f"table: expected [nq, nk] of 0 and 1, got {described(rows)}") from None
+            if array.ndim != 2 or not array.size:
                 raise ValueError(f"table: expected [nq, nk] of 0 and 1, got shape {array.shape} of {array.dtype}")
+            if not np.isin(array, (0, 1)).all():
+                raise ValueError(f"table: expected 0 and 1, got {described(array[~np.isin(array, (0, 1))][0].item())}")
             rows = tuple(row.tobytes() for row in array.astype(np.uint8))
             object.__setattr__(self, "table", rows)
 
@@ -264,9 +268,8 @@ class Coarse(Mask):
     size: int
 
     def __post_init__(self):
-        positive("size", self.size)
-        if self.mask.inputs:
-            raise ValueError(f"mask: expected a static mask, got one that needs {', '.join(self.mask.inputs)}")
+        positive("size", self.size, 1, MOST)
+        check_static(self.mask)
 
     def visible(self, i, j, data=None):
         return self.mask.visible(i // self.size, j // self.size)
@@ -280,6 +283,10 @@ class Transpose(Mask):
     """The mask with i and j exchanged: Transpose(Sinks(n)) lets the first n queries see every key."""
 
     mask: Mask
+
+    def __post_init__(self):
+        if not isinstance(self.mask, Mask):
+            raise ValueError(f"mask: expected a mask, got {described(self.mask)}")
 
     @property
     def inputs(self):

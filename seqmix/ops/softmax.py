@@ -5,12 +5,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from seqmix.core import packing
-from seqmix.core.shapes import boolean, described, dims, finite, floating, positive
+from seqmix.core.shapes import boolean, check_arrays, described, dims, finite, floating, positive
 from seqmix.ops import block_sparse_kernels, heads, scored, softmax_context, softmax_library
 from seqmix.ops.dispatch import pick, record
+from seqmix.ops.mask_algebra import MOST
 from seqmix.ops.mesh import layout
 from seqmix.ops.softmax_chunked import block_pairs, block_sizes, chunked
 from seqmix.ops.softmax_reference import Rules, reference
@@ -83,9 +83,9 @@ def attention(
       implementation: None, the best for the call; "gpu" (Hopper kernels: bfloat16, K and V of 64 or 128), "cudnn",
         "tokamax" (GPUs) or "splash" (TPUs; compiled, not run on a chip), which take a part of the calls
         (`softmax_library`; docs/attention.md says which goes where); "tpu" (TPU kernels, only if named: never run on a
-        chip either); "chunked" (memory linear in T and S) or "reference" (dense). All but the last are differentiable
-        once. Where Hv is not Hk, the last two repeat no head, and the others (and what takes a mask) repeat those of
-        keys and values to the fewest that both numbers divide.
+        chip either); "chunked" (memory linear in T and S) or "reference" (dense). "reference" can be differentiated
+        again, all others once. Where Hv is not Hk, "chunked" and "reference" repeat no head, and the others (and what
+        takes a mask) repeat those of keys and values to the fewest that both numbers divide.
 
     Returns:
       y [B, T, H, V] in v.dtype, or (y, lse [B, H, T] in acc). A row that sees no key, padding above all, has
@@ -173,7 +173,9 @@ def merge(parts):
         if not isinstance(part, tuple | list) or len(part) != 2:
             raise ValueError(f"parts: expected pairs (y, lse), got {described(part)}")
     for y, lse in parts:
+        check_arrays(lse=lse)
         dims({"first": "B T H V", "y": "B T H V", "lse": "B H T"}, first=parts[0][0], y=y, lse=lse)
+        floating(y=y, lse=lse)
     lses = jnp.stack([lse for _, lse in parts])
     top = jax.lax.stop_gradient(jnp.max(lses, axis=0))
     top = jnp.where(top > -jnp.inf, top, 0)
@@ -241,10 +243,10 @@ def _rules(scale, causal, window, sinks, soft_cap) -> Rules:
     """`Rules` of checked numbers."""
     causal = boolean("causal", causal, "True or False (a mask is given by mask=)")
     if window is not None:
-        positive("window", window)
-    if isinstance(sinks, bool) or not isinstance(sinks, int | np.integer) or sinks < 0 or (sinks and not causal):
-        needs = "0" if not causal else "an integer >= 0"
-        raise ValueError(f"sinks: expected {needs} with causal={causal}, got {sinks!r}")
+        positive("window", window, 1, MOST)
+    positive("sinks", sinks, 0, MOST)
+    if sinks and not causal:
+        raise ValueError(f"sinks: expected 0 with causal=False, got {sinks!r}")
     scale, soft_cap = finite("scale", scale), None if soft_cap is None else finite("soft_cap", soft_cap)
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap: expected a positive number, got {soft_cap}")

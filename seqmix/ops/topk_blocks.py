@@ -6,8 +6,16 @@ import numpy as np
 
 from seqmix.core.shapes import boolean, check_arrays, dims, floating, positive
 from seqmix.ops import block_groups, heads
-from seqmix.ops.block_sparse import by_name, check_mask, checked_data, clipped, score_numbers, with_segments
-from seqmix.ops.mask_algebra import EMPTY
+from seqmix.ops.block_sparse import (
+    by_name,
+    check_mask,
+    check_segments,
+    checked_data,
+    clipped,
+    score_numbers,
+    with_segments,
+)
+from seqmix.ops.mask_algebra import EMPTY, MOST
 from seqmix.ops.masks import Blocks, Causal
 from seqmix.ops.softmax import merge
 
@@ -65,40 +73,54 @@ def choose_blocks(
     segment_ids=None,
     local=1,
     first=0,
+    start=0,
 ):
     """The `count` best blocks of keys of each block of queries, [B, h, nq, min(count, nk)] int32, -1 for none.
 
     scores: [B, h, nq, nk] floating, for blocks of `sizes` of `time` queries and `keys` keys. Equal scores: the
-    lower block. Only blocks in which the mask (None: `masks.Causal`), with its data and segment_ids as in
-    `block_sparse_attention`, may see a pair are candidates. Of these, forced, and counted in `count`, are the
-    first `first` blocks and the local ones: those that share an index with the queries, and the local - 1 before.
-    With a causal mask all other candidates then lie before the block's first query. No gradient passes.
+    lower block; -inf is never chosen, and what is no number before all but forced blocks, so that it is seen.
+    start: index among the keys of the first query, as in decoding, where they are the last: S - T. Only blocks in
+    which the mask (None: `masks.Causal(start)`), with its data and segment_ids as in `block_sparse_attention`, may
+    see a pair are candidates. Of these, forced, and counted in `count`, are the first `first` blocks and the local
+    ones: those in which the queries themselves are, and the local - 1 before. With a causal mask all other
+    candidates then lie before the block's first query. No gradient passes.
 
     Raises ValueError for shapes and numbers that do not fit, and a count below the number of forced blocks.
     """
     positive("count", count)
     positive("local", local)
     positive("first", first, 0)
+    positive("start", start, 0, MOST)
     bq, bk = clipped(sizes, time, keys)
     rows, columns = -(-time // bq), -(-keys // bk)
     d = dims({"scores": f"B h {rows} {columns}"}, scores=scores)
     floating(scores=scores)
-    low = np.arange(rows)[:, None] * bq // bk
-    high = (np.minimum((np.arange(rows)[:, None] + 1) * bq, time) - 1) // bk
+    check_segments(segment_ids, d.B, time, keys)
+    low = (start + np.arange(rows)[:, None] * bq) // bk
+    high = (start + np.minimum((np.arange(rows)[:, None] + 1) * bq, time) - 1) // bk
     block = np.arange(columns)
     forced = (block < first) | ((block > low - local) & (block <= high))
     if count < min(columns, int(forced.sum(1).max())):
         raise ValueError(f"count: expected at least the {int(forced.sum(1).max())} forced blocks, got {count}")
-    mask, data = with_segments(Causal() if mask is None else mask, data, segment_ids)
+    mask, data = with_segments(Causal(start) if mask is None else mask, data, segment_ids)
     data = checked_data(mask, time, keys, data, d.B)
     seen = jnp.asarray(mask.tiles(bq, bk, time, keys, data=data) != EMPTY)
     seen = seen[:, None] if seen.ndim == 3 else seen
-    scores = jnp.where(forced, jnp.inf, jax.lax.stop_gradient(scores))
-    return best_blocks(jnp.where(seen, scores, -jnp.inf), min(count, columns))
+    return best_blocks(jnp.where(seen, forced_first(scores, forced), -jnp.inf), min(count, columns))
+
+
+def forced_first(scores, forced):
+    """The scores, without a gradient, those of forced blocks above all others."""
+    scores = jax.lax.stop_gradient(scores)
+    return jnp.where(forced, jnp.inf, jnp.minimum(scores, jnp.finfo(scores.dtype).max))
 
 
 def best_blocks(scores, count: int):
-    """Index, int32, of the `count` greatest along the last axis, the lower of equal ones first; -1 for -inf."""
+    """Index, int32, of the `count` greatest along the last axis, the lower of equal ones first; -1 for -inf.
+
+    What is no number counts as the greatest finite one.
+    """
+    scores = jnp.where(jnp.isnan(scores), jnp.finfo(scores.dtype).max, scores)
     if not 0 < count <= FEW:
         best, index = jax.lax.top_k(scores, count)
         return jnp.where(best > -jnp.inf, index, -1).astype(jnp.int32)
@@ -138,11 +160,14 @@ def topk_block_attention(
     mask=None,
     local=1,
     first=0,
+    start=0,
     data=None,
     segment_ids=None,
     **options,
 ):
-    """Softmax attention of queries [B, T, H, K] to the `count` best blocks of keys, [B, S, Hk, K], of each query block.
+    """Softmax attention of queries [B, T, H, K] to the `count` best blocks of keys for each block of queries.
+
+    k [B, S, Hk, K], v [B, S, Hk, V]: as many value heads as key heads.
 
     `choose_blocks` takes the blocks, of `sizes` (bq, bk), by the scores, and `block_sparse_attention` attends
     to what the mask shows in them: its arguments, with scale, soft_cap, slopes, return_lse and implementation in
@@ -151,7 +176,9 @@ def topk_block_attention(
     scores: [B, Hk, nq, nk], shared by the query heads of a key head, or [B, H, nq, nk], one choice for each query
       head, for which k and v are repeated to H heads; None: `pooled_scores` of the first queries. Given scores
       have to keep to the past themselves. They get no gradient, and for sizes[0] = 1 they are T S / bk numbers a head.
-    mask: None is `masks.Causal()`.
+    mask: None is `masks.Causal(start)`.
+    start: index among the keys of the first query. The last T of S tokens, as in decoding, have start = S - T: then
+      each row is that of the whole call, with sizes[0] = 1 and scores of its own query.
     segment_ids: as in `block_sparse_attention`. Where segments are whole blocks, each chooses as it would alone;
       elsewhere the means of keys cross their borders. Blocks forced by `first` are those of the row.
     """
@@ -164,17 +191,19 @@ def topk_block_attention(
     return_lse = boolean("return_lse", options.pop("return_lse", False))
     score_numbers(q, options.get("scale"), options.get("soft_cap"))
     check_mask(mask, data)
-    mask = Causal() if mask is None else mask
+    check_segments(segment_ids, d.B, d.T, d.S)
+    positive("start", start, 0, MOST)
+    mask = Causal(start) if mask is None else mask
     scores = pooled_scores(q, k, sizes) if scores is None else scores
     check_arrays(scores=scores)
     if scores.ndim != 4 or scores.shape[1] not in (d.Hk, d.H):
         raise ValueError(f"scores: expected [B, Hk={d.Hk} or H={d.H}, nq, nk], got {tuple(scores.shape)}")
     chosen = {"sizes": sizes, "mask": mask, "data": data, "segment_ids": segment_ids}
-    blocks = choose_blocks(scores, d.T, d.S, count=count, local=local, first=first, **chosen)
+    blocks = choose_blocks(scores, d.T, d.S, count=count, local=local, first=first, start=start, **chosen)
     listed = k, v
     if scores.shape[1] != d.Hk:
         listed = tuple(jnp.repeat(x, d.H // d.Hk, axis=2) for x in (k, v))
-    apart = sizes[0] == 1 and mask == Causal() and d.T == d.S >= block_groups.LEAST
+    apart = sizes[0] == 1 and mask == Causal() and not start and d.T == d.S >= block_groups.LEAST
     if apart and options.get("implementation") != "reference":
         y, lse = _own_and_others(q, (k, v), listed, blocks, int(sizes[1]), segment_ids=segment_ids, **options)
     else:

@@ -24,7 +24,7 @@ from seqmix.ops.mask_algebra import grade
 from seqmix.ops.masks import Causal, Mask
 from seqmix.ops.mesh import layout
 from seqmix.ops.softmax import attention, merge
-from seqmix.ops.topk_blocks import best_blocks, best_in_ranges
+from seqmix.ops.topk_blocks import best_blocks, best_in_ranges, forced_first
 from seqmix.parts.chunks import chunk_ids
 
 
@@ -145,9 +145,7 @@ def choose(scores, seen, count: int, forced=None):
 
     seen [B, T, n] are the candidates, of which those `forced` [B, T, n] come first. No gradient passes.
     """
-    scores = jax.lax.stop_gradient(scores)
-    if forced is not None:
-        scores = jnp.where(forced[:, None], jnp.inf, scores)
+    scores = jax.lax.stop_gradient(scores) if forced is None else forced_first(scores, forced[:, None])
     return best_blocks(jnp.where(seen[:, None], scores, -jnp.inf), min(count, scores.shape[-1]))
 
 

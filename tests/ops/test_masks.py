@@ -219,8 +219,12 @@ BAD = {
     "size: expected an integer >= 1, got 0": lambda: masks.Window(0),
     "rate: expected an integer >= 1, got 1.5": lambda: masks.Dilated(1.5),
     "width: expected at most stride=2, got 3": lambda: masks.Strided(2, 3),
-    "offset: expected an integer, got None": lambda: masks.Causal(None),
-    "table: expected .nq, nk. of 0 and 1": lambda: masks.BlockTable([[2]], 4),
+    "offset: expected an integer >= -2147483647, got None": lambda: masks.Causal(None),
+    "offset: expected an integer <= 2147483647, got 2147483648": lambda: masks.Causal(2**31),
+    "count: expected an integer <= 2147483647, got 1000000000000": lambda: masks.Sinks(10**12),
+    "table: expected 0 and 1, got 2": lambda: masks.BlockTable([[1, 2]], 4),
+    "table: expected .nq, nk. of 0 and 1, got .*1, 0": lambda: masks.BlockTable([[1, 0], [1]], 4),
+    "table: expected .nq, nk. of 0 and 1, got shape .2,.": lambda: masks.BlockTable([1, 0], 4),
     "window: expected window . dilation within": lambda: masks.Neighbourhood(8, 5, dilation=2),
     "stride: expected at most the window": lambda: masks.Neighbourhood((8, 8), 3, 4),
     "grid: expected 1 to 3 lengths": lambda: masks.Neighbourhood((2, 2, 2, 2), 1),
@@ -229,11 +233,21 @@ BAD = {
     "causal: expected one bool for each axis": lambda: masks.Neighbourhood((2, 2), 1, causal=(True,)),
     "mask: expected a static mask, got one that needs segment_ids": lambda: masks.Positions(masks.Segments()),
     "mask: expected a static mask, got one that needs starts": lambda: masks.Coarse(masks.Intervals(), 2),
+    "mask: expected a mask, got 3": lambda: masks.Coarse(3, 2),
+    "mask: expected a mask, got 4": lambda: masks.Positions(4),
+    "mask: expected a mask, got 5": lambda: masks.Transpose(5),
+    "queries: expected the name of an array of data, got 1": lambda: masks.Segments(1),
+    "starts, ends: expected different names, got .'a', 'a'.": lambda: masks.Intervals("a", "a"),
+    "key_dim: expected an integer >= 1, got -1": lambda: masks.Causal().flops(4, key_dim=-1, value_dim=2),
+    "refine: expected True or False, got 1": lambda: masks.Causal().tiles(2, 2, 4, refine=1),
     "bq: expected an integer >= 1": lambda: masks.Causal().tiles(0, 4, 8),
     "refine: expected a static mask": lambda: masks.Segments().tiles(4, 4, 8, refine=True),
     "data: expected 'segment_ids', of the queries": lambda: masks.Segments().dense(8),
     "data.'starts'.: expected shape ": lambda: masks.Intervals().dense(
         8, data={"starts": np.zeros(7), "ends": np.zeros(8)}
+    ),
+    "data.'kv_segment_ids'.: expected integers, got float64": lambda: masks.Segments().dense(
+        8, data={"segment_ids": np.zeros(8, int), "kv_segment_ids": np.zeros(8)}
     ),
     "data: expected 'starts', of the keys": lambda: masks.Intervals().pairs(8),
     "a: expected the input of queries or of keys": lambda: masks.Segments("a", "b") & masks.Segments("b", "a"),
@@ -245,3 +259,8 @@ def test_bad_parameters_are_refused_in_one_line(message):
     with pytest.raises(ValueError, match=message) as error:
         BAD[message]()
     assert "\n" not in str(error.value)
+
+
+def test_masks_are_not_joined_by_and():
+    with pytest.raises(TypeError, match="join masks by & and"):
+        masks.Causal() and masks.Window(3)

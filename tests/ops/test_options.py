@@ -54,7 +54,7 @@ def refused(start, call, **options):
 
 @pytest.mark.parametrize("op", SCALED + SOFTMAX)
 def test_a_scale_is_one_finite_number(op):
-    for scale in ("x", True, np.True_, np.array(True), float("nan"), 1j, np.ones(3), [1.0]):
+    for scale in ("x", True, np.True_, np.array(True), float("nan"), 1j, np.ones(3), [1.0], 1e39, 10**400):
         refused("scale: expected a finite number", CALLS[op], scale=scale)
     if op in (*SCALED, "block_weights"):  # of the others None is the default
         refused("scale: expected a finite number", CALLS[op], scale=None)

@@ -275,3 +275,7 @@ def test_merge_refuses_no_parts_and_unequal_shapes():
     y, lse = np.zeros((B, 6, H, V)), np.zeros((B, H, 6))
     with pytest.raises(ValueError, match="lse: expected shape"):
         merge([(y, lse), (y, lse[:, :, :5])])
+    with pytest.raises(ValueError, match="lse: expected an array, got NoneType"):
+        merge([(y, None)])
+    with pytest.raises(ValueError, match="lse: expected a floating dtype, got int"):
+        merge([(y, lse.astype(int))])

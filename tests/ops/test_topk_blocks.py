@@ -115,9 +115,33 @@ def test_packed_rows_of_whole_blocks_choose_as_they_would_alone(x64):
         np.testing.assert_allclose(packed[b : b + 1, part], alone, **CLOSE)
 
 
+def test_queries_that_are_the_last_of_the_keys_are_those_of_the_whole_call(x64):
+    """Decoding: one query at a time, and the last three together, with lists of their own."""
+    q, k, v = draw(5, B, 13, H, K), draw(6, B, 13, HK, K), draw(7, B, 13, HK, K)
+    options = {"count": 2, "sizes": (1, 4)}
+    want = topk_block_attention(q, k, v, **options)
+    for start in (10, 12):
+        got = topk_block_attention(q[:, start:], k, v, **options, start=start)
+        np.testing.assert_allclose(got, want[:, start:], **CLOSE)
+    index = choose_blocks(jnp.zeros((1, 1, 1, 4)), 1, 11, count=1, sizes=(1, 3), start=10)
+    assert index.tolist() == [[[[3]]]]
+
+
+def test_what_is_no_number_comes_after_forced_blocks_and_minus_infinity_never():
+    scores = jnp.array([0.0, jnp.nan, jnp.inf, 1.0])
+    choose = lambda scores, count: choose_blocks(
+        jnp.broadcast_to(scores, (1, 1, 4, 4)), 8, 8, count=count, sizes=(2, 2)
+    )[0, 0].tolist()
+    assert choose(scores, 1) == [[0], [1], [2], [3]]  # each its own, which is forced
+    assert [sorted(row) for row in choose(scores, 2)] == [[-1, 0], [0, 1], [1, 2], [1, 3]]
+    assert [sorted(row) for row in choose(jnp.array([1.0, -jnp.inf, 0.0, 0.0]), 3)[2:]] == [[-1, 0, 2], [0, 2, 3]]
+
+
 BAD = {
     "count: expected at least the 3 forced blocks, got 2": {"count": 2, "local": 2, "first": 1},
     "count: expected an integer >= 1": {"count": 0},
+    "start: expected an integer >= 0": {"count": 2, "start": -1},
+    "segment_ids: expected shape": {"count": 2, "segment_ids": np.ones((2, 4), int)},
     "local: expected an integer >= 1": {"count": 2, "local": 0},
     "scores: expected .B, Hk=2 or H=2, nq, nk.": {"count": 2, "scores": np.zeros((2, 3, 4, 4))},
     "scores: expected shape .B, h, 4, 4.": {"count": 2, "scores": np.zeros((2, 2, 4, 3))},

@@ -20,6 +20,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from seqmix.core.mixer import Mixer
+from seqmix.core.shapes import described
 from seqmix.ops import masks
 from seqmix.ops.block_sparse import block_sparse_attention, block_sparse_flops
 from seqmix.ops.dispatch import NAMES
@@ -90,12 +91,14 @@ class Neighbourhood(Mixer):
 
     def mask(self, grid: tuple[int, ...]) -> masks.Neighbourhood:
         """Who sees whom on a grid, in row-major order."""
+        if not isinstance(grid, tuple | list) or len(grid) != len(self.window):
+            raise ValueError(f"grid: expected {len(self.window)} lengths, as many as of window, got {described(grid)}")
         causal = False if self.causal_axes is None else self.causal_axes
-        return masks.Neighbourhood(grid, self.window, self.stride or 1, self.dilation or 1, causal)
+        return masks.Neighbourhood(tuple(grid), self.window, self.stride or 1, self.dilation or 1, causal)
 
     def boxed(self, grid: tuple[int, ...]) -> masks.Boxed:
         """The mask in the order of boxes, which are not larger than the grid."""
-        return masks.Boxed(self.mask(grid), tuple(min(pair) for pair in zip(self._box, grid, strict=True)))
+        return masks.Boxed(self.mask(grid), tuple(map(min, self._box, grid)))
 
     def speed_up(self, grid: tuple[int, ...]) -> float:
         """Tiles of dense attention for each tile that is visited: a bound on what the pattern can gain."""
@@ -103,10 +106,10 @@ class Neighbourhood(Mixer):
         return speed_up(mask, (prod(mask.box),) * 2, mask.length)
 
     def _grid(self, time, inputs):
-        grid = tuple(inputs["grid"]) if self.takes else (time,)
-        if len(grid) != len(self.window) or prod(grid) != time:
+        grid = inputs["grid"] if self.takes else (time,)
+        if prod(self.mask(grid).grid) != time:
             raise ValueError(f"grid: expected {len(self.window)} lengths whose product is T={time}, got {grid}")
-        return grid
+        return tuple(grid)
 
     def forward(self, params, x, *, segment_ids=None, positions=None, rng=None, **inputs):
         """(y [B, T, D], {}) of row-major tokens of `grid`, a tuple of 2 or 3 lengths, or of a sequence."""

@@ -83,6 +83,10 @@ def test_a_grid_that_does_not_fit_is_refused():
         ((3, 5), "product is T=12"),
         (None, "needs this input"),
         ((1, 12), "window . dilation within"),
+        (8, "grid: expected 2 lengths, as many as of window, got 8"),
+        ("34", "grid: expected 2 lengths, as many as of window, got '34'"),
     ):
         with pytest.raises(ValueError, match=message):
             mixer.forward(params, x, grid=grid)
+    with pytest.raises(ValueError, match="grid: expected 2 lengths"):
+        mixer.speed_up((12,))
