@@ -216,7 +216,7 @@ BAD = {
     "data: expected 'starts'": {"mask": masks.Intervals()},
     "data.'starts'.: expected .B=2 or 1, 8.": {
         "mask": masks.Intervals(),
-        "data": dict.fromkeys(("starts", "ends"), np.zeros((3, 8))),
+        "data": dict.fromkeys(("starts", "ends"), np.zeros((3, 8), int)),
     },
     "blocks: expected .2, n. or": {"blocks": np.zeros((3, 1), np.int32)},
     "blocks: expected integers": {"blocks": np.zeros((2, 1))},
