@@ -119,9 +119,9 @@ def test_queries_that_are_the_last_of_the_keys_are_those_of_the_whole_call(x64):
     """Decoding: one query at a time, and the last three together, with lists of their own."""
     q, k, v = draw(5, B, 13, H, K), draw(6, B, 13, HK, K), draw(7, B, 13, HK, K)
     options = {"count": 2, "sizes": (1, 4)}
-    want = topk_block_attention(q, k, v, **options)
+    want = jax.jit(partial(topk_block_attention, **options))(q, k, v)
     for start in (10, 12):
-        got = topk_block_attention(q[:, start:], k, v, **options, start=start)
+        got = jax.jit(partial(topk_block_attention, **options, start=start))(q[:, start:], k, v)
         np.testing.assert_allclose(got, want[:, start:], **CLOSE)
     index = choose_blocks(jnp.zeros((1, 1, 1, 4)), 1, 11, count=1, sizes=(1, 3), start=10)
     assert index.tolist() == [[[[3]]]]
