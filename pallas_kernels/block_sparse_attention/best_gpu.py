@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 
 TOKENS = 128  # of a thread block: one a thread
 AHEAD = 8  # scores of a token that are read before the first of them is looked at
@@ -31,18 +31,18 @@ def best(scores, low, high, *, count):
         # With causal ranges the last tokens have the most to look at.
         tile = time // TOKENS - 1 - lax.axis_index("tile")
         row, head, tokens = lax.axis_index("row"), lax.axis_index("head"), pl.ds(tile * TOKENS, TOKENS)
-        least, past = (compat.load_raw_lanes(x.at[row, tokens]) for x in (low, high))
+        least, past = (registers.load_raw_lanes(x.at[row, tokens]) for x in (low, high))
         first, last = begin[row, tile], end[row, tile]
 
         def step(n, found):
             places = [first + n * AHEAD + i for i in range(AHEAD)]
             inside = [jnp.minimum(place, last - 1) for place in places]
-            given = [compat.load_raw_lanes(scores.at[row, head, place, tokens]) for place in inside]
+            given = [registers.load_raw_lanes(scores.at[row, head, place, tokens]) for place in inside]
             for place, score in zip(places, given):
                 found = taken(found, jnp.where((place >= least) & (place < past), score, -jnp.inf), place)
             return found
 
-        lanes = lambda value: compat.lanes(TOKENS, value)
+        lanes = lambda value: registers.lanes(TOKENS, value)
         nothing = [lanes(jnp.float32(-jnp.inf)) for _ in range(count)], [lanes(jnp.int32(-1)) for _ in range(count)]
         _, found = lax.fori_loop(0, (jnp.maximum(last - first, 0) + AHEAD - 1) // AHEAD, step, nothing)
         for n, place in enumerate(found):
@@ -63,7 +63,7 @@ def best(scores, low, high, *, count):
 
 def taken(found, score, place):
     """(scores, places), each a list in descending order, after one more score of each token."""
-    place = compat.lanes(TOKENS, place)
+    place = registers.lanes(TOKENS, place)
     greater = [score > other for other in found[0]]  # from some place on
 
     def moved(old, new):

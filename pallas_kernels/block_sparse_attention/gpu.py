@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 from pallas_kernels.block_sparse_attention import deal
 from pallas_kernels.block_sparse_attention.plan import SMS, Visibility
 
@@ -334,14 +334,14 @@ class Block:
                 acc, top, total = Rows(item, shared, unit, before).walk()
                 some = total > 0
                 compat.stores_read()
-                y[...] = (acc * compat.spread_rows(jnp.where(some, 1 / total, 0.0), acc.shape)).astype(y.dtype)
+                y[...] = (acc * registers.spread_rows(jnp.where(some, 1 / total, 0.0), acc.shape)).astype(y.dtype)
                 lse[...] = jnp.where(some, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
 
             @pl.when(item.count == 0)
             def _():
                 compat.stores_read()
-                y[...] = compat.zeros(y.shape).astype(y.dtype)
-                lse[...] = compat.rows(ROWS, -jnp.inf)
+                y[...] = registers.zeros(y.shape).astype(y.dtype)
+                lse[...] = registers.rows(ROWS, -jnp.inf)
 
             compat.publish()
             queries, head = pl.ds(item.first(unit), ROWS), item.head(unit)
@@ -369,7 +369,7 @@ class Rows:
         return lax.rem(self.before + n, self.call.stages)
 
     def keys(self, slot):
-        return compat.transposed(self.shared["k"].at[slot])
+        return registers.transposed(self.shared["k"].at[slot])
 
     def free(self, name, slot):
         compat.arrive(self.shared[f"{name}_free"].at[slot])
@@ -399,7 +399,7 @@ class Rows:
         compat.wait(shared["q_there"].at[self.unit])
         self.pass_over(0, self.place(0))
         compat.wait(shared["k_there"].at[opening])
-        scores = compat.matmul((self.q, self.keys(opening)))
+        scores = registers.matmul((self.q, self.keys(opening)))
         if not held:
             self.free("k", opening)
 
@@ -416,18 +416,18 @@ class Rows:
             factor = 1.0 if self.bent else call.scale * LOG2_E
             now = jnp.maximum(top, jnp.max(scores, axis=1) * factor)
             kept = jnp.exp2(top - now)
-            weights = jnp.exp2(scores * factor - compat.spread_rows(now, scores.shape))
-            acc = acc * compat.spread_rows(kept, acc.shape)
+            weights = jnp.exp2(scores * factor - registers.spread_rows(now, scores.shape))
+            acc = acc * registers.spread_rows(kept, acc.shape)
             total = total * kept + jnp.sum(weights, axis=1)
-            p = compat.as_operand(weights, shared["p"].at[self.unit] if "p" in shared else None)
-            acc, total, now, p = compat.together(acc, total, now, p)
+            p = registers.as_operand(weights, shared["p"].at[self.unit] if "p" in shared else None)
+            acc, total, now, p = registers.together(acc, total, now, p)
             compat.wait(shared["v_there"].at[slot])
             jobs = [([(p, shared["v"].at[slot])], acc)]
             if more:
                 self.pass_over(place + 1, following)
                 compat.wait(shared["k_there"].at[later])
                 jobs.append(([(self.q, self.keys(later))], None))
-            acc, *scores = compat.matmuls(*jobs)
+            acc, *scores = registers.matmuls(*jobs)
             self.free("v", slot)
             if more and not held:
                 self.free("k", later)
@@ -435,7 +435,7 @@ class Rows:
                 self.pass_over(place + 1, following)
             return acc, now, total, *scores
 
-        start = compat.zeros((ROWS, shared["v"].shape[2])), compat.rows(ROWS, LOWEST), compat.rows(ROWS, 0.0)
+        start = registers.zeros((ROWS, shared["v"].shape[2])), registers.rows(ROWS, LOWEST), registers.rows(ROWS, 0.0)
         carry = lax.fori_loop(0, last, step, (*start, scores))
         compat.arrive(shared["q_free"])
         return step(last, carry, more=False)
@@ -447,11 +447,11 @@ class Rows:
 
     def queries(self, n):
         """Indices of the queries."""
-        return self.first + compat.row_places(ROWS)
+        return self.first + registers.row_places(ROWS)
 
     def keys_of(self, n):
         """Indices of the nth tile's keys."""
-        return self.item.keys(self.entry(n), n) + compat.column_places(self.call.keys)
+        return self.item.keys(self.entry(n), n) + registers.column_places(self.call.keys)
 
     def logits(self, scores, n):
         """Scores of the nth tile, scaled, in log2; as they are where a factor does it."""
@@ -463,8 +463,8 @@ class Rows:
         elif self.bent:
             scores = scores * (call.scale * LOG2_E)
         if "slopes" in self.given:
-            i = compat.spread_rows(self.queries(n), scores.shape)
-            j = compat.spread_columns(self.keys_of(n), scores.shape)
+            i = registers.spread_rows(self.queries(n), scores.shape)
+            j = registers.spread_columns(self.keys_of(n), scores.shape)
             scores = scores - jnp.abs(i - j).astype(F32) * self.given["slopes"][self.head]
         return scores
 
@@ -478,9 +478,9 @@ class Rows:
             values = {}
             for name, x in self.given["q_data"].items():
                 mine = x.at[row if x.shape[0] > 1 else 0, pl.ds(self.first, ROWS)]
-                values[name] = functools.partial(compat.load_rows_of, mine)
+                values[name] = functools.partial(registers.load_rows_of, mine)
             for name, tiles in self.shared["k_data"].items():
-                values[name] = functools.partial(compat.load_columns, tiles.at[slot])
+                values[name] = functools.partial(registers.load_columns, tiles.at[slot])
             i, j = (functools.partial(place, n) for place in (self.queries, self.keys_of))
             return jnp.where(call.seen(i, j, values, (ROWS, call.keys)), scores, -jnp.inf)
 

@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 from pallas_kernels.block_sparse_attention import plan
 from pallas_kernels.block_sparse_attention.deal import cards, dealt
 from pallas_kernels.block_sparse_attention.listed import MARKS, ROWS, WARPGROUPS, Call, List
@@ -418,11 +418,11 @@ class _Block:
         tokens = self.own_tokens(mine, self.unit)
         at = mine.row, mine.own_head, tokens
         (y,) = self.own_tiles(mine, self.unit, "y")
-        y = compat.load_tile(y, shared=False)  # before the wait, as dy is on its way
-        lse, shift = (compat.load_rows_of(self.given[name].at[at]) for name in ("lse", "dlse"))
+        y = registers.load_tile(y, shared=False)  # before the wait, as dy is on its way
+        lse, shift = (registers.load_rows_of(self.given[name].at[at]) for name in ("lse", "dlse"))
         some = jnp.abs(lse) < jnp.inf
         compat.wait(loaded)
-        dy = compat.load_tile(self.b.at[self.unit])
+        dy = registers.load_tile(self.b.at[self.unit])
         delta = jnp.sum(y.astype(jnp.float32) * dy.astype(jnp.float32), axis=1) - shift
         lse, delta = jnp.where(some, lse * LOG2_E, jnp.inf), jnp.where(some, delta, 0.0)
         for n, vector in enumerate((lse, delta)):
@@ -440,7 +440,7 @@ class _Block:
         """The sums after the list's tiles, whose numbers in the thread block are from first to last."""
         call = self.call
         widths = [x.shape[-1] for x in ((self.a, self.b) if call.keys_own else (self.a,))]
-        sums = [compat.zeros((ROWS, width)) for width in widths]
+        sums = [registers.zeros((ROWS, width)) for width in widths]
         step = self.keys_step if call.keys_own else self.queries_step()
         if call.seen is None:
             turn = lambda slot, sums, ends: step(slot, False, sums, ends)
@@ -500,27 +500,27 @@ class _Block:
 
         def products(add, read):
             early = not call.deep  # else registers are too few for the second product meanwhile
-            add(2, k, compat.transposed(q))
+            add(2, k, registers.transposed(q))
             if early:
-                add(3, v, compat.transposed(dy))
-            lse = compat.spread_columns(compat.load_columns(rows.at[0]), shape)
+                add(3, v, registers.transposed(dy))
+            lse = registers.spread_columns(registers.load_columns(rows.at[0]), shape)
             p, graded = self.weights(read(2, int(early)), lse, slot, hides)
-            add(1, compat.as_operand(p, self.spares[0]), dy)
+            add(1, registers.as_operand(p, self.spares[0]), dy)
             if not early:
-                add(3, v, compat.transposed(dy))
+                add(3, v, registers.transposed(dy))
             gradient = read(3, int(early))
-            delta = compat.spread_columns(compat.load_columns(rows.at[1]), shape)
+            delta = registers.spread_columns(registers.load_columns(rows.at[1]), shape)
             compat.reads_done()  # of the rows' facts, before the slot is free
             self.own_done(ends)
-            add(0, compat.as_operand(graded * (gradient - delta), self.spares[1]), q)
+            add(0, registers.as_operand(graded * (gradient - delta), self.spares[1]), q)
 
-        return compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:2]
+        return registers.accumulate(products, *sums, registers.zeros(shape), registers.zeros(shape))[:2]
 
     def queries_step(self):
         """dq of 64 queries after one more tile of keys: the step, with what stays the same loaded."""
         call = self.call
         q, dy = (x.at[self.unit] for x in (self.a, self.b))
-        row = lambda n: compat.load_rows(self.rows.at[self.unit, n])
+        row = lambda n: registers.load_rows(self.rows.at[self.unit, n])
         if call.makes_rows:  # not kept: registers are few
             lse, delta = lambda: row(0), lambda: row(1)
         else:
@@ -533,17 +533,17 @@ class _Block:
             k, v, shape = self.other_a.at[slot, keys], self.other_b.at[slot, keys], (ROWS, keys.size)
 
             def products(add, read):
-                add(1, q, compat.transposed(k))
-                add(2, dy, compat.transposed(v))
-                _, graded = self.weights(read(1, 1), compat.spread_rows(lse(), shape), slot, hides, keys)
+                add(1, q, registers.transposed(k))
+                add(2, dy, registers.transposed(v))
+                _, graded = self.weights(read(1, 1), registers.spread_rows(lse(), shape), slot, hides, keys)
                 if hides:
                     compat.reads_done()
                 gradient = read(2, 0)
                 self.own_done(ends)
-                ds = graded * (gradient - compat.spread_rows(delta(), shape))
-                add(0, compat.as_operand(ds, self.spares[0]), k)
+                ds = graded * (gradient - registers.spread_rows(delta(), shape))
+                add(0, registers.as_operand(ds, self.spares[0]), k)
 
-            return compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:1]
+            return registers.accumulate(products, *sums, registers.zeros(shape), registers.zeros(shape))[:1]
 
         return step
 
@@ -563,8 +563,8 @@ class _Block:
     def hide(self, slot, p, others):
         """p with 0 at hidden pairs; others: which of the step's."""
         own, other = self.own_facts.at[self.mine], self.other_facts.at[slot]
-        vectors = {"own": lambda n: lambda: compat.load_rows(own.at[n])}
-        vectors["other"] = lambda n: lambda: compat.load_columns(other.at[n, others])
+        vectors = {"own": lambda n: lambda: registers.load_rows(own.at[n])}
+        vectors["other"] = lambda n: lambda: registers.load_columns(other.at[n, others])
         values = {}
         for side, names in (("own", self.call.names(True)), ("other", self.call.names(False))):
             values |= {name: vectors[side](n) for n, name in enumerate(names)}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 
 BLOCKS = 64, 128  # queries or keys of a block
 WIDTHS = 64, 128  # K or V
@@ -337,5 +337,5 @@ class _Tile(Values):
         value = jnp.asarray(value)
         truth = value.dtype == jnp.bool_  # spread as numbers
         value = lax.broadcast_in_dim(value.astype(jnp.int32) if truth else value, shape, axes)
-        value = compat.laid(value, None if to == "tile" else self.axes[to])
+        value = registers.laid(value, None if to == "tile" else self.axes[to])
         return value != 0 if truth else value

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 from pallas_kernels.block_sparse_attention.plan import LOG2_E
 
 ROWS = 64  # of a tile
@@ -39,10 +39,10 @@ def rows(y, dy, lse, dlse, *, by_head=False):
             for source, tiles in ((y, y_tiles), (dy, dy_tiles)):
                 compat.fetch(source.at[at], tiles.at[n], there.at[n])
         for n in range(count):
-            sums, shift = (compat.load_rows_of(x.at[row, head(n), tokens]) for x in (lse, dlse))
+            sums, shift = (registers.load_rows_of(x.at[row, head(n), tokens]) for x in (lse, dlse))
             some = jnp.abs(sums) < jnp.inf
             compat.wait(there.at[n])
-            y_tile, dy_tile = (compat.load_tile(x.at[n]).astype(jnp.float32) for x in (y_tiles, dy_tiles))
+            y_tile, dy_tile = (registers.load_tile(x.at[n]).astype(jnp.float32) for x in (y_tiles, dy_tiles))
             delta = jnp.sum(y_tile * dy_tile, axis=1) - shift
             staged[n, 0] = jnp.where(some, sums * LOG2_E, jnp.inf)
             staged[n, 1] = jnp.where(some, delta, 0.0)

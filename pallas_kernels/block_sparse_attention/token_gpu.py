@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 from pallas_kernels.block_sparse_attention import plan
 
 SIZE = 64  # keys of a block
@@ -299,7 +299,7 @@ def walk_step(call, shared, unit, n, stages, visit, carries):
 
 def lists_block(call, listed):
     """Whether the token of a row is among those of `listed`, bool [ROWS]."""
-    return ((listed >> (compat.row_places(ROWS) // call.heads)) & 1) == 1
+    return ((listed >> (registers.row_places(ROWS) // call.heads)) & 1) == 1
 
 
 def store_rows(call, union, source, target, unit):
@@ -330,7 +330,7 @@ class Block:
         call, shared = self.call, self.shared
         compat.registers(call.cut.computing, more=True)
         unit = compat.warpgroup(call.cut.units)
-        start = compat.zeros((ROWS, call.value)), compat.rows(ROWS, LOWEST), compat.rows(ROWS, 0.0)
+        start = registers.zeros((ROWS, call.value)), registers.rows(ROWS, LOWEST), registers.rows(ROWS, 0.0)
         compat.wait(shared["q_there"].at[unit])
         visit = lambda *state: self.visit(unit, *state)
         carries = walk(call, shared, unit, Union(call, self.given).count, call.stages, visit, (start,) * call.cut.tiles)
@@ -342,7 +342,7 @@ class Block:
         staged = shared["y" if "y" in shared else "q"]  # nobody else reads a tile of q
         for tile, (acc, top, total) in enumerate(carries):
             some = total > 0
-            y = acc * compat.spread_rows(jnp.where(some, 1 / total, 0.0), acc.shape)
+            y = acc * registers.spread_rows(jnp.where(some, 1 / total, 0.0), acc.shape)
             staged[unit * call.cut.tiles + tile] = y.astype(jnp.bfloat16)
             shared["lse"][unit * call.cut.tiles + tile] = jnp.where(some, (top + jnp.log2(total)) / LOG2_E, -jnp.inf)
         compat.publish()
@@ -360,18 +360,18 @@ class Block:
         call, shared, factor = self.call, self.shared, self.call.scale * LOG2_E
         acc, top, total = carry
         seen = lists_block(call, listed)
-        scores = compat.matmul((shared["q"].at[own], compat.transposed(shared["k"].at[slot])))
+        scores = registers.matmul((shared["q"].at[own], registers.transposed(shared["k"].at[slot])))
         if causal:
-            token = lax.rem(Union(call, self.given).token(unit, tile), SIZE) + compat.row_places(ROWS) // call.heads
-            later = compat.spread_columns(compat.column_places(SIZE), scores.shape) > compat.spread_rows(
+            token = lax.rem(Union(call, self.given).token(unit, tile), SIZE) + registers.row_places(ROWS) // call.heads
+            later = registers.spread_columns(registers.column_places(SIZE), scores.shape) > registers.spread_rows(
                 token, scores.shape
             )
             scores = jnp.where(later, -jnp.inf, scores)
         now = jnp.maximum(top, jnp.where(seen, jnp.max(scores, axis=1) * factor, LOWEST))
         kept = jnp.exp2(top - now)
-        weights = jnp.exp2(scores * factor - compat.spread_rows(jnp.where(seen, now, jnp.inf), scores.shape))
+        weights = jnp.exp2(scores * factor - registers.spread_rows(jnp.where(seen, now, jnp.inf), scores.shape))
         total = total * kept + jnp.sum(weights, axis=1)
-        p = compat.as_operand(weights, shared["p"].at[unit] if "p" in shared else None)
-        acc = acc * compat.spread_rows(kept, acc.shape)
-        acc, total, now, p = compat.together(acc, total, now, p)
-        return compat.matmul((p, shared["v"].at[slot]), start=acc), now, total
+        p = registers.as_operand(weights, shared["p"].at[unit] if "p" in shared else None)
+        acc = acc * registers.spread_rows(kept, acc.shape)
+        acc, total, now, p = registers.together(acc, total, now, p)
+        return registers.matmul((p, shared["v"].at[slot]), start=acc), now, total

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 from pallas_kernels.block_sparse_attention import token_gpu
 from pallas_kernels.block_sparse_attention.token_gpu import LOG2_E, ROWS, SIZE, Union
 
@@ -114,10 +114,10 @@ class QueryBlock:
         for tile in range(call.cut.tiles):
             rows = pl.ds(union.token(unit, tile) * call.heads, ROWS)
             mine = (self.given[name].at[union.row, union.head, rows] for name in ("lse", "delta"))
-            facts.append([compat.load_rows_of(x) for x in mine])
+            facts.append([registers.load_rows_of(x) for x in mine])
         compat.wait(shared["own"].at[unit])
         visit = lambda tile, *state: self.visit(unit, *facts[tile], *state)
-        starts = ((compat.zeros((ROWS, call.width)),),) * call.cut.tiles
+        starts = ((registers.zeros((ROWS, call.width)),),) * call.cut.tiles
         sums = token_gpu.walk(call, shared, unit, union.count, call.stages, visit, starts)
         union = Union(call, self.given)  # again, so that nothing of it has to be kept through the loop
         for tile, (total,) in enumerate(sums):
@@ -133,16 +133,16 @@ class QueryBlock:
         shape = (ROWS, SIZE)
         seen = token_gpu.lists_block(call, listed)
         # p of a row that does not list the block is 2^-inf; so no row that sees nothing, whose lse is -inf, gets to p.
-        lse = compat.spread_rows(jnp.where(seen, lse, jnp.inf), shape)
+        lse = registers.spread_rows(jnp.where(seen, lse, jnp.inf), shape)
 
         def products(add, read):
-            add(1, q, compat.transposed(k))
-            add(2, dy, compat.transposed(v))
+            add(1, q, registers.transposed(k))
+            add(2, dy, registers.transposed(v))
             p = jnp.exp2(read(1, 1) * (call.scale * LOG2_E) - lse)
-            ds = p * (read(2, 0) - compat.spread_rows(delta, shape))
-            add(0, compat.as_operand(ds, shared["spare"].at[unit] if "spare" in shared else None), k)
+            ds = p * (read(2, 0) - registers.spread_rows(delta, shape))
+            add(0, registers.as_operand(ds, shared["spare"].at[unit] if "spare" in shared else None), k)
 
-        return tuple(compat.accumulate(products, *carry, compat.zeros(shape), compat.zeros(shape))[:1])
+        return tuple(registers.accumulate(products, *carry, registers.zeros(shape), registers.zeros(shape))[:1])
 
 
 def backward_keys(q, k, v, dy, visitors, *, scale):
@@ -283,7 +283,7 @@ class KeyBlock:
             compat.arrive(shared["free"].at[slot])
             return sums
 
-        starts = compat.zeros((SIZE, call.width)), compat.zeros((SIZE, call.value))
+        starts = registers.zeros((SIZE, call.width)), registers.zeros((SIZE, call.value))
         dk, dv = lax.fori_loop(0, List(call, self.given, unit).steps, step, starts)
         mine = List(call, self.given, unit)  # again, so that nothing of it has to be kept through the loop
 
@@ -301,13 +301,13 @@ class KeyBlock:
         spare = lambda name: shared[name].at[unit] if name in shared else None
 
         def products(add, read):
-            add(2, k, compat.transposed(q))
-            add(3, v, compat.transposed(dy))
-            lse = compat.spread_columns(compat.load_columns(rows.at[0]), shape)
+            add(2, k, registers.transposed(q))
+            add(3, v, registers.transposed(dy))
+            lse = registers.spread_columns(registers.load_columns(rows.at[0]), shape)
             p = jnp.exp2(read(2, 1) * (call.scale * LOG2_E) - lse)
-            add(1, compat.as_operand(p, spare("spare")), dy)
+            add(1, registers.as_operand(p, spare("spare")), dy)
             gradient = read(3, 1)
-            delta = compat.spread_columns(compat.load_columns(rows.at[1]), shape)
-            add(0, compat.as_operand(p * (gradient - delta), spare("spare_ds")), q)
+            delta = registers.spread_columns(registers.load_columns(rows.at[1]), shape)
+            add(0, registers.as_operand(p * (gradient - delta), spare("spare_ds")), q)
 
-        return tuple(compat.accumulate(products, *sums, compat.zeros(shape), compat.zeros(shape))[:2])
+        return tuple(registers.accumulate(products, *sums, registers.zeros(shape), registers.zeros(shape))[:2])

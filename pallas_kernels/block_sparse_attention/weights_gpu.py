@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 from pallas_kernels.block_sparse_attention.plan import WIDTHS
 from pallas_kernels.block_sparse_attention.token_gpu import LOG2_E
 
@@ -147,16 +147,16 @@ class Block:
             def head(g, total):
                 slot = lax.rem(n * call.heads + g, STAGES)
                 compat.wait(shared["q_there"].at[slot])
-                lse = compat.load_rows(shared["lse"].at[slot, rows])
-                scores = compat.matmul((shared["q"].at[slot, rows], compat.transposed(shared["k"].at[held])))
-                total += jnp.exp2(scores * (call.scale * LOG2_E) - compat.spread_rows(lse, shape))
+                lse = registers.load_rows(shared["lse"].at[slot, rows])
+                scores = registers.matmul((shared["q"].at[slot, rows], registers.transposed(shared["k"].at[held])))
+                total += jnp.exp2(scores * (call.scale * LOG2_E) - registers.spread_rows(lse, shape))
                 compat.publish()  # lse has been read: TMA may write there
                 compat.arrive(shared["q_free"].at[slot])
                 return total
 
-            total = lax.fori_loop(0, call.heads, head, compat.zeros(shape))
+            total = lax.fori_loop(0, call.heads, head, registers.zeros(shape))
             compat.arrive(shared["k_free"].at[held])
             tokens = pl.ds(self.tile * TOKENS + unit * ROWS, ROWS)
-            compat.store_transposed(total, self.w.at[self.row, self.head, pl.ds(n * KEYS, KEYS), tokens])
+            registers.store_transposed(total, self.w.at[self.row, self.head, pl.ds(n * KEYS, KEYS), tokens])
 
         lax.fori_loop(0, self.count, keys, None)

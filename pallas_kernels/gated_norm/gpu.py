@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 
 MOST_WIDTH = 4096  # channels of a row that a warpgroup holds
 ROWS = 32  # of a thread block in the backward pass
@@ -49,7 +49,7 @@ def forward(x, skip, gate, scale, weight, *, eps):
     def body(x_ref, skip_ref, gate_ref, scale_ref, weight_ref, y_ref):
         row = lax.axis_index("row")
         part = _Row(row, width, x_ref, skip_ref, gate_ref, weight_ref)
-        y = part.gated * part.inverse(eps) * compat.load_lanes(scale_ref)
+        y = part.gated * part.inverse(eps) * registers.load_lanes(scale_ref)
         y_ref[row] = y.astype(y_ref.dtype)
 
     return compat.kernel(
@@ -75,12 +75,12 @@ def backward(x, skip, gate, scale, weight, dy, *, eps):
     def body(x_ref, skip_ref, gate_ref, scale_ref, weight_ref, dy_ref, y_ref, dx_ref, dskip_ref, dgate_ref, *rest):
         *sums, dscale, dweight = rest
         block = lax.axis_index("block")
-        dscale[...] = dweight[...] = compat.lanes(width, 0.0)
+        dscale[...] = dweight[...] = registers.lanes(width, 0.0)
 
         def one(index, _):
             row = block * ROWS + index
             part = _Row(row, width, x_ref, skip_ref, gate_ref, weight_ref)
-            u = compat.load_lanes(dy_ref.at[row]) * compat.load_lanes(scale_ref)
+            u = registers.load_lanes(dy_ref.at[row]) * registers.load_lanes(scale_ref)
             inverse = part.inverse(eps)
             inner = jnp.sum(u * part.gated) / width * inverse * inverse
             dg = inverse * (u - part.gated * inner)
@@ -88,16 +88,16 @@ def backward(x, skip, gate, scale, weight, dy, *, eps):
             dgate_ref[row] = (dg * part.summed * slope).astype(dgate_ref.dtype)
             dx = dg * part.opened
             dx_ref[row] = dx.astype(dx_ref.dtype)
-            dskip_ref[row] = (dx * compat.load_lanes(weight_ref)).astype(dskip_ref.dtype)
+            dskip_ref[row] = (dx * registers.load_lanes(weight_ref)).astype(dskip_ref.dtype)
             # Sums and what else they need are not kept in registers, of which rows of 4096 leave none.
-            dweight[...] = compat.load_lanes(dweight) + dx * compat.load_lanes(skip_ref.at[row])
+            dweight[...] = registers.load_lanes(dweight) + dx * registers.load_lanes(skip_ref.at[row])
             normal = part.gated * inverse
-            dscale[...] = compat.load_lanes(dscale) + compat.load_lanes(dy_ref.at[row]) * normal
-            y_ref[row] = (normal * compat.load_lanes(scale_ref)).astype(y_ref.dtype)
+            dscale[...] = registers.load_lanes(dscale) + registers.load_lanes(dy_ref.at[row]) * normal
+            y_ref[row] = (normal * registers.load_lanes(scale_ref)).astype(y_ref.dtype)
             return 0
 
         lax.fori_loop(0, jnp.minimum(ROWS, rows - block * ROWS), one, 0)
-        sums[0][block], sums[1][block] = compat.load_lanes(dscale), compat.load_lanes(dweight)
+        sums[0][block], sums[1][block] = registers.load_lanes(dscale), registers.load_lanes(dweight)
 
     part = jax.ShapeDtypeStruct((blocks, width), jnp.float32)
     *gradients, dscale, dweight = compat.kernel(
@@ -118,8 +118,8 @@ class _Row:
 
     def __init__(self, row, width, x_ref, skip_ref, gate_ref, weight_ref):
         self.width = width
-        self.skip, self.gate = compat.load_lanes(skip_ref.at[row]), compat.load_lanes(gate_ref.at[row])
-        self.summed = compat.load_lanes(x_ref.at[row]) + compat.load_lanes(weight_ref) * self.skip
+        self.skip, self.gate = registers.load_lanes(skip_ref.at[row]), registers.load_lanes(gate_ref.at[row])
+        self.summed = registers.load_lanes(x_ref.at[row]) + registers.load_lanes(weight_ref) * self.skip
         self.sigmoid = 1 / (1 + jnp.exp(-self.gate))
         self.opened = self.gate * self.sigmoid
         self.gated = self.summed * self.opened

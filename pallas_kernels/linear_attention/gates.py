@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 from pallas_kernels.linear_attention.plan import CHUNK, LEAST_LOG2, LOG2_E, Plan
 
 ROWS = 64  # heads, or heads of several chunks, of a thread block
@@ -68,19 +68,19 @@ def _sums(given, shape, interpreting):
         sources, (out, parts, factors) = refs[: len(given)], refs[len(given) :]
         row, group, tile = (lax.axis_index(name) for name in ("row", "group", "tile"))
         for kind, source in enumerate(sources):
-            value = compat.load_tile(source.at[row, group, :, pl.ds(tile * ROWS, ROWS)], shared=False) * LOG2_E
+            value = registers.load_tile(source.at[row, group, :, pl.ds(tile * ROWS, ROWS)], shared=False) * LOG2_E
             value = -value if kind else jnp.maximum(value, LEAST_LOG2)
             for part in range(PARTS):
                 rounded = value.astype(jnp.bfloat16)
                 parts[kind, part] = rounded
                 value = value - rounded.astype(jnp.float32)
-            time, target = (compat.iota((CHUNK, CHUNK), axis) for axis in (0, 1))
+            time, target = (registers.iota((CHUNK, CHUNK), axis) for axis in (0, 1))
             factors[kind] = jnp.where(time == target if kind else time <= target, 1.0, 0.0).astype(jnp.bfloat16)
         compat.publish()
         pairs = []
         for kind in range(len(sources)):
-            pairs += [(compat.transposed(parts.at[kind, part]), factors.at[kind]) for part in reversed(range(PARTS))]
-            out[row, kind, group if tiles == 1 else group * tiles + tile] = compat.matmul(*pairs)
+            pairs += [(registers.transposed(parts.at[kind, part]), factors.at[kind]) for part in reversed(range(PARTS))]
+            out[row, kind, group if tiles == 1 else group * tiles + tile] = registers.matmul(*pairs)
 
     return compat.kernel(
         body,

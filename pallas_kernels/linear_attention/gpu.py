@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 from pallas_kernels.linear_attention import gates
 from pallas_kernels.linear_attention import plan as planning
 from pallas_kernels.linear_attention.plan import CHUNK, COLUMNS, SEGMENT_LANES, Plan
@@ -178,7 +178,9 @@ def carried_state(given, ends, left, where, row, head, splits):
     count, step) in the order of the walk.
     """
     shape = tuple(index.size for index in where)
-    carry = compat.zeros(shape) if given is None else compat.load_tile(given.at[(row, head, *where)], shared=False)
+    carry = (
+        registers.zeros(shape) if given is None else registers.load_tile(given.at[(row, head, *where)], shared=False)
+    )
     if ends is None:
         return carry
     first, count, step = splits
@@ -186,7 +188,7 @@ def carried_state(given, ends, left, where, row, head, splits):
 
     def through(index, carry):
         split = first + index * step
-        end = compat.load_tile(ends.at[(row, split, head, *where)], shared=False)
+        end = registers.load_tile(ends.at[(row, split, head, *where)], shared=False)
         return carry * jnp.exp2(left[decay_row, head, split]) + end
 
     return lax.fori_loop(0, count, through, carry)
@@ -215,16 +217,16 @@ class Tokens:
 
     def carry_in(self):
         """What a token's output reads of the incoming state, scale included: [64]."""
-        exponent = self._shifted(compat.load_rows(self.decays), self.shift)
+        exponent = self._shifted(registers.load_rows(self.decays), self.shift)
         if self.segments is not None:
-            exponent = jnp.where(compat.load_rows(self.runs) == self.before, exponent, -jnp.inf)
+            exponent = jnp.where(registers.load_rows(self.runs) == self.before, exponent, -jnp.inf)
         return jnp.exp2(exponent)
 
     def carry_out(self):
         """What is left of a token's write at the chunk's end: [64]."""
-        exponent = self.last - compat.load_rows(self.sources)
+        exponent = self.last - registers.load_rows(self.sources)
         if self.segments is not None:
-            exponent = jnp.where(compat.load_rows(self.runs) == self.after, exponent, -jnp.inf)
+            exponent = jnp.where(registers.load_rows(self.runs) == self.after, exponent, -jnp.inf)
         return jnp.exp2(exponent)
 
     def kept(self):
@@ -236,19 +238,19 @@ class Tokens:
         """What token i's output reads of token j's write, scale included: [i, j], or [j, i] transposed."""
         shape = (CHUNK, CHUNK)
         rows, columns = (self.sources, self.decays) if transposed else (self.decays, self.sources)
-        down = self._shifted(compat.load_rows(rows), -self.shift if transposed else self.shift)
-        down = compat.spread_rows(down, shape)
-        across = compat.spread_columns(compat.load_columns(columns), shape)
+        down = self._shifted(registers.load_rows(rows), -self.shift if transposed else self.shift)
+        down = registers.spread_rows(down, shape)
+        across = registers.spread_columns(registers.load_columns(columns), shape)
         exponent = across - down if transposed else down - across
         if self.segments is not None:
-            row_runs = compat.spread_rows(compat.load_rows(self.runs), shape)
-            column_runs = compat.spread_columns(compat.load_columns(self.runs), shape)
+            row_runs = registers.spread_rows(registers.load_rows(self.runs), shape)
+            column_runs = registers.spread_columns(registers.load_columns(self.runs), shape)
             exponent = jnp.where((row_runs == column_runs) & (row_runs != 0), exponent, -jnp.inf)
-        return jnp.exp2(compat.below(exponent, self.start, -jnp.inf, upper=transposed))
+        return jnp.exp2(registers.below(exponent, self.start, -jnp.inf, upper=transposed))
 
 
 def scaled_rows(tile, factors):
-    return tile * compat.spread_rows(factors, tile.shape)
+    return tile * registers.spread_rows(factors, tile.shape)
 
 
 def specs_of(lanes, block, row, decays, segments, chunk_at, *arrays):
@@ -307,15 +309,15 @@ def _split_states(lanes, keys, values, decays, segments, reverse, scale, every, 
                 at(indices[0]) * CHUNK,
                 shift=math.log2(scale),
             )
-            mine = compat.load_float32(value_tile.at[:, pl.ds(unit * COLUMNS, COLUMNS)])
+            mine = registers.load_float32(value_tile.at[:, pl.ds(unit * COLUMNS, COLUMNS)])
             weights = tokens.carry_in() if reverse else tokens.carry_out()
             weighted[unit] = scaled_rows(mine, weights).astype(jnp.bfloat16)
             compat.publish()
-            added = compat.matmul((compat.transposed(key_tile), weighted.at[unit]))
+            added = registers.matmul((registers.transposed(key_tile), weighted.at[unit]))
             return total + added * left, left * tokens.kept()
 
         def around(run):
-            out_ref[row, split, head, :, columns] = run((compat.zeros((plan.key, COLUMNS)), jnp.float32(1.0)))[0]
+            out_ref[row, split, head, :, columns] = run((registers.zeros((plan.key, COLUMNS)), jnp.float32(1.0)))[0]
 
         at = lambda i: split * plan.steps + (i if reverse else plan.steps - 1 - i)
         tiles = ((plan.key, lanes.key_head(block)), (COLUMNS * units, block))
@@ -363,20 +365,20 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, scale, need_las
             )
             v_mine = v_tile.at[:, mine]
             states[unit] = carry.astype(jnp.bfloat16)
-            values = compat.load_float32(v_mine)
+            values = registers.load_float32(v_mine)
             weighted[unit] = scaled_rows(values, tokens.carry_out()).astype(jnp.bfloat16)
             compat.publish()
-            scores = compat.matmul((q_tile, compat.transposed(k_tile))) * tokens.pairs()
-            scores = compat.as_operand(scores, spare[0].at[unit] if spare else None)
-            y = scaled_rows(compat.matmul((q_tile, states.at[unit])), tokens.carry_in())
-            y = compat.matmul((scores, v_mine), start=y)
+            scores = registers.matmul((q_tile, registers.transposed(k_tile))) * tokens.pairs()
+            scores = registers.as_operand(scores, spare[0].at[unit] if spare else None)
+            y = scaled_rows(registers.matmul((q_tile, states.at[unit])), tokens.carry_in())
+            y = registers.matmul((scores, v_mine), start=y)
             compat.stores_read()
             outputs[unit] = y.astype(jnp.bfloat16)
             compat.publish()
             place = pl.ds(head * plan.value + columns.start, COLUMNS)
             compat.store(outputs.at[unit], y_ref.at[row, pl.ds(at(indices[0]) * CHUNK, CHUNK), place])
-            write = (compat.transposed(k_tile), weighted.at[unit])
-            return compat.matmul(write, start=carry * tokens.kept())
+            write = (registers.transposed(k_tile), weighted.at[unit])
+            return registers.matmul(write, start=carry * tokens.kept())
 
         def around(run):
             where = (pl.ds(0, plan.key), columns)

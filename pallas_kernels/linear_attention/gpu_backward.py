@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 from pallas_kernels.linear_attention import gates
 from pallas_kernels.linear_attention import plan as planning
 from pallas_kernels.linear_attention.gpu import (
@@ -247,37 +247,37 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
             )
             compat.stores_read()
             states[unit] = carry.astype(jnp.bfloat16)
-            weighted[unit] = scaled_rows(compat.load_float32(v_mine), own.carry_out()).astype(jnp.bfloat16)
+            weighted[unit] = scaled_rows(registers.load_float32(v_mine), own.carry_out()).astype(jnp.bfloat16)
             if need_decay:  # the tile of dq is free until that is written
                 await_turn()
                 read = queries.at[unit, :, pl.ds(0, COLUMNS)]
-                read[...] = scaled_rows(compat.load_float32(dy_mine), own.carry_in()).astype(jnp.bfloat16)
+                read[...] = scaled_rows(registers.load_float32(dy_mine), own.carry_in()).astype(jnp.bfloat16)
             compat.publish()
             if need_decay:  # before the state is updated: both at once would need too many registers
-                totals[unit] = _row_sums(carry, compat.matmul((compat.transposed(q_tile), read)))
-            jobs = [([(compat.transposed(k_tile), weighted.at[unit])], carry * own.kept())]
-            jobs.append(([(dy_mine, compat.transposed(v_mine))], None))
+                totals[unit] = _row_sums(carry, registers.matmul((registers.transposed(q_tile), read)))
+            jobs = [([(registers.transposed(k_tile), weighted.at[unit])], carry * own.kept())]
+            jobs.append(([(dy_mine, registers.transposed(v_mine))], None))
             if need_decay:
-                jobs.append(([(q_tile, compat.transposed(k_tile))], None))
-            after, crossed, *score = compat.matmuls(*jobs)
+                jobs.append(([(q_tile, registers.transposed(k_tile))], None))
+            after, crossed, *score = registers.matmuls(*jobs)
             crossed = crossed * own.pairs()
-            weights = compat.as_operand(crossed, spare.at[unit] if spare is not None else None)
+            weights = registers.as_operand(crossed, spare.at[unit] if spare is not None else None)
             if need_decay:
-                crossed = compat.below(score[0] * crossed, now, 0.0, diagonal=False)
+                crossed = registers.below(score[0] * crossed, now, 0.0, diagonal=False)
                 weighted[unit] = crossed.astype(jnp.bfloat16)
                 compat.publish()
             else:
                 await_turn()
-            jobs = [([(dy_mine, compat.transposed(states.at[unit]))], None)]
+            jobs = [([(dy_mine, registers.transposed(states.at[unit]))], None)]
             if need_decay:
-                signs = [compat.transposed(ones.at[pl.ds(n * SHARES, SHARES)]) for n in range(2)]
+                signs = [registers.transposed(ones.at[pl.ds(n * SHARES, SHARES)]) for n in range(2)]
                 pairs = weighted.at[unit]
-                jobs.append(([(compat.transposed(pairs), signs[0]), (pairs, signs[1])], None))
-            inter, *net = compat.matmuls(*jobs)
+                jobs.append(([(registers.transposed(pairs), signs[0]), (pairs, signs[1])], None))
+            inter, *net = registers.matmuls(*jobs)
             inter = scaled_rows(inter, own.carry_in())
             if need_decay:
-                sums[unit] = _row_sums(compat.load_float32(q_tile), inter) - jnp.sum(net[0], axis=1)
-            queries[unit] = compat.matmul((weights, k_tile), start=inter).astype(jnp.bfloat16)
+                sums[unit] = _row_sums(registers.load_float32(q_tile), inter) - jnp.sum(net[0], axis=1)
+            queries[unit] = registers.matmul((weights, k_tile), start=inter).astype(jnp.bfloat16)
             if units == 2:
                 add_queries(queries, weighted.at[unit])
             compat.publish()
@@ -295,7 +295,7 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
 
             @pl.when(unit * COLUMNS < plan.key)
             def _():
-                total[...] = compat.load_tile(queries.at[0, :, mine]) + compat.load_tile(queries.at[1, :, mine])
+                total[...] = registers.load_tile(queries.at[0, :, mine]) + registers.load_tile(queries.at[1, :, mine])
 
             compat.arrive(free)
 
@@ -316,7 +316,7 @@ def _walk_forward(lanes: Lanes, given, scale, need_decay):
 
                 @pl.when(unit == 0)
                 def _():
-                    added = compat.iota((CHUNK, CHUNK), 0) < SHARES
+                    added = registers.iota((CHUNK, CHUNK), 0) < SHARES
                     ones[...] = jnp.where(added, 1.0 / SHARES, -1.0 / SHARES).astype(jnp.bfloat16)
                     compat.publish()
 
@@ -414,15 +414,15 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
             compat.wait(free)
             states[warpgroup] = carry.astype(jnp.bfloat16)
             slot = pl.ds(warpgroup * COLUMNS, COLUMNS)
-            read, write = (compat.load_float32(tile.at[:, mine]) for tile in (dy_tile, v_tile))
+            read, write = (registers.load_float32(tile.at[:, mine]) for tile in (dy_tile, v_tile))
             weighted[:, slot] = scaled_rows(read, own.carry_in()).astype(jnp.bfloat16)
             written[:, slot] = scaled_rows(write, own.carry_out()).astype(jnp.bfloat16)
             compat.publish()
             if need_decay:  # before the gradient is updated: both at once would need too many registers
-                change = compat.matmul((compat.transposed(k_tile), written.at[:, slot]))
+                change = registers.matmul((registers.transposed(k_tile), written.at[:, slot]))
                 totals[warpgroup] = _row_sums(carry, change)
-            write = (compat.transposed(q_tile), weighted.at[:, slot])
-            after = compat.matmul(write, start=carry * own.kept())
+            write = (registers.transposed(q_tile), weighted.at[:, slot])
+            after = registers.matmul(write, start=carry * own.kept())
             compat.arrive(full)
 
             @pl.when(warpgroup == 0)
@@ -444,23 +444,23 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
 
         def values(now, here, q_tile, k_tile, v_tile, dy_tile, state_of, dv_staged, sums):
             tokens = pl.ds(now * CHUNK, CHUNK)
-            score = compat.matmul((k_tile, compat.transposed(q_tile)))
+            score = registers.matmul((k_tile, registers.transposed(q_tile)))
             weights = [
-                compat.as_operand(score * factors.pairs(transposed=True), spares[0].at[index] if spares else None)
+                registers.as_operand(score * factors.pairs(transposed=True), spares[0].at[index] if spares else None)
                 for index, factors, _ in here
             ]
             compat.wait(full)
             found, per_head = {}, lanes.units // count  # sums of a head, by kind
             for unit, index, factors, part in units_in(here):  # a unit at a time: registers are what is short
-                acc = compat.matmul((k_tile, state_of(unit)))
+                acc = registers.matmul((k_tile, state_of(unit)))
                 acc = scaled_rows(acc, factors.carry_out())
                 # Each sum reads the values itself: with the same registers of them before and after the product that
                 # adds to `acc`, both sums are the same instructions, and ptxas 13.0 takes one for the other.
                 if need_decay:
-                    _add(found, 0, _row_sums(compat.load_float32(v_tile.at[:, part]), acc))
-                acc = compat.matmul((weights[index], dy_tile.at[:, part]), start=acc)
+                    _add(found, 0, _row_sums(registers.load_float32(v_tile.at[:, part]), acc))
+                acc = registers.matmul((weights[index], dy_tile.at[:, part]), start=acc)
                 if weighs:
-                    _add(found, 1, _row_sums(compat.load_float32(v_tile.at[:, part]), acc))
+                    _add(found, 1, _row_sums(registers.load_float32(v_tile.at[:, part]), acc))
                 dv_staged[:, part] = acc.astype(jnp.bfloat16)
                 if (unit + 1) % per_head == 0:
                     for kind, total in found.items():
@@ -476,16 +476,16 @@ def _walk_backward(lanes: Lanes, given, scale, need_decay, weighs):
         def keys(now, here, q_tile, v_tile, dy_tile, state_of, written, dk_staged):
             crossed = None  # of all heads: they share their keys, so one product with the queries does for them
             for _, factors, part in here:
-                found = compat.matmul((v_tile.at[:, part], compat.transposed(dy_tile.at[:, part])))
+                found = registers.matmul((v_tile.at[:, part], registers.transposed(dy_tile.at[:, part])))
                 found = found * factors.pairs(transposed=True)
                 crossed = found if crossed is None else crossed + found
-            crossed = compat.as_operand(crossed, spares[1].at[0] if spares else None)
+            crossed = registers.as_operand(crossed, spares[1].at[0] if spares else None)
             compat.wait(full)
             products = [(crossed, q_tile)]
             for unit, *_ in units_in(here):
                 slot = pl.ds((unit if shared else warpgroup) * COLUMNS, COLUMNS)
-                products.append((written.at[:, slot], compat.transposed(state_of(unit))))
-            dk_staged[...] = compat.matmul(*products).astype(jnp.bfloat16)
+                products.append((written.at[:, slot], registers.transposed(state_of(unit))))
+            dk_staged[...] = registers.matmul(*products).astype(jnp.bfloat16)
             compat.arrive(free)
             compat.publish()
             place = pl.ds(lanes.key_head(block) * plan.key, plan.key)

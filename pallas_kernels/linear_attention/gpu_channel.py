@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 from pallas_kernels.linear_attention import gpu
 from pallas_kernels.linear_attention import plan as planning
 from pallas_kernels.linear_attention.plan import CHUNK, COLUMNS, LEAST_LOG2, LOG2_E, SEGMENT_LANES, Plan
@@ -97,9 +97,11 @@ class Joins:
         self.spare = spare
         # Adds 0, which the compiler cannot know, so that it keeps no masks in registers from one chunk or level on.
         shape = (CHUNK, CHUNK)
-        self.row = compat.laid(compat.spread_rows(compat.row_places(CHUNK) + jnp.minimum(start + level, 0), shape))
+        self.row = registers.laid(
+            registers.spread_rows(registers.row_places(CHUNK) + jnp.minimum(start + level, 0), shape)
+        )
         # Rows less their thread's part of the columns are compared with constants: whole columns were 16 registers.
-        self.own, self.fixed = compat.thread_columns(shape)
+        self.own, self.fixed = registers.thread_columns(shape)
 
     def past(self, row):
         """Columns after a row, of a tile [C, C] of rows."""
@@ -141,7 +143,7 @@ class Joins:
         """[i, s]: the decays between i and the chunk's middle, counted below 0 for i before it."""
         later = (self.row >= HALF) & (self.fixed >= HALF) & self.causal()
         earlier = (self.fixed < HALF) & self.past(self.row)
-        return compat.as_operand(jnp.where(later, 1.0, jnp.where(earlier, -1.0, 0.0)), self.spare)
+        return registers.as_operand(jnp.where(later, 1.0, jnp.where(earlier, -1.0, 0.0)), self.spare)
 
     def before(self):
         """[i, s]: s <= i, the decays from the chunk's start through i."""
@@ -160,23 +162,23 @@ class Joins:
         return self.operand(self.past(self.row - 1))
 
     def operand(self, mask):
-        return compat.as_operand(jnp.where(mask, 1.0, 0.0), self.spare)
+        return registers.as_operand(jnp.where(mask, 1.0, 0.0), self.spare)
 
 
 def read(ref):
-    return compat.load_tile(ref).astype(jnp.float32)
+    return registers.load_tile(ref).astype(jnp.float32)
 
 
 def split_parts(ref, runs, parts):
     """Writes a tile of decays, 0 at padding, in log2 as a sum of two bfloat16 tiles; `publish` comes after."""
-    decays = runs.real(jnp.maximum(compat.load_tile(ref) * LOG2_E, LEAST_LOG2))
+    decays = runs.real(jnp.maximum(registers.load_tile(ref) * LOG2_E, LEAST_LOG2))
     high = decays.astype(jnp.bfloat16)
     parts[pl.ds(0, CHUNK)] = high
     parts[pl.ds(CHUNK, CHUNK)] = (decays - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 def exponents(operand, parts):
-    return compat.matmul((operand, parts.at[pl.ds(0, CHUNK)]), (operand, parts.at[pl.ds(CHUNK, CHUNK)]))
+    return registers.matmul((operand, parts.at[pl.ds(0, CHUNK)]), (operand, parts.at[pl.ds(CHUNK, CHUNK)]))
 
 
 class Runs:
@@ -192,8 +194,8 @@ class Runs:
         """The rows of a run; all without segments."""
         if self.segments is None:
             return tile
-        keep = compat.load_rows(self.runs) == run
-        return jnp.where(compat.spread_rows(keep.astype(jnp.int32), tile.shape) != 0, tile, 0.0)
+        keep = registers.load_rows(self.runs) == run
+        return jnp.where(registers.spread_rows(keep.astype(jnp.int32), tile.shape) != 0, tile, 0.0)
 
     def entering(self, tile):
         """The rows that read the incoming state."""
@@ -211,15 +213,15 @@ class Runs:
         """The rows that are no padding."""
         if self.segments is None:
             return tile
-        keep = compat.load_rows(self.runs) != 0
-        return jnp.where(compat.spread_rows(keep.astype(jnp.int32), tile.shape) != 0, tile, 0.0)
+        keep = registers.load_rows(self.runs) != 0
+        return jnp.where(registers.spread_rows(keep.astype(jnp.int32), tile.shape) != 0, tile, 0.0)
 
     def pairs(self, scores):
         """Scores of tokens in one segment."""
         if self.segments is None:
             return scores
-        rows = compat.spread_rows(compat.load_rows(self.runs), scores.shape)
-        columns = compat.spread_columns(compat.load_columns(self.runs), scores.shape)
+        rows = registers.spread_rows(registers.load_rows(self.runs), scores.shape)
+        columns = registers.spread_columns(registers.load_columns(self.runs), scores.shape)
         return jnp.where((rows == columns) & (rows != 0), scores, 0.0)
 
 
@@ -234,14 +236,14 @@ def scores(q, k, joins_at, parts, tile):
         factor = jnp.exp2(exponents(joins.stretch(level), parts))  # before q and k are read, which takes registers
         tile[...] = (jnp.where(joins.later(level), read(q), read(k)) * factor).astype(jnp.bfloat16)
         compat.publish()
-        met = compat.matmul((tile, compat.transposed(tile)))
+        met = registers.matmul((tile, registers.transposed(tile)))
         return jnp.where(joins_at(level).joined(level), met, found)
 
-    found = lax.fori_loop(0, LEVELS, join, compat.zeros((CHUNK, CHUNK)))
+    found = lax.fori_loop(0, LEVELS, join, registers.zeros((CHUNK, CHUNK)))
     own = jnp.sum(read(q) * read(k), axis=1)
     joins = joins_at(0)
     found = jnp.where(joins.causal(), found, 0.0)
-    return jnp.where(joins.same(), compat.spread_rows(own, found.shape), found)
+    return jnp.where(joins.same(), registers.spread_rows(own, found.shape), found)
 
 
 def forward(q, k, v, log_decay, state=None, run_ids=None, log_write=None, *, scale=1.0, splits=None, need_last=True):
@@ -276,10 +278,10 @@ def specs_of(lanes, block, row, segments, chunk_at, *arrays, rows=None):
 
 def write_whole(parts, ones, whole, runs):
     """What is left of the incoming state's rows at the chunk's end, one a channel; `ones` is a tile to fill with 1."""
-    ones[...] = (compat.zeros((CHUNK, CHUNK)) + 1).astype(jnp.bfloat16)
+    ones[...] = (registers.zeros((CHUNK, CHUNK)) + 1).astype(jnp.bfloat16)
     compat.publish()
     # The sums over a chunk, one a row: the same in each column.
-    total = compat.matmul(*[(compat.transposed(parts.at[pl.ds(i * CHUNK, CHUNK)]), ones) for i in (0, 1)])
+    total = registers.matmul(*[(registers.transposed(parts.at[pl.ds(i * CHUNK, CHUNK)]), ones) for i in (0, 1)])
     whole[...] = runs.kept(jnp.exp2(jnp.sum(total, axis=1) * (1 / CHUNK)))
 
 
@@ -294,13 +296,13 @@ class Sums:
         space[...] = jnp.where(joins.halves(), 1.0, 0.0).astype(jnp.bfloat16)
         compat.publish()
         # The first half's sums, one a row, fill the first columns, the second half's the others.
-        total = compat.matmul(*[(compat.transposed(parts.at[pl.ds(i * CHUNK, CHUNK)]), space) for i in (0, 1)])
+        total = registers.matmul(*[(registers.transposed(parts.at[pl.ds(i * CHUNK, CHUNK)]), space) for i in (0, 1)])
         first = jnp.min(jnp.where(joins.fixed < HALF, total, 0.0), axis=1)
         second = jnp.min(jnp.where(joins.fixed < HALF, 0.0, total), axis=1)
         self.second[...] = second
         self.first[...] = jnp.minimum(first, second)
         # Every row of the tile holds all channels, so that each row's least is that of all.
-        every = compat.spread_columns(compat.load_columns(self.first), total.shape)
+        every = registers.spread_columns(registers.load_columns(self.first), total.shape)
         self.first[...] = jnp.min(every, axis=1)
         least = self.first[0]
         self.first[...] = first
@@ -308,15 +310,15 @@ class Sums:
 
     def kept(self, runs):
         """What is left of the incoming state's rows at the chunk's end."""
-        return runs.kept(jnp.exp2(compat.load_rows(self.first) + compat.load_rows(self.second)))
+        return runs.kept(jnp.exp2(registers.load_rows(self.first) + registers.load_rows(self.second)))
 
     def entering(self, tile):
         """A tile decayed to the chunk's middle, decayed to its start."""
-        return tile * compat.spread_columns(jnp.exp2(compat.load_columns(self.first)), tile.shape)
+        return tile * registers.spread_columns(jnp.exp2(registers.load_columns(self.first)), tile.shape)
 
     def leaving(self, tile):
         """A tile decayed to the chunk's middle, decayed to its end."""
-        return tile * compat.spread_columns(jnp.exp2(compat.load_columns(self.second)), tile.shape)
+        return tile * registers.spread_columns(jnp.exp2(registers.load_columns(self.second)), tile.shape)
 
 
 def only_first(count, warpgroup, run, otherwise):
@@ -331,15 +333,17 @@ def only_first(count, warpgroup, run, otherwise):
 def carried_state(given, ends, left, where, row, head, splits):
     """A tile of the state at one end of a split, as `gpu.carried_state`, with what is left [B, splits, H, K]."""
     shape = tuple(index.size for index in where)
-    carry = compat.zeros(shape) if given is None else compat.load_tile(given.at[(row, head, *where)], shared=False)
+    carry = (
+        registers.zeros(shape) if given is None else registers.load_tile(given.at[(row, head, *where)], shared=False)
+    )
     if ends is None:
         return carry
     first, count, step = splits
 
     def through(index, carry):
         split = first + index * step
-        end = compat.load_tile(ends.at[(row, split, head, *where)], shared=False)
-        return gpu.scaled_rows(carry, compat.load_rows_of(left.at[row, split, head])) + end
+        end = registers.load_tile(ends.at[(row, split, head, *where)], shared=False)
+        return gpu.scaled_rows(carry, registers.load_rows_of(left.at[row, split, head])) + end
 
     return lax.fori_loop(0, count, through, carry)
 
@@ -403,9 +407,9 @@ def walk_states(lanes: Lanes, keys, values, decays, segments, start=None, *, rev
             only_first(halves, warpgroup, prepare, lambda: compat.wait(done))
             compat.arrive(ready)
             compat.wait(ready)
-            kept = compat.load_rows(whole)
-            write = (compat.transposed(key_tile), value_tile.at[:, mine])
-            state = compat.matmul(write, start=gpu.scaled_rows(state, kept))
+            kept = registers.load_rows(whole)
+            write = (registers.transposed(key_tile), value_tile.at[:, mine])
+            state = registers.matmul(write, start=gpu.scaled_rows(state, kept))
             compat.arrive(done)
             return state if keep else (state, left * kept)
 
@@ -417,7 +421,7 @@ def walk_states(lanes: Lanes, keys, values, decays, segments, start=None, *, rev
                 given = [refs[name] for name in ("state", "ends", "left")]
                 state, left = run(carried_state(*given, where, row, head, to_split)), None
             else:
-                state, left = run((compat.zeros((plan.key, COLUMNS)), compat.rows(plan.key, 1.0)))
+                state, left = run((registers.zeros((plan.key, COLUMNS)), registers.rows(plan.key, 1.0)))
             compat.wait(done)
             if keep:
 
@@ -503,7 +507,7 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale, ne
                 writers[...] = decayed.astype(jnp.bfloat16)
                 k[...] = runs.leaving(sums.leaving(decayed)).astype(jnp.bfloat16)
                 compat.publish()
-                found = compat.matmul((readers, compat.transposed(writers)))
+                found = registers.matmul((readers, registers.transposed(writers)))
                 joins = joins_at(0)
                 mix[...] = runs.pairs(jnp.where(joins.causal(), found, 0.0)).astype(jnp.bfloat16)
 
@@ -531,14 +535,14 @@ def _fused(lanes: Lanes, q, k, v, decays, segments, state, ends, left, scale, ne
             held[...] = carry.astype(jnp.bfloat16)
             compat.publish()
             compat.wait(ready)
-            y = compat.matmul((q_tile, held), *[(mixes.at[part], mine_v) for part in range(halves)])
+            y = registers.matmul((q_tile, held), *[(mixes.at[part], mine_v) for part in range(halves)])
             output = states.at[warpgroup, pl.ds(0, CHUNK)]
             output[...] = (y * scale).astype(jnp.bfloat16)
             compat.publish()
             place = pl.ds(head * plan.value + columns.start, COLUMNS)
             compat.store(output, y_ref.at[row, pl.ds(start, CHUNK), place], warpgroup < units)
             after = gpu.scaled_rows(carry, Sums(vectors, pl.ds(0, plan.key)).kept(runs))
-            after = compat.matmul((compat.transposed(k_tile), mine_v), start=after)
+            after = registers.matmul((registers.transposed(k_tile), mine_v), start=after)
             compat.arrive(done)
             return after
 

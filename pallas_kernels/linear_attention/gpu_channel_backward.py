@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 from pallas_kernels.linear_attention import gpu
 from pallas_kernels.linear_attention import plan as planning
 from pallas_kernels.linear_attention.gpu_channel import (
@@ -123,7 +123,7 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
             return Joins(start, spare[0].at[warpgroup] if spare else None, level)
 
         def operand(value):
-            return compat.as_operand(value, spare[1].at[warpgroup] if spare else None)
+            return registers.as_operand(value, spare[1].at[warpgroup] if spare else None)
 
         def mild(start, runs, sums, tiles):
             """The gradients of a mild chunk's channels."""
@@ -133,29 +133,29 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
                 joins = joins_at(start)
                 return (runs.pairs(jnp.where(joins.causal(), found, 0.0)) * scale).astype(jnp.bfloat16)
 
-            tiles.weights[...] = causal(compat.matmul((tiles.dy, compat.transposed(tiles.v))))
+            tiles.weights[...] = causal(registers.matmul((tiles.dy, registers.transposed(tiles.v))))
             exponent = exponents(joins_at(start).middle(), tiles.parts)
             readers[...] = (read(tiles.q) * jnp.exp2(exponent)).astype(jnp.bfloat16)
             tiles.free[...] = (read(tiles.k) * jnp.exp2(-exponent)).astype(jnp.bfloat16)
             compat.publish()
-            dq = compat.matmul((tiles.weights, tiles.free))
+            dq = registers.matmul((tiles.weights, tiles.free))
             tiles.decays[...] = read(readers) * dq
             reads = state_reads(runs, tiles, lambda: sums.entering(jnp.exp2(exponent)))
             tiles.q[...] = (dq * jnp.exp2(exponent) + reads).astype(jnp.bfloat16)
-            dk = compat.matmul((compat.transposed(tiles.weights), readers))
-            tiles.decays[...] = compat.load_tile(tiles.decays) - read(tiles.free) * dk
-            tiles.weights[...] = causal(compat.matmul((readers, compat.transposed(tiles.free))))
+            dk = registers.matmul((registers.transposed(tiles.weights), readers))
+            tiles.decays[...] = registers.load_tile(tiles.decays) - read(tiles.free) * dk
+            tiles.weights[...] = causal(registers.matmul((readers, registers.transposed(tiles.free))))
             finish_k(runs, tiles, dk * jnp.exp2(-exponent), lambda: sums.leaving(jnp.exp2(-exponent)))
 
         def strong(start, runs, tiles_at):
             """The gradients of any chunk's channels; tiles_at(level) keeps addresses out of the registers of others."""
             tiles, joins = tiles_at(1), joins_at(start)
-            same = compat.spread_rows(jnp.sum(read(tiles.q) * read(tiles.k), axis=1), (CHUNK, CHUNK))
+            same = registers.spread_rows(jnp.sum(read(tiles.q) * read(tiles.k), axis=1), (CHUNK, CHUNK))
             tiles.weights[...] = jnp.where(joins.same(), same, 0.0).astype(jnp.bfloat16)
             by_unit = [pl.ds(part * COLUMNS, COLUMNS) for part in range(units)]
             own = sum(jnp.sum(read(tiles.dy.at[:, part]) * read(tiles.v.at[:, part]), axis=1) for part in by_unit)
-            own = runs.real(compat.spread_rows(own * scale, (CHUNK, CHUNK)))
-            tiles.decays[...] = compat.zeros((CHUNK, CHUNK))
+            own = runs.real(registers.spread_rows(own * scale, (CHUNK, CHUNK)))
+            tiles.decays[...] = registers.zeros((CHUNK, CHUNK))
 
             def join(level, carry):
                 """Adds what pairs of a level are to the scores, to dq and dk, and per row to the decays' gradients."""
@@ -166,18 +166,18 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
                 row = jnp.where(joins.later(level), read(tiles.q), read(tiles.k))
                 tiles.free[...] = (row * factor).astype(jnp.bfloat16)
                 compat.publish()
-                met = compat.matmul((tiles.free, compat.transposed(tiles.free))).astype(jnp.bfloat16)
-                tiles.weights[...] = jnp.where(joins.joined(level), met, compat.load_tile(tiles.weights))
+                met = registers.matmul((tiles.free, registers.transposed(tiles.free))).astype(jnp.bfloat16)
+                tiles.weights[...] = jnp.where(joins.joined(level), met, registers.load_tile(tiles.weights))
                 joins = joins_at(start, level + LEVELS)
-                below = compat.matmul((tiles.dy, compat.transposed(tiles.v)))
+                below = registers.matmul((tiles.dy, registers.transposed(tiles.v)))
                 below = jnp.where(joins.later(level), below * scale, 0.0).astype(jnp.bfloat16)
-                above = compat.matmul((tiles.v, compat.transposed(tiles.dy)))
+                above = registers.matmul((tiles.v, registers.transposed(tiles.dy)))
                 above = jnp.where(joins.later(level), 0.0, above * scale).astype(jnp.bfloat16)
                 both = operand(jnp.where(joins.joined(level), runs.pairs(below + above), 0.0))
-                change = compat.matmul((both, tiles.free))
+                change = registers.matmul((both, tiles.free))
                 one = jnp.where(joins.later(level), 1.0, 0.0)  # by row: a multiply-add is cheaper than a choice
                 pairs = read(tiles.free) * change * (2 * one - 1)
-                tiles.decays[...] = compat.load_tile(tiles.decays) + pairs
+                tiles.decays[...] = registers.load_tile(tiles.decays) + pairs
                 joins = joins_at(start, level + 2 * LEVELS)
                 change = change * jnp.exp2(exponents(joins.stretch(level), tiles.parts))
                 one = jnp.where(joins.later(level), 1.0, 0.0)
@@ -194,16 +194,16 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
 
         def state_reads(runs, tiles, into):
             """What reads of the state add to dq; and adds what they do to the decays' gradients."""
-            reads = compat.matmul((tiles.dy, compat.transposed(tiles.state)))
+            reads = registers.matmul((tiles.dy, registers.transposed(tiles.state)))
             reads = reads * (runs.entering(into()) * scale)
-            tiles.decays[...] = compat.load_tile(tiles.decays) + reads * read(tiles.q)
+            tiles.decays[...] = registers.load_tile(tiles.decays) + reads * read(tiles.q)
             return reads
 
         def finish_k(runs, tiles, dk, out):
             """Adds to dk, which becomes `k`, writes that outlive the chunk; theirs to the decays' go to `parts`."""
             after = runs.leaving(out())
             tiles.free[...] = (read(tiles.k) * after).astype(jnp.bfloat16)
-            writes = after * compat.matmul((tiles.v, compat.transposed(tiles.gradient)))
+            writes = after * registers.matmul((tiles.v, registers.transposed(tiles.gradient)))
             tiles.parts[pl.ds(CHUNK, CHUNK)] = (writes * read(tiles.k)).astype(jnp.bfloat16)
             tiles.k[...] = (dk + writes).astype(jnp.bfloat16)
 
@@ -215,15 +215,15 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
             kept = kept * sums.kept(runs)
             sums.first[...] = kept
             high, low = parts.at[pl.ds(0, CHUNK)], state.at[:, by_unit[0]]
-            rows = compat.load_tile(decays)
+            rows = registers.load_tile(decays)
             rounded = rows.astype(jnp.bfloat16)
             high[...] = rounded
             low[...] = (rows - rounded.astype(jnp.float32)).astype(jnp.bfloat16)
             compat.publish()
-            total = compat.matmul((joins_at(start).strictly_before(), parts.at[pl.ds(CHUNK, CHUNK)]))
+            total = registers.matmul((joins_at(start).strictly_before(), parts.at[pl.ds(CHUNK, CHUNK)]))
             from_on = joins_at(start).from_on()
-            total = compat.matmul((from_on, high), (from_on, low), start=total)
-            total = total + compat.spread_columns(compat.load_columns(sums.first), total.shape)
+            total = registers.matmul((from_on, high), (from_on, low), start=total)
+            total = total + registers.spread_columns(registers.load_columns(sums.first), total.shape)
             decays[...] = runs.real(total)
             compat.publish()
 
@@ -266,10 +266,10 @@ def _chunks(lanes: Lanes, q, k, v, dy, decays, segments, states, gradients, scal
                 parts, keys, scores = (here(buffer, 4) for buffer in buffers[:3])
                 mine = block_at(unit, 4)[1]
                 dy_mine, after = here(dy, 4).at[:, mine], here(gradient, 4)
-                pairs = [(compat.transposed(scores.at[i]), dy_mine) for i in range(halves)]
+                pairs = [(registers.transposed(scores.at[i]), dy_mine) for i in range(halves)]
                 pairs += [(keys.at[i], after.at[pl.ds(i * COLUMNS, COLUMNS), mine]) for i in range(halves)]
                 staged = parts.at[block_at(warpgroup, 4)[0], pl.ds(CHUNK, CHUNK)]
-                staged[...] = compat.matmul(*pairs).astype(jnp.bfloat16)
+                staged[...] = registers.matmul(*pairs).astype(jnp.bfloat16)
                 compat.publish()
                 place = pl.ds(head * plan.value + piece * width + mine.start, COLUMNS)
                 compat.store(staged, outs[2].at[row, tokens, place])

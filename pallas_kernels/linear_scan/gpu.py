@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 
 LOG2_E = math.log2(math.e)
 CHANNELS = 256  # of a thread block; 128 where these do not divide the width, or are all of it
@@ -240,7 +240,7 @@ def _backward(plan, given, h, state, dstate):
             compat.stores_read(2)
 
             def emit(row, decay, dh, mark, c):
-                slope = c * compat.load_lanes(states.at[row])
+                slope = c * registers.load_lanes(states.at[row])
                 gain = dh + c
                 slopes[slot, row] = _unless(mark, PADDING_NEXT, slope).astype(slopes.dtype)
                 gains[slot, row] = _unless(mark, PADDING, gain).astype(gains.dtype)
@@ -261,9 +261,9 @@ def _backward(plan, given, h, state, dstate):
         @pl.when(place.split == 0)
         def _():
             start_ref[place.row, place.columns] = carry
-            slope = compat.lanes(plan.channels, 0.0)
+            slope = registers.lanes(plan.channels, 0.0)
             if refs["first"] is not None:
-                slope = carry * compat.load_lanes(refs["first"].at[place.row, place.columns])
+                slope = carry * registers.load_lanes(refs["first"].at[place.row, place.columns])
                 if refs["marks"] is not None:
                     slope = _unless(refs["marks"][place.row, 0, 0], PADDING, slope)
             dlog_ref[place.row, 0, place.columns] = slope.astype(dlog_ref.dtype)
@@ -312,16 +312,16 @@ class _Place:
 
     def carry(self, refs, beyond):
         """What comes into the stretch: the given state through the stretches (first, count, step) `beyond` it."""
-        carry = compat.lanes(self.plan.channels, 0.0)
+        carry = registers.lanes(self.plan.channels, 0.0)
         if refs["state"] is not None:
-            carry = compat.load_lanes(refs["state"].at[self.row, self.columns])
+            carry = registers.load_lanes(refs["state"].at[self.row, self.columns])
         if refs["ends"] is None:
             return carry
         first, count, step = beyond
 
         def through(index, carry):
             where = (self.row, first + index * step, self.columns)
-            left, end = (compat.load_lanes(refs[name].at[where]) for name in ("left", "ends"))
+            left, end = (registers.load_lanes(refs[name].at[where]) for name in ("left", "ends"))
             return left * carry + end
 
         return lax.fori_loop(0, count, through, carry)
@@ -344,8 +344,8 @@ def _walk(plan: Plan, decays, inputs, marks, carry, emit, reverse=False):
 
 def _token(decays, inputs, marks, row):
     """(decay, input, mark) of a token."""
-    decay = jnp.exp2(compat.load_lanes(decays.at[row]) * LOG2_E)
-    value = compat.load_lanes(inputs.at[row])
+    decay = jnp.exp2(registers.load_lanes(decays.at[row]) * LOG2_E)
+    value = registers.load_lanes(inputs.at[row])
     if not marks:
         return decay, value, None
     mark = marks[0][row]
@@ -357,7 +357,7 @@ def _unless(mark, bit, values, instead=0.0):
     if mark is None:
         return values
     width = values.shape[0]
-    return jnp.where(compat.lanes(width, mark & bit) != 0, compat.lanes(width, instead), values)
+    return jnp.where(registers.lanes(width, mark & bit) != 0, registers.lanes(width, instead), values)
 
 
 def _ends(plan: Plan, given, reverse=False, every=False):
@@ -383,7 +383,7 @@ def _ends(plan: Plan, given, reverse=False, every=False):
             compat.publish()
             return carry
 
-        start = (compat.lanes(plan.channels, 0.0), compat.lanes(plan.channels, 1.0))
+        start = (registers.lanes(plan.channels, 0.0), registers.lanes(plan.channels, 1.0))
         end, left = place.stream(tile, refs, ("log_a", "x"), start, stages=5)
         end_ref[place.row, place.split, place.columns] = end
         left_ref[place.row, place.split, place.columns] = left

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 
 OPENS, PADDING = 1, 2  # bits of a token's mark
 MOST_TAPS = 4
@@ -194,7 +194,7 @@ def backward(x, weight, bias, run_ids, dy, more=None, *, silu=True):
             pending = _chosen(mark, pending, [walk.weights[0] * dc, *pending[:-1]])
             return _chosen(mark, window, [x, *window[:-1]]), pending, moved, sums
 
-        zeros = lambda count: [compat.lanes(plan.channels, 0.0) for _ in range(count)]
+        zeros = lambda count: [registers.lanes(plan.channels, 0.0) for _ in range(count)]
         nowhere = [jnp.int32(-1)] * (plan.taps - 1)
         start = walk.window(), zeros(plan.taps - 1), nowhere, zeros(plan.taps + 1)
         window, pending, at, sums = walk.run(reads, token, start)
@@ -237,8 +237,8 @@ class _Walk:
         self.stretch = lax.axis_index("stretch")
         self.start = self.stretch * plan.rows
         self.columns = pl.ds(lax.axis_index("block") * plan.channels, plan.channels)
-        taps = [compat.load_lanes(refs["weight"].at[tap, self.columns]) for tap in range(plan.taps)]
-        self.weights, self.bias = taps[::-1], compat.load_lanes(refs["bias"].at[self.columns])
+        taps = [registers.load_lanes(refs["weight"].at[tap, self.columns]) for tap in range(plan.taps)]
+        self.weights, self.bias = taps[::-1], registers.load_lanes(refs["bias"].at[self.columns])
 
     def run(self, names, token, carry):
         """carry = token(time, float32 rows of the arrays in `names`, mark or None, carry) over the stretch."""
@@ -270,7 +270,7 @@ class _Walk:
     def load(self, name, time):
         """The row of a token, or of one that is there."""
         time = jnp.clip(time, 0, self.plan.time - 1)
-        return compat.load_raw_lanes(self.refs[name].at[self.batch, time, self.columns])
+        return registers.load_raw_lanes(self.refs[name].at[self.batch, time, self.columns])
 
     def mark(self, group, offset):
         """The mark of a token; after the last one there is padding."""
@@ -322,12 +322,12 @@ def _unless(mark, bit, values):
     if isinstance(values, list):
         return [_unless(mark, bit, one) for one in values]
     width = values.shape[0]
-    return jnp.where(compat.lanes(width, mark & bit) != 0, compat.lanes(width, 0.0), values)
+    return jnp.where(registers.lanes(width, mark & bit) != 0, registers.lanes(width, 0.0), values)
 
 
 def _chosen(mark, old, new):
     """The rows `new`, or at padding `old`."""
     if mark is None:
         return new
-    padding = compat.lanes(old[0].shape[0], mark & PADDING) != 0
+    padding = registers.lanes(old[0].shape[0], mark & PADDING) != 0
     return [jnp.where(padding, before, after) for before, after in zip(old, new)]

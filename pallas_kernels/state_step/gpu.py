@@ -8,8 +8,8 @@
 
 What is to be done is to read and write S, so the kernel is one pass: a thread block of one warpgroup holds COLUMNS
 columns of a head's S, all its rows, in registers. Columns do not see each other. As sums go over rows, a thread holds
-16 bytes of a row (`compat.load_streamed`), 8 threads 128 of it, and of a vector over rows K / 16 numbers; the sums go
-over 4 lanes and the 4 warps.
+16 bytes of a row (`registers.load_streamed`), 8 threads 128 of it, and of a vector over rows K / 16 numbers; the sums
+go over 4 lanes and the 4 warps.
 
 With K = 128 a thread holds 64 numbers of S. ptxas gives it 95 to 143 registers, and nothing spills, so 3 to 5 blocks
 are on a multiprocessor: 96 KiB and more of states on their way, where 16 would hide the latency of memory at 3 TB/s. A
@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers
 
-# Rows and heads together from which on it was faster than XLA's form on an H100; below, launches take most of the time
-# of any form. Of states that are read before they are written XLA makes two programs.
+# Rows and heads together from which on it was faster than XLA's form on an H100, also of states that are read before
+# they are written, of which XLA's form is the slower; below, launches take most of the time of any form.
 LEAST_HEADS, LEAST_READ = 1024, 256
 COLUMNS = 64  # of a state that a thread block holds
 
@@ -76,24 +76,24 @@ def step(state, q, k, v, log_decay=None, write=None, read=None, left=None, *, sc
         refs = dict(zip(given, refs, strict=True))
         b, h, column = (lax.axis_index(name) for name in ("batch", "head", "column"))
         here = pl.ds(column * COLUMNS, COLUMNS)
-        down = lambda vector: compat.spread_rows(vector, (key, COLUMNS))
-        along = lambda vector: compat.spread_columns(vector, (key, COLUMNS))
+        down = lambda vector: registers.spread_rows(vector, (key, COLUMNS))
+        along = lambda vector: registers.spread_columns(vector, (key, COLUMNS))
 
         def rows(name):
             ref = refs[name]
             at = ref.at[b, h // (heads // ref.shape[1])]
-            return down(compat.load_streamed(at, 1).astype(jnp.float32))
+            return down(registers.load_streamed(at, 1).astype(jnp.float32))
 
         def decayed(tile):
             if log_decay is None:
                 return tile
             if log_decay.ndim == 3:
-                return tile * down(jnp.exp(compat.load_streamed(refs["log_decay"].at[b, h], 1).astype(jnp.float32)))
+                return tile * down(jnp.exp(registers.load_streamed(refs["log_decay"].at[b, h], 1).astype(jnp.float32)))
             place = (h,) if log_decay.ndim == 1 else (b, h)
             return tile * jnp.exp(refs["log_decay"][place].astype(jnp.float32))
 
-        tile = compat.load_streamed(state_ref.at[b, h, :, here])
-        written = compat.load_streamed(refs["v"].at[b, h, here], 0).astype(jnp.float32)
+        tile = registers.load_streamed(state_ref.at[b, h, :, here])
+        written = registers.load_streamed(refs["v"].at[b, h, here], 0).astype(jnp.float32)
         if left is not None:
             found = jnp.sum(tile * rows("read"), 0)
             tile = decayed(tile) + rows("left") * along(found)
