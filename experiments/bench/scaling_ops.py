@@ -14,7 +14,7 @@ from experiments.bench.suites import Case
 from experiments.compile import hlo
 from seqmix import ops
 from seqmix.core import sharding
-from seqmix.ops import softmax_library
+from seqmix.ops import softmax_choice
 from seqmix.ops.softmax_context import attention_bytes
 
 HEADS, WIDTH, CHANNELS = 16, 128, 4096
@@ -85,8 +85,8 @@ def equal(name, how, args):
         run = plain = OPS[name]
     shapes = _shapes(name, length, heads)
     mesh = sharding.make_mesh(context=devices, devices=jax.devices()[:devices])
-    shortest = 0 if how == CUDNN else softmax_library.STRETCH
-    with sharding.use_mesh(mesh), mock.patch.object(softmax_library, "STRETCH", shortest):
+    shortest = 0 if how == CUDNN else softmax_choice.STRETCH
+    with sharding.use_mesh(mesh), mock.patch.object(softmax_choice, "STRETCH", shortest):
         where = [NamedSharding(mesh, sharding.spec(s[2], s[0], mesh)) for s in (shapes[0], *shapes)]
         structs = [jax.ShapeDtypeStruct(*s[:2], sharding=w) for s, w in zip((shapes[0], *shapes), where, strict=True)]
         program = jax.jit(timing.with_gradients(run)).lower(*structs).compile()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from seqmix.core import packing
 from seqmix.core.shapes import boolean, check_arrays, described, dims, finite, floating, positive
-from seqmix.ops import block_sparse_kernels, heads, scored, softmax_context, softmax_library
+from seqmix.ops import block_sparse_kernels, heads, scored, softmax_choice, softmax_context, softmax_library
 from seqmix.ops.dispatch import pick, record
 from seqmix.ops.mask_algebra import MOST
 from seqmix.ops.mesh import layout
@@ -127,16 +127,16 @@ def attention(
     shape = {"mask": mask, "data": data, "sizes": (scored.SPARSE,) * 2, "scale": rules.scale}
     kernels, _ = block_sparse_kernels.reasons(implementation, lay, q, *alike, **shape, cut=form is not None)
     forms = libraries | kernels
-    if implementation is None and softmax_library.yields(rules, q, k, v):
+    if implementation is None and softmax_choice.yields(rules, q, k, v):
         forms = kernels | libraries
     name = pick("attention", implementation, forms | {"chunked": None, "reference": None})
     if form:
         call = (rules, d, q, k, v, sink_logits, tokens)
         options = dict(order=order, block=block, need_lse=return_lse, library=None if name == "chunked" else name)
         if implementation is None and name == "gpu" and order == "index" and not return_lse:
-            options["cudnn"] = softmax_library.for_ring(lay, form, rules, q, *alike)
+            options["cudnn"] = softmax_choice.for_ring(lay, form, rules, q, *alike)
         elif implementation is None and name == "cudnn":
-            options["values"] = softmax_library.for_values(forms, rules, q, k, v)
+            options["values"] = softmax_choice.for_values(forms, rules, q, k, v)
         if options.get("cudnn"):
             record("attention", "cudnn")  # in its gradients
         y, lse = softmax_context.run(lay, form, *call, **options)
@@ -146,11 +146,11 @@ def attention(
         by = lambda name: partial(softmax_library.run, name, lay, rules, ids=tokens[0] if order == "runs" else None)
         other = None
         if implementation is None and name == "cudnn":
-            other = softmax_library.for_values(forms, rules, q, k, v)
+            other = softmax_choice.for_values(forms, rules, q, k, v)
         if other is None:
             return by(name)(q, k, v)
         ours = lambda *arrays: scored.by_rules(rules, *arrays, sink_logits, tokens, order, "gpu")[0]
-        return softmax_library.either(ours if other == "gpu" else by(other), by(name), q, k, v)
+        return softmax_choice.either(ours if other == "gpu" else by(other), by(name), q, k, v)
     elif name == "chunked":
         y, lse = chunked(rules, q, k, v, sink_logits, *tokens, order=order, block=block)
     else:

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from seqmix.ops import masks, scored, softmax_library
+from seqmix.ops import masks, scored, softmax_choice, softmax_library
 from seqmix.ops.mesh import Layout, on_shares
 from seqmix.ops.parcels import packed, unpacked
 from seqmix.ops.softmax_chunked import chunked
@@ -70,7 +70,7 @@ def run(
 
     library: of `softmax_library`, which then attends over all of time in the form "heads"; or "gpu", for the kernels
     of `block_sparse_attention` in every form. cudnn: as of `Travel`.
-    values: what makes those that have no gradients in that form, as of `softmax_library.for_values`.
+    values: what makes those that have no gradients in that form, as of `softmax_choice.for_values`.
     """
     axis = lay.time[0] if len(lay.time) == 1 else lay.time
     around = _legs(form, rules, d.T, d.S, lay.ways("time"), order)
@@ -154,7 +154,7 @@ def _by_heads(travel, q, k, v, sink, q_places, k_places, *, order, block, need_l
         call = by(library)
         if values is not None:
             alone = (lambda *arrays: ours(*arrays)[0]) if values == "gpu" else by(values)
-            call = partial(softmax_library.either, alone, call)
+            call = partial(softmax_choice.either, alone, call)
         return turn(call(q, k, v), 1, 2), None
     y, lse = chunked(travel.rules, q, k, v, sink, *tokens, order=order, block=block)
     return turn(y, 1, 2), turn(lse, 2, 1) if need_lse else None

@@ -9,10 +9,9 @@
 None of them takes given positions, `kv_segment_ids`, `sinks`, sink logits, or a call that wants lse: what they give of
 it is rounded to bfloat16 or has no gradient. Public names of the libraries only: those of tokamax know no segments.
 Key heads may be fewer than query heads everywhere, value heads that are not as many as key heads are repeated with
-them (`heads.alike`), and float32 stays with the chunked form. With implementation None a
-call goes to the first of them, in this order, that takes it here, any other one to our own kernels or the chunked form;
-our kernels come first where `yields` says so, values alone may go elsewhere (`for_values`), and gradients of keys that
-travel to cuDNN (`for_ring`); docs/attention.md says why, and what was measured.
+them (`heads.alike`), and float32 stays with the chunked form. With implementation None a call goes to the first of
+them, in this order, that takes it here, any other one to our own kernels or the chunked form, but where
+`softmax_choice` knows better; docs/attention.md says why, and what was measured.
 """
 
 import functools
@@ -29,10 +28,6 @@ from seqmix.ops.mesh import on_shares
 NAMES = ("cudnn", "tokamax", "splash")
 TILE = 128  # of splash: numbers of queries and keys are multiples of it
 BLOCKS = 512, 256, 128  # queries and keys that splash works on at once, the largest that fits
-SHORT, NARROW = (1025, 4096), 4  # tokens, and times the window: where our own kernels were measured to be faster
-SHORT_GROUPED = 8192  # the same of the longest row where several query heads share a key head, of 128 channels
-STRETCH = 4096  # tokens of a device, beyond which cuDNN makes the gradients of keys that travel
-MIDDLE = 16384  # tokens, up to which tokamax's values were the fastest
 WASTEFUL = 8  # times the window: from there on chunks are reckoned faster than tokamax, forward and backward
 WIDEST = {"cudnn": 256, "tokamax": 128, "splash": 256}  # K and V
 DTYPES = dict.fromkeys(NAMES, (jnp.bfloat16, jnp.float16)) | {"splash": (jnp.bfloat16,)}
@@ -68,80 +63,19 @@ def reasons(implementation, lay, form, rules, q, k, v, sink_logits, order, retur
 def _each(implementation, rules, q, k, v, *call):
     """`reasons` on one device."""
     found = dict.fromkeys(NAMES, "was not asked for")
-    found |= {name: _unsupported(name, rules, q, k, v, *call) for name in NAMES if implementation in (None, name)}
-    window = _window(rules, q.shape[1], k.shape[1])
+    found |= {name: unsupported(name, rules, q, k, v, *call) for name in NAMES if implementation in (None, name)}
+    window = window_of(rules, q.shape[1], k.shape[1])
     if implementation is None and window is not None and q.shape[1] > WASTEFUL * window:
         found["tokamax"] = "is slow where a window is short: its gradient goes through all keys"
     return found
 
 
-def yields(rules, q, k, v) -> bool:
-    """Whether our own kernels come before the libraries: in short rows, and where a window is short beside them.
-
-    As measured on an H100 with gradients, with 64 or 128 channels and no soft cap.
-    """
-    time, window = q.shape[1], _window(rules, q.shape[1], k.shape[1])
-    if not _timed(rules, q, k, v) or time < SHORT[0]:
-        return False
-    grouped = k.shape[2] < q.shape[2] and q.shape[3] == 128
-    return time <= (SHORT_GROUPED if grouped else SHORT[1]) if window is None else time >= NARROW * window
-
-
-def for_values(forms, rules, q, k, v) -> str | None:
-    """What of `forms` makes values alone, where cuDNN makes those that have gradients; None: cuDNN too.
-
-    forms: what can run (None), or why it cannot. As measured on an H100 in long causal rows: there cuDNN has the
-    fastest backward kernel, tokamax or we the fastest forward one. Not with fewer key heads or 64 channels, untimed so.
-    """
-    same = q.shape[2:] == k.shape[2:] and q.shape[3] == 128
-    timed = same and _timed(rules, q, k, v) and _window(rules, q.shape[1], k.shape[1]) is None
-    if q.shape[1] <= SHORT[1] or not timed:
-        return None
-    names = ("tokamax", "gpu") if q.shape[1] <= MIDDLE else ("gpu",)
-    return next((name for name in names if forms[name] is None), None)
-
-
-def for_ring(lay, form, rules, q, k, v) -> bool:
-    """Whether cuDNN makes the gradients of keys that travel to queries, where our kernels make the values.
-
-    It does where places are indices and stretches so long that it is the fastest on one device too: five products
-    are done there where our kernels do seven.
-    """
-    from pallas_kernels import cudnn
-
-    whole = form == ("zigzag" if rules.causal else "ring") and _window(rules, q.shape[1], k.shape[1]) is None
-    if not whole or q.shape[3] != v.shape[3]:
-        return False
-    dims = ("batch", "time", "heads", None), *(("batch", "time", "key_heads", None),) * 2
-    local = [lay.share(x, *dim) for x, dim in zip((q, k, v), dims, strict=True)]
-    chunk = local[0].shape[1] // (2 if form == "zigzag" else 1)
-    if local[0].shape[1] <= STRETCH or chunk % 2 or q.shape[3] % 8 or cudnn.unavailable() is not None:
-        return False
-    with sharding.shares(lay.mesh):
-        return _unsupported("cudnn", rules, *local, None, "index", False) is None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def either(values, graded, *arrays):
-    """values(*arrays); where a gradient is asked for, graded(*arrays) with its own."""
-    return values(*arrays)
-
-
-either.defvjp(lambda values, graded, *arrays: jax.vjp(graded, *arrays), lambda values, graded, pull, dy: pull(dy))
-
-
-def _timed(rules, q, k, v):
-    """Whether our kernels were timed beside the libraries for such heads."""
-    width = q.shape[3]
-    return rules.causal and rules.soft_cap is None and k.shape[2] == v.shape[2] and width == v.shape[3] in (64, 128)
-
-
-def _unsupported(name, rules, q, k, v, sink_logits, order, return_lse) -> str | None:
+def unsupported(name, rules, q, k, v, sink_logits, order, return_lse) -> str | None:
     (_, time, _, key_dim), keys, value_dim = q.shape, k.shape[1], v.shape[3]
     reason = _absent(name, time)
     if reason is not None:
         return reason
-    window = _window(rules, time, keys)
+    window = window_of(rules, time, keys)
     wants = {
         "soft_cap": rules.soft_cap is not None,
         "a window that looks ahead": window is not None and not rules.causal,
@@ -208,7 +142,7 @@ def _missing() -> str | None:
     return None
 
 
-def _window(rules, time, keys):
+def window_of(rules, time, keys):
     """The window, or None where it reaches over everything."""
     return None if rules.window is None or rules.window >= max(time, keys) else rules.window
 
@@ -255,7 +189,7 @@ def _wider(x, width):
 
 def _places(rules, time, keys):
     """The arguments that say who sees whom, as `jax.nn` and tokamax name them."""
-    window = _window(rules, time, keys)
+    window = window_of(rules, time, keys)
     span = None if window is None else (window - 1, 0 if rules.causal else window - 1)
     return {"is_causal": rules.causal, "local_window_size": span}
 
@@ -281,7 +215,7 @@ def _splash(rules, q, k, v, ids):
     from pallas_kernels import compat
 
     shape = time, keys = q.shape[1], k.shape[1]
-    window = _window(rules, time, keys)
+    window = window_of(rules, time, keys)
     if window is not None:
         mask = splash.LocalMask(shape, (window - 1, 0 if rules.causal else window - 1), 0)
     else:

@@ -37,7 +37,8 @@ def _unsupported(implementation, call, runs, scale):
     from pallas_kernels.state_step import gpu
 
     found = gpu.supports(*jax.eval_shape(_flat, *call), scale=scale, capability=targets.capability())
-    if found is None and implementation is None and not gpu.worthwhile(call[0], call[6]):
+    state, *_, read, _left = call
+    if found is None and implementation is None and not gpu.worthwhile(state, read):
         return "has too few heads for its kernel for one token"
     return found
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from seqmix.core import sharding
-from seqmix.ops import attention, dispatch, softmax_library
+from seqmix.ops import attention, dispatch, softmax_choice
 from tests.pallas_kernels.test_tpu_compiled import PYTHON
 from tools import tpu_bundles
 
@@ -57,7 +57,7 @@ def test_what_cudnn_takes_is_a_call_of_it_for_eight_gpus_and_nothing_else_is(h10
     ids=["whole tiles", "even chunks", "odd chunks", "named"],
 )
 def test_long_stretches_of_a_zigzag_have_gradients_by_cudnn(h100s, cudnn, monkeypatch, tokens, options, calls):
-    monkeypatch.setattr(softmax_library, "STRETCH", 64)
+    monkeypatch.setattr(softmax_choice, "STRETCH", 64)
     monkeypatch.setattr(dispatch, "_chosen", {})
     mesh, shape = sharding.make_mesh(context=2, devices=h100s(2)), (SHAPE[0], tokens, *SHAPE[2:])
     with sharding.use_mesh(mesh):
